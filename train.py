@@ -25,19 +25,23 @@ from collections.abc import Sequence
 import jax
 
 import lora_jax
+from lora_jax.system import extras
+
+if __name__ == "__main__" and (missing := extras.missing("train", "train.py")):
+    sys.exit(f"error: {missing}")
+
 from lora_jax import planner
 from lora_jax.cli import train as command_line
 from lora_jax.errors import told
 from lora_jax.sweeps import loop as group
 from lora_jax.sweeps import results
 from lora_jax.sweeps.config import GroupConfig
-from lora_jax.system import allocator, program_cache
+from lora_jax.system import host_memory, program_cache, whole_files
 from lora_jax.system.console import USER_ERRORS, Console, note, out_of_memory, quiet_storage, say
 from lora_jax.training import (
-    beginning,
     config_file,
     directory,
-    earlier_adapter,
+    initial,
     mesh,
     optimizer,
     processes,
@@ -69,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> i
 def run(arguments: Sequence[str], program: str) -> int:
     """Train, plan or train a group, as the command line says, and return the exit status."""
     try:
-        allocator.keep()
+        host_memory.keep()
         name, config, planning = command_line.parse(arguments, DEFAULT, ROOT, program)
         if isinstance(config, GroupConfig):
             return train_group(name, config)
@@ -124,20 +128,21 @@ def train(
     params = workload.arrays(place.params)
 
     # ---- the trained parameters: adapters of the targets, and a few base parameters in full
-    key, lora = jax.random.key(config.seed), config.adaptation
-    earlier = earlier_adapter.open_earlier(config, workload)  # None without --from
-    spec = lora.spec if earlier is None else earlier.spec
-    layout = lora_jax.resolve(spec, workload.apply, params, example, train=True, key=key)
-    workload, params, begun = beginning.begin(lora, workload, layout, params, place, key, earlier)
-    patterns = earlier_adapter.patterns(lora, workload, earlier)
-    base, frozen = lora_jax.frozen.split(params, patterns)
-    step.check_apart(layout, base)
+    key = jax.random.key(config.seed)
+    first = initial.initial(config, workload, params, place, example, key)
+    workload, layout, base, frozen, adapters, earlier = first
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
-    weights = step.adapted_weights(layout, params)
-    state = step.create(layout, base, tx, key, place, lora.init, weights, begun)
+    weights, init = step.adapted_weights(layout, frozen), config.adaptation.init
+    state = step.create(layout, base, tx, key, place, init, weights, adapters)
     identity = lora_jax.fingerprint(frozen)
     setup = Setup(config, workload, place, layout, frozen, identity, path, began)
-    del params, base, weights, begun  # `state` has the trained parameters, `frozen` the rest
+    del (
+        params,
+        first,
+        base,
+        weights,
+        adapters,
+    )  # `state` has the trained parameters, `frozen` the rest
 
     # ---- the run
     with (
@@ -146,8 +151,8 @@ def train(
         Loop(Run(setup, data, checkpoints), state, tx, console) as loop,
     ):
         say(console, summary.opening(loop.run, loop.state))
-        if earlier is not None:
-            say(console, earlier_adapter.described(earlier, workload))
+        if earlier:
+            say(console, earlier)
         if loop.run.start == 0:
             loop.evaluate_before()
         for n in loop.steps():
@@ -196,9 +201,10 @@ def train_group(name: str, config: GroupConfig) -> int:
 
 def show_plan(name: str, config: Config, options: planner.PlanOptions) -> int:
     """Plan the run and write only the plan; return the exit status."""
-    made = planner.make(name, config, options)
     run = directory.default(name, config)
     file = pathlib.Path(options.plan_file or run.with_name(f"{run.name}.plan.json"))
+    whole_files.check_place(file)  # before the plan, which takes minutes
+    made = planner.make(name, config, options)
     planner.write(made, file)
     say(Console(), f"{planner.text(made)}\n\n{file}")
     return 0

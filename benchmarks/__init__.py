@@ -4,6 +4,6 @@ Every benchmark keeps the memory that it frees, as the commands do; LORA_JAX_KEE
 this off.
 """
 
-from lora_jax.system import allocator
+from lora_jax.system import host_memory
 
-allocator.keep()
+host_memory.keep()

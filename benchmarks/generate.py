@@ -34,7 +34,7 @@ def runs(rows: int, capacity: int, params: Any, members: Any) -> dict[str, Calla
     tokens, slot = jnp.ones((rows, 1), jnp.int32), jnp.int32(capacity // 2)
 
     def read(params: Any, tokens: Any, cache: Any) -> Any:
-        return model.apply({"params": params}, tokens, cache=cache)
+        return model.apply({"params": params}, tokens, cache, method=model.decode)
 
     def side(call: Callable[..., Any], *chosen: Any) -> Callable[[], Any]:
         def step(cache: Any, params: Any, chosen: Any) -> Any:

@@ -30,8 +30,8 @@ from jax.sharding import AxisType, NamedSharding
 from benchmarks.common import hardware, table
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
-from lora_jax.models.weights import hf_config, names
-from lora_jax.system import allocator
+from lora_jax.models.weights import families
+from lora_jax.system import host_memory
 
 # dtype or kind of the file - dtype of the parameters
 FORMS = ["float32-float32", "float32-bfloat16", "bfloat16-bfloat16", "Q8_0-bfloat16"]
@@ -68,7 +68,7 @@ def _run(form: str, mesh: tuple[int, ...], more: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.load", "--one", form, *more]
     command += ["--mesh", *map(str, mesh)]
     # This measures the memory of loading without memory that the allocator would keep.
-    environment = {**os.environ, allocator.VARIABLE: "0"}
+    environment = {**os.environ, host_memory.VARIABLE: "0"}
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -189,9 +189,9 @@ def _write_gguf(path: Path, json_: dict[str, Any]) -> None:
 
 def _tensors(json_: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return Hugging Face's name of each tensor, and its stored shape."""
-    config = hf_config.parse(json_, "")
+    config = families.parse(json_, "")
     shapes, found = paths.flatten(models.shapes(config)), {}
-    for row in names.HF["llama"].rows:
+    for row in families.FAMILIES["llama"].names.rows:
         for layer in range(config.num_layers if row.layered else 1):
             leaf = shapes.get(row.path.format(layer=layer))
             if leaf is not None:

@@ -29,7 +29,7 @@ from benchmarks import commands, common
 from lora_jax.cli import train as command_line
 from lora_jax.system import program_cache
 from lora_jax.system.console import Console
-from lora_jax.training import beginning, mesh, optimizer, step
+from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.loop import Loop
@@ -92,7 +92,7 @@ def sides(config: Config, grid: Any, path: pathlib.Path, checkpoints: Checkpoint
     params = workload.arrays(place.params)
     key, lora = jax.random.key(config.seed), config.adaptation
     layout = lora_jax.resolve(lora.spec, workload.apply, params, example, train=True, key=key)
-    workload, params, begun = beginning.begin(lora, workload, layout, params, place, key)
+    workload, params, begun = initial.changed_base(lora, workload, layout, params, place, key)
     patterns = workload.trainable if lora.trainable is None else lora.trainable
     base, frozen = lora_jax.frozen.split(params, patterns)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))

@@ -1,4 +1,4 @@
-"""Compare a training step with and without the memory that commands keep (system/allocator.py).
+"""Compare a training step with and without the memory that commands keep (system/host_memory.py).
 
     python -m benchmarks.page_faults
 
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import commands, common, step_time
-from lora_jax.system import allocator
+from lora_jax.system import host_memory
 
 SIDES = {"given back": "0", "kept": ""}
 WARMING_UP = 12
@@ -56,7 +56,7 @@ def measure(model: str, targets: str, steps: int) -> dict[str, float]:
 def in_a_process(side: str, *arguments: str) -> dict[str, float]:
     """Run `measure` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.page_faults", "--measure", *arguments]
-    environment = {**os.environ, allocator.VARIABLE: SIDES[side]}
+    environment = {**os.environ, host_memory.VARIABLE: SIDES[side]}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

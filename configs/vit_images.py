@@ -14,7 +14,7 @@ and learning rate are from PEFT's image classification example.
 
 import math
 
-from lora_jax.data.image_config import ImageDataConfig
+from lora_jax.data.config import ImageDataConfig
 from lora_jax.training.config import LoraConfig, OptimizerConfig
 from lora_jax.training.image_classification import image_classification
 from lora_jax.training.images import ImageConfig

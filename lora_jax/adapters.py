@@ -19,9 +19,9 @@ from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.target import Target
+from lora_jax.updates.conversion import as_factors
 from lora_jax.updates.kind import TargetInitializer, kind_of
 from lora_jax.updates.kind import uniform as uniform_within
-from lora_jax.updates.plain import plain
 
 Adapters = dict[str, Any]
 """`{path: parameters}`, where `parameters` is the NamedTuple of arrays of the target's kind."""
@@ -240,6 +240,22 @@ def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
     )
 
 
+def factors_alone(adapter: Adapter, doing: str) -> Adapter:
+    """Return the adapter (or a plain tuple as one) if it has no trainable base parameters.
+
+    `doing` is the verb of the message: "stacked".
+    """
+    adapter = Adapter(*adapter)
+    if adapter.trainable:
+        raise LoraError(
+            f"an adapter that also trained base parameters cannot be {doing}, since only factors "
+            f"can:\n{listed(adapter.trainable)}\n"
+            "Pass adapter._replace(trainable={}), and put these into the parameters yourself: "
+            "lora_jax.paths.replace(params, adapter.trainable)"
+        )
+    return adapter
+
+
 def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
     """Return the same update with plain factors at every target, exactly.
 
@@ -266,6 +282,6 @@ def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
     ('lora', 4, (9, 4))
     """
     check(layout, adapters)
-    found = [plain(t, adapters[t.path]) for t in layout.targets]
+    found = [as_factors(t, adapters[t.path]) for t in layout.targets]
     lora = dataclasses.replace(layout, targets=tuple(target for target, _ in found))
     return lora, {target.path: factors for target, factors in found}

@@ -52,12 +52,6 @@ def writing(path: object) -> Iterator[None]:
     """Turn a system error of the block into a `LoraError` that names the file it writes.
 
     The system's error for a full disk names no file.
-
-    Args:
-      path: the file that the block writes.
-
-    Raises:
-      LoraError: the file cannot be written.
     """
     try:
         yield
@@ -71,11 +65,7 @@ def writing(path: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(file: object) -> Iterator[None]:
-    """Put the file's name in front of the message of a `LoraError`.
-
-    Args:
-      file: the file that the block reads.
-    """
+    """Put the file that the block reads in front of the message of a `LoraError`."""
     try:
         yield
     except LoraError as error:
@@ -111,9 +101,7 @@ _CURES = {
 def errno_of(error: BaseException) -> int | None:
     """Return the number of the system's error that this is or tells of, if it is a known one.
 
-    Args:
-      error: an `OSError`, or another error whose text holds the system's words, as libraries in
-        C++ raise it.
+    Libraries in C++ raise other errors whose text holds the system's words.
 
     >>> errno_of(ValueError("writing 'x': No space left on device")) == errno.ENOSPC
     True
@@ -124,36 +112,20 @@ def errno_of(error: BaseException) -> int | None:
 
 
 def cure(error: BaseException) -> str:
-    """Return what to do about an error of the system, as a sentence without its full stop.
-
-    Args:
-      error: as for `errno_of`; of an unknown one the sentence is a general one.
-    """
+    """Return what to do about an error of the system, as a sentence without its full stop."""
     known = _CURES.get(errno_of(error) or 0, "Mend what the system names, or give another path")
     return f"{known}, and start the same command again"
 
 
 def told(error: BaseException) -> str:
-    """Return the text of an error for a user; one of the system gets its cure.
-
-    Args:
-      error: the error.
-    """
+    """Return the text of an error for a user; one of the system gets its cure."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     return f"{error.filename or 'the system says'}: {error.strerror}. {cure(error)}"
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """Return the candidates that are closest to a name, best first.
-
-    Args:
-      name: the name that was not found.
-      candidates: the names that exist.
-      n: the number of candidates to return.
-
-    Returns:
-      At most `n` of the candidates.
+    """Return the `n` candidates that are closest to a name, best first.
 
     >>> nearest("encoder/quary/kernel", ["encoder/query/kernel", "head/bias"], n=1)
     ['encoder/query/kernel']
@@ -166,14 +138,7 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 def listed(items: Iterable[str], limit: int = 5) -> str:
-    """Return items as an indented list for a message.
-
-    Args:
-      items: one line each.
-      limit: the number of items to show; a last line counts the others.
-
-    Returns:
-      The lines, joined.
+    """Return items as an indented list for a message; a last line counts those above the limit.
 
     >>> print(listed("abc", limit=2))
       a
@@ -188,12 +153,7 @@ def listed(items: Iterable[str], limit: int = 5) -> str:
 
 
 def damaged(path: Path, what: str) -> WeightsError:
-    """Return the error for a file of weights that contradicts itself.
-
-    Args:
-      path: the file.
-      what: the contradiction.
-    """
+    """Return the error for a file of weights that contradicts itself."""
     return WeightsError(
         f"{path} is damaged, or is not what its name says: {what}\n"
         "Fetch the file again, from someone you trust."
@@ -203,18 +163,12 @@ def damaged(path: Path, what: str) -> WeightsError:
 def is_failure(error: BaseException) -> bool:
     """Return whether an error means that something went wrong: not Ctrl-C, and not an exit.
 
-    Args:
-      error: any error. A crash in a Rust library (tokenizers) is not an `Exception`, and its type
-        has no public name.
+    A crash in a Rust library (tokenizers) is not an `Exception`, and its type has no public name.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def shown(value: object) -> str:
-    """Return a value from a file as text, cut to the length of a message.
-
-    Args:
-      value: anything.
-    """
+    """Return a value from a file as text, cut to the length of a message."""
     text = str(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.spec import LoraSpec
 from lora_jax.system import json_file, table
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
@@ -165,7 +166,9 @@ class Layout:
         heading: tuple[str, ...] = ("shape", "stack", "in", "out", "kind", "rank", "scale")
         rows = [(t.path, _row(t), _size(t)) for t in self.targets]
         words = heading.index("rank")
-        if all(cells[words - 1] == "lora" for _, cells, _ in rows):  # then it says nothing
+        if all(
+            t.kind == LoraSpec.kind and not t.parts for t in self.targets
+        ):  # then it says nothing
             words -= 1
             heading = (*heading[:words], *heading[words + 1 :])
             rows = [(path, (*x[:words], *x[words + 1 :]), size) for path, x, size in rows]

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Remark
-from lora_jax.primitives import jaxprs, roles
-from lora_jax.primitives.dependence import Dependence
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.analysis import Facts, analyse
+from lora_jax.primitives.recorder import Use
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
 from lora_jax.target import Target
-from lora_jax.updates.recorder import Use
+from lora_jax.updates.kind import kind_named
 
 
 def resolve(
@@ -62,16 +63,14 @@ def trace(f: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Trac
     """
     traced = jaxprs.trace(f, params, args, kwargs)
     avals = dict(zip(traced.param_paths, traced.avals, strict=False))
-    return Trace(traced, avals, roles.uses(traced), Dependence(traced))
+    return Trace(avals, analyse(traced))
 
 
 class Trace(NamedTuple):
-    """The results of a trace: the uses of each parameter, and the dependences between them."""
+    """The results of a trace: the parameters by path, and what was found about them."""
 
-    traced: jaxprs.TracedCall
     avals: dict[str, Any]
-    uses: dict[str, tuple[Use, ...]]
-    dependence: Dependence
+    facts: Facts
 
     def layout(self, spec: LoraSpec) -> Layout:
         """Find the spec's targets and the roles of their axes; see `resolve`."""
@@ -80,26 +79,25 @@ class Trace(NamedTuple):
             matched = _matching_rule(rule, self)
             _check_not_hidden(rule, matched, chosen)
             chosen = {**dict.fromkeys(matched, rule), **chosen}
-        fold = {path for pattern in spec.fold for path in _matching(pattern, self.uses)}
-        whole = roles.dequantised(self.traced)
+        fold = {path for pattern in spec.fold for path in _matching(pattern, self.facts.uses)}
         return Layout(
             tuple(_target(p, self, chosen[p], p in fold) for p in self.avals if p in chosen),
             _left_out(spec, chosen, self),
-            tuple(_whole(p, self.avals[p], where) for p, where in whole.items()),
+            tuple(_whole(p, self.avals[p], where) for p, where in self.facts.dequantised.items()),
         )
 
     def use(self, path: str) -> Use | None:
         """Return the use that gives each axis of a parameter its role; None where there is none."""
-        return _canonical(self.avals[path].shape, self.uses[path])
+        return _canonical(self.avals[path].shape, self.facts.uses[path])
 
     def kernels(self) -> list[str]:
         """Return the weights of all products and the embeddings, in the order of the tree."""
-        known = {*self.dependence.kernels, *self.dependence.tables}
+        known = {*self.facts.kernels, *self.facts.tables}
         return [path for path, aval in self.avals.items() if aval.ndim > 1 and path in known]
 
     def obstacle(self, path: str, taken: Container[str] = ()) -> str | None:
         """Return why "all-linear" leaves a kernel out, given the kernels already taken, or None."""
-        known, aval, uses = self.dependence, self.avals[path], self.uses[path]
+        known, aval, uses = self.facts, self.avals[path], self.facts.uses[path]
         if path in known.heads:
             return "the output head: no other product follows it; name it to adapt it"
         if path not in known.kernels:
@@ -131,7 +129,7 @@ def _not_float(dtype: Any) -> str:
 
 def _matching_rule(rule: Rule, found: Trace) -> list[str]:
     if rule.pattern != ALL_LINEAR:
-        return _matching(rule.pattern, found.uses)
+        return _matching(rule.pattern, found.facts.uses)
     kept: list[str] = []
     for path in found.kernels():
         if found.obstacle(path, kept) is None:
@@ -183,7 +181,7 @@ def _matching(pattern: str, known: Mapping[str, Any]) -> list[str]:
 
 
 def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
-    aval, uses = found.avals[path], found.uses[path]
+    aval, uses = found.avals[path], found.facts.uses[path]
     if not jaxprs.is_float(aval.dtype):
         raise LoraError(f"{path!r} cannot be adapted: {_not_float(aval.dtype)}")
     lost = next((use for use in uses if use.barrier), None)
@@ -193,11 +191,11 @@ def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
             "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be formed "
             f"there: LoraSpec(..., fold=({path!r},))"
         )
+    scanned: tuple[int, ...] = max((u.stack for u in uses), key=len, default=())
     if rule.inputs is not None:
         stack, inputs, outputs = _stated(path, found, rule)
-    elif rule.kind == "bias":
-        stack = max((u.stack for u in uses), key=len, default=())
-        inputs, outputs = (), tuple(i for i in range(aval.ndim) if i not in stack)
+    elif (own := kind_named(rule.kind or "", path).roles(aval.shape, scanned)) is not None:
+        stack, (inputs, outputs) = scanned, own
     else:
         use = _canonical(aval.shape, uses)
         if use is None:
@@ -222,9 +220,9 @@ def _stated(path: str, found: Trace, rule: Rule) -> tuple[Any, Any, Any]:
     )
     if rule.stack is None:
         stack = tuple(i for i in axes if i not in (*inputs, *outputs))
-    traced = [u for u in found.uses[path] if u.has_axes and u.covers(shape)]
+    traced = [u for u in found.facts.uses[path] if u.has_axes and u.covers(shape)]
     known = [(u.stack, u.inputs, u.outputs) for u in traced]
-    if known and (stack, inputs, outputs) not in known and path not in found.dependence.partners:
+    if known and (stack, inputs, outputs) not in known and path not in found.facts.partners:
         use = traced[0]
         raise LoraError(
             f"{path!r}: its rule says stack={stack}, inputs={inputs}, outputs={outputs}, but "
@@ -240,10 +238,8 @@ def _canonical(shape: tuple[int, ...], uses: tuple[Use, ...]) -> Use | None:
     Convolutions and lookups come before products; among products, the most frequent roles win.
     """
     complete = [u for u in uses if u.has_axes and u.covers(shape)]
-    order = ("conv_general_dilated", "ragged_dot_general", "gather")
-    rank = lambda u: order.index(u.kind) if u.kind in order else len(order)  # noqa: E731
     usual = collections.Counter(u.inputs for u in complete)
-    return min(complete, key=lambda u: (rank(u), -usual[u.inputs]), default=None)
+    return min(complete, key=lambda u: (u.general, -usual[u.inputs]), default=None)
 
 
 def _no_axes(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> LoraError:

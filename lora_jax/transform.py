@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from lora_jax import paths
-from lora_jax.adapters import Adapters
+from lora_jax.adapters import Adapters, check
 from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.multi import per_example
-from lora_jax.multi.blend import Blend, Choosing
-from lora_jax.multi.stack import Scaled, blended
-from lora_jax.primitives import jaxprs
+from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
+from lora_jax.updates.named import Names
+from lora_jax.updates.update import Update
 
 
 def adapt(
@@ -76,33 +76,47 @@ def adapt(
     {'w': Factors(a=(8, 2), b=(2, 4))}
     """
 
-    def one(many: bool, params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
-        def weight(evaluator: Evaluator, target: Target, w: Any) -> Any:
-            names = evaluator.fresh(len(target.shape))
-            running = update.of(target, w, names)
-            if running is not None:
-                return AdaptedWeight(Weight.of(w), running, names, target.path, target.fold)
-            evaluator.paths_read.add(target.path)
-            return kind_of(target).merged(target, update.factors[target.path], w)
+    def adapted(params: Any, adapters: Adapters | Several, *args: Any, **kwargs: Any) -> Any:
+        def run(update_of: UpdateOf, per_example: bool, *args: Any, **kwargs: Any) -> Any:
+            def weight(evaluator: Evaluator, target: Target, w: Any) -> Any:
+                names = evaluator.fresh(len(target.shape))
+                update = update_of(target, w, names)
+                if isinstance(update, Update):
+                    return AdaptedWeight(Weight.of(w), update, names, target.path, target.fold)
+                evaluator.paths_read.add(target.path)
+                return update  # the merged weight, of a kind without factors
 
-        return interpret(Evaluator(many), layout, f, weight, params, *args, **kwargs)
+            evaluator = Evaluator(table.PRIMITIVES, per_example)
+            return interpret(evaluator, layout, f, weight, params, *args, **kwargs)
 
-    def adapted(
-        params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not isinstance(adapters, Choosing):
-            return one(False, params, blended(layout, adapters), *args, **kwargs)
-
-        def call(choice: Any, *args: Any, **kwargs: Any) -> Any:
-            blend = adapters.blend(layout, choice)
-            return one(adapters.per_example, params, blend, *args, **kwargs)
-
-        choice = adapters.choice(layout)
-        if not adapters.per_example:
-            return call(choice, *args, **kwargs)
-        return per_example.each(call, choice, args, kwargs, in_axes, out_axes)
+        if isinstance(adapters, Several):
+            return adapters.run(layout, run, args, kwargs, (in_axes, out_axes))
+        return run(single(layout, adapters), False, *args, **kwargs)
 
     return adapted
+
+
+UpdateOf = Callable[[Target, Any, Names], Update | jax.Array]
+"""From a target, W and the names of its axes to its update, or to the merged weight."""
+
+
+class Several(abc.ABC):
+    """What `adapt` takes in the place of one adapter: many of them, or one that is changed."""
+
+    @abc.abstractmethod
+    def run(
+        self, layout: Layout, run: Callable[..., Any], args: Any, kwargs: Any, axes: tuple[Any, Any]
+    ) -> Any:
+        """Return `run(update_of, per_example, *args, **kwargs)`, or that for each example.
+
+        axes: `in_axes` and `out_axes` of `adapt`.
+        """
+
+
+def single(layout: Layout, adapters: Adapters) -> UpdateOf:
+    """Return the updates of one adapter, after checking that it fits the layout."""
+    check(layout, adapters)
+    return lambda target, w, names: kind_of(target).update(target, adapters[target.path], w, names)
 
 
 def interpret(

@@ -15,7 +15,7 @@
   again, and loading it takes half as long as compiling it. A worker cannot read an entry that
   another worker is still writing; JAX then warns and compiles (see pyproject.toml).
 - Runs draw no curves, because the picture would take longer than the steps.
-- Workers and the processes that tests start return freed memory (system/allocator.py): keeping it
+- Workers and the processes that tests start return freed memory (system/host_memory.py): keeping it
   saves nothing when arrays are small. The processes keep their compiled programs in the shared
   folder and not in the user's.
 - A worker drops its compiled programs when it uses more than 1.3 gigabytes.
@@ -40,7 +40,7 @@ import jax
 import pytest
 from absl import flags
 
-STANDARD_PROMOTION = ("models", "data", "training", "groups", "planner", "experiments")
+STANDARD_PROMOTION = ("models", "data", "training", "sweeps", "planner", "experiments")
 STANDARD_PROMOTION += ("serving", "report", "foreign", "conversion")
 
 # The slowest files by seconds, waits included, slowest first. Each other file takes less than 20 s.

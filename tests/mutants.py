@@ -1,32 +1,30 @@
-"""Make forty one-line changes of the library, and check that tests notice each of them.
+"""Make sixty one-line changes of the library, and check that tests notice each of them.
 
 A test suite is as good as the bugs that it finds. This script makes a copy of the tracked files,
-applies one change at a time (a mutant), and runs the few tests that it names: the mutant is
-killed if one of them fails, and survives if all of them pass.
+applies one change at a time (a mutant), and runs the test that it names: the mutant is killed if
+that test fails, and survives if it passes.
 
     python -m tests.mutants                   all of them, one after the other
     python -m tests.mutants NAME ...          these
     python -m tests.mutants --jobs 2          two at a time, each in a copy of its own
     python -m tests.mutants --whole           a survivor is then run against the whole suite
-    python -m tests.mutants --list            names, files and tests; runs nothing
+    python -m tests.mutants --list            names, places and tests; runs nothing
 
-All forty take a minute and a quarter with `--jobs 2` on two quiet cores. Before that, the named
-tests run on the unchanged code and must pass, because otherwise a failure means nothing;
-`--unchecked` leaves this out. With --whole, each survivor costs a run of the suite. The exit status
-is 0 if all mutants were killed.
+Before that, the named tests run on the unchanged code and must pass, because otherwise a failure
+means nothing; `--unchecked` leaves this out. The exit status is 0 if all mutants were killed.
 
-Before anything runs, every `old` text must be found exactly once in its file, and every file with
-tests must exist; otherwise there is an error that names it. So if code is moved, renamed or
-rewritten, change the list as well: the path, or the same mistake in the new code. A mutant that
-survives is not replaced: it shows that a test is missing.
-
-pytest does not collect this file, because it contains no test.
+A change is an expression and the one that takes its place. It is found by its syntax in a room of
+the package, and it must be there exactly once (tests/test_mutants.py), so files may be split,
+reformatted and moved within the room. A mutant that survives is not replaced: it shows that a test
+is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
+import functools
 import os
 import pathlib
 import queue
@@ -36,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -44,193 +42,163 @@ NAMED, WHOLE = 300, 7200  # seconds that the named tests and the whole suite may
 
 
 class Mutant(NamedTuple):
-    """A change: `old`, which is once in `file`, becomes `new`; then one of `tests` must fail."""
+    """A change: in `where`, the expression `old` becomes `new`; then `test` must fail.
+
+    where: a room or a file, relative to lora_jax, and after a colon the function or constant, if
+      the expression is in the room more than once.
+    old: an expression. `if X`, `return X`, `name = X` (also as an argument) and `"key": X` (in a
+      dict) are that X alone.
+    """
 
     name: str
-    file: str
+    where: str
     old: str
     new: str
-    tests: tuple[str, ...]
+    test: str
+
+
+class Place(NamedTuple):
+    """A part of a file, in bytes."""
+
+    file: pathlib.Path
+    start: int
+    end: int
 
 
 # fmt: off
-MUTANTS = (  # name and file, old, new, tests
+MUTANTS = (  # name, where, old, new, test
     # ---- the core
-    Mutant("scale-without-rank", "lora_jax/target.py",
+    Mutant("scale-without-rank", "target.py:scale",
         'self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))',
         "self.alpha",
-        ("tests/test_merge.py::test_merge_against_float64_by_hand",)),
-    # A tied embedding gets the axes of its product.
-    Mutant("product-before-lookup", "lora_jax/resolve.py",
-        '"ragged_dot_general", "gather")',
-        '"ragged_dot_general", "dot_general", "gather")',
-        ("tests/test_transform.py"
-         "::test_outputs_equal_those_of_the_merged_weights[linen_embed_tied]",)),
-    Mutant("unknown-slot-is-the-base", "lora_jax/multi/chosen.py",
+        "tests/test_merge.py::test_merge_against_float64_by_hand"),
+    # The numbers stay right, but the work is many times as much.
+    Mutant("larger-product-first", "updates",
+        "if contracted(a) >= contracted(b)", "contracted(a) <= contracted(b)",
+        "tests/test_flops.py::test_gradient_flops[minilm]"),
+    Mutant("scan-never-reversed", "primitives",
+        'reverse = p["reverse"]', "False",
+        "tests/test_transform.py"
+        "::test_outputs_equal_those_of_the_merged_weights[bare_scan_reversed]"),
+    Mutant("frozen-gradients-pass", "frozen.py",
+        '"frozen": optax.set_to_zero()', "optax.identity()",
+        "tests/test_frozen.py::test_partition_freezes_even_where_gradients_of_w0_exist"),
+    Mutant("pattern-matches-a-beginning", "paths.py",
+        "regex.fullmatch(p)", "regex.match(p)",
+        "tests/test_paths.py::test_match"),
+    # ---- many adapters
+    Mutant("unknown-slot-is-the-base", "multi",
         'jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)',
         'jnp.take(n.array, self.index, axis=axis, mode="clip")',
-        ("tests/multi/test_stack.py::test_a_number_that_is_no_slot_gives_nan_in_a_compiled_program",)),
-    # The numbers stay right, but the work is many times as much.
-    Mutant("larger-product-first", "lora_jax/updates/lowrank.py",
-        "if contracted(a) >= contracted(b)",
-        "if contracted(a) <= contracted(b)",
-        ("tests/test_flops.py::test_gradient_flops[minilm]",)),
-    Mutant("scan-never-reversed", "lora_jax/primitives/control.py",
-        'reverse=p["reverse"]',
-        "reverse=False",
-        ("tests/test_transform.py"
-         "::test_outputs_equal_those_of_the_merged_weights[bare_scan_reversed]",)),
-    Mutant("examples-draw-alike", "lora_jax/multi/per_example.py",
-        "jax.random.fold_in(leaves[i], index)",
-        "leaves[i]",
-        ("tests/multi/test_stack.py::test_examples_draw_apart_from_each_other",)),
-    Mutant("ranks-filled-in-front", "lora_jax/multi/stack.py",
-        "[(0, n - have) for n, have in",
-        "[(n - have, 0) for n, have in",
-        ("tests/multi/test_stack.py::test_put_writes_one_slot_and_unstack_reads_it_back",)),
-    Mutant("balance-of-gates-alone", "lora_jax/multi/moe/statistics.py",
-        "(load.share * load.gate).sum(-1)",
-        "(load.gate * load.gate).sum(-1)",
-        ("tests/moe/test_router.py::test_the_balance_is_of_shares_and_gates",)),
-    Mutant("b-follows-the-inputs", "lora_jax/updates/lora.py",
-        "else i for i in target.outputs]",
-        "else i for i in target.inputs]",
-        ("tests/test_sharding.py::test_adapters_follow_the_weights",)),
-    Mutant("frozen-gradients-pass", "lora_jax/frozen.py",
-        '"frozen": optax.set_to_zero()',
-        '"frozen": optax.identity()',
-        ("tests/test_frozen.py::test_partition_freezes_even_where_gradients_of_w0_exist",)),
-    Mutant("hashes-not-compared", "lora_jax/checkpoint/storage.py",
-        'damaged = manifest.damaged(loaded)',
-        "damaged = list[str]()",
-        ("tests/checkpoint/test_adapter.py::test_an_array_of_another_adapter_is_named",)),
-    Mutant("pattern-matches-a-beginning", "lora_jax/paths.py",
-        "return [p for p in paths if regex.fullmatch(p)]",
-        "return [p for p in paths if regex.match(p)]",
-        ("tests/test_paths.py::test_match",)),
+        "tests/multi/test_stack.py::test_a_number_that_is_no_slot_gives_nan_in_a_compiled_program"),
+    Mutant("examples-draw-alike", "multi",
+        "jax.random.fold_in(leaves[i], index)", "leaves[i]",
+        "tests/multi/test_stack.py::test_examples_draw_apart_from_each_other"),
+    Mutant("ranks-filled-in-front", "multi",
+        "(0, n - have)", "(n - have, 0)",
+        "tests/multi/test_stack.py::test_put_writes_one_slot_and_unstack_reads_it_back"),
+    Mutant("balance-of-gates-alone", "multi/moe",
+        "(load.share * load.gate).sum(-1)", "(load.gate * load.gate).sum(-1)",
+        "tests/moe/test_router.py::test_the_balance_is_of_shares_and_gates"),
+    # ---- files
+    Mutant("hashes-not-compared", "checkpoint",
+        "damaged = manifest.damaged(loaded)", "list[str]()",
+        "tests/checkpoint/test_adapter.py::test_an_array_of_another_adapter_is_named"),
     # ---- training
-    Mutant("parts-share-a-key", "lora_jax/training/step.py",
-        "gradient(trained, frozen, batch, jax.random.fold_in(key, index))",
-        "gradient(trained, frozen, batch, key)",
-        ("tests/training/test_step.py::test_each_part_draws_from_a_key_of_its_own",)),
-    Mutant("lower-is-never-better", "lora_jax/training/run.py",
-        'sign = 1 if self.setup.workload.better == "higher" else -1',
-        "sign = 1",
-        ("tests/training/test_run.py::test_best_is_kept_when_later_steps_are_worse",)),
-    Mutant("lost-checkpoint-unsaid", "lora_jax/training/checkpoints.py",
-        "if not isinstance(error, Exception) or isinstance(error, processes.Preempted):",
-        "if not isinstance(error, Exception):",
-        ("tests/training/test_checkpoints.py::test_a_full_disk_is_an_error_at_the_end",)),
-    Mutant("first-step-stands-still", "lora_jax/training/optimizer.py",
-        "rising = (count + 1) / (hyper.rise + 1)",
-        "rising = count / (hyper.rise + 1)",
-        ("tests/training/test_optimizer.py::test_the_rates_are_those_of_optax",)),
-    Mutant("record-not-flushed", "lora_jax/training/metrics.py",
-        "self._file.flush()",
-        "pass",
-        ("tests/training/test_metrics.py::test_what_is_synced_is_in_the_file",)),
-    Mutant("checkpoint-of-unread-steps", "lora_jax/training/loop.py",
-        'every step up to this one is known good."""\n        self._settle()',
-        'every step up to this one is known good."""',
-        ("tests/training/test_run.py::test_a_nonfinite_step_stops_the_run_and_is_named",)),
-    Mutant("rows-by-data-first", "lora_jax/training/mesh.py",
-        'BATCH = P(("fsdp", "data"))',
-        'BATCH = P(("data", "fsdp"))',
-        ("tests/training/test_mesh.py"
-         "::test_rows_are_divided_in_the_order_that_the_partitioner_gets_right",)),
-    Mutant("states-may-differ", "lora_jax/training/processes.py",
-        "if any(state != states[0] for state in states):",
-        "if False:",
-        ("tests/training/test_processes.py::test_states_of_two_processes_are_put_together",)),
-    Mutant("export-without-fingerprint", "lora_jax/training/export.py",
-        "fingerprint=fingerprint,",
-        "fingerprint=None,",
-        ("tests/serving/test_predict.py::test_texts_of_the_command_line",)),
-    Mutant("fresh-deletes-anything", "lora_jax/training/directory.py",
-        "if foreign:",
-        "if False:",
-        ("tests/training/test_run.py::test_fresh_does_not_delete_what_no_run_wrote",)),
+    Mutant("parts-share-a-key", "training/step.py",
+        "jax.random.fold_in(key, index)", "key",
+        "tests/training/test_step.py::test_each_part_draws_from_a_key_of_its_own"),
+    Mutant("lower-is-never-better", "training",
+        'if self.setup.workload.better == "higher"', "True",
+        "tests/training/test_run.py::test_best_is_kept_when_later_steps_are_worse"),
+    Mutant("lost-checkpoint-unsaid", "training/checkpoints.py",
+        "isinstance(error, processes.Preempted)", "False",
+        "tests/training/test_checkpoints.py::test_a_full_disk_is_an_error_at_the_end"),
+    Mutant("first-step-stands-still", "training/optimizer.py",
+        "(count + 1) / (hyper.rise + 1)", "count / (hyper.rise + 1)",
+        "tests/training/test_optimizer.py::test_the_rates_are_those_of_optax"),
+    Mutant("record-not-flushed", "training/metrics.py:sync",
+        "self._file.flush()", "None",
+        "tests/training/test_metrics.py::test_what_is_synced_is_in_the_file"),
+    Mutant("checkpoint-of-unread-steps", "training/loop.py:checkpoint",
+        "self._settle()", "None",
+        "tests/training/test_run.py::test_a_nonfinite_step_stops_the_run_and_is_named"),
+    Mutant("rows-by-data-first", "training:BATCH",
+        '("fsdp", "data")', '("data", "fsdp")',
+        "tests/training/test_mesh.py"
+        "::test_rows_are_divided_in_the_order_that_the_partitioner_gets_right"),
+    Mutant("states-may-differ", "training/processes.py",
+        "any(state != states[0] for state in states)", "False",
+        "tests/training/test_processes.py::test_states_of_two_processes_are_put_together"),
+    Mutant("export-without-fingerprint", "training/export.py",
+        "fingerprint = fingerprint", "None",
+        "tests/serving/test_predict.py::test_texts_of_the_command_line"),
+    Mutant("fresh-deletes-anything", "training/directory.py",
+        "if foreign", "False",
+        "tests/training/test_run.py::test_fresh_does_not_delete_what_no_run_wrote"),
     # ---- data
-    Mutant("weights-one-place-late", "lora_jax/data/packing.py",
-        '"loss_weight": marks[1:]',
-        '"loss_weight": marks[:-1]',
-        ("tests/data/test_language_modelling.py"
-         "::test_packed_rows_hold_every_example_once_an_epoch",)),
-    Mutant("streams-count-their-own", "lora_jax/data/packing.py",
-        "self._shard.most(self.longest)",
-        "self.longest",
-        ("tests/data/test_shards.py::test_evaluation_has_every_example_exactly_once",)),
-    Mutant("filled-row-counts", "lora_jax/data/epochs.py",
-        "(np.arange(self.batch_size) < len(chosen))",
-        "(np.arange(self.batch_size) <= len(chosen))",
-        ("tests/data/test_classification.py"
-         "::test_an_epoch_has_every_example_exactly_once",)),
-    Mutant("lost-records-accepted", "lora_jax/data/builders.py",
-        "if found != expected:",
-        "if found > expected:",
-        ("tests/data/test_builders.py::test_lost_records_are_an_error",)),
-    # ---- groups
-    Mutant("diverged-member-goes-on", "lora_jax/sweeps/step.py",
-        "go = active & (settings.skip | (state.skipped == 0))",
-        "go = active",
-        ("tests/sweeps/test_group_step.py"
-         "::test_a_member_that_diverges_does_not_disturb_the_others[False]",)),
-    Mutant("filled-up-with-ones", "lora_jax/sweeps/batches.py",
-        "out = np.zeros((len(arrays), *shape), known[0].dtype)",
-        "out = np.ones((len(arrays), *shape), known[0].dtype)",
-        ("lora_jax/sweeps/batches.py",)),
-    Mutant("base-takes-no-memory", "lora_jax/sweeps/memory_fit.py",
-        "return shared + size * own",
-        "return size * own",
-        ("tests/training/test_fit.py::test_as_few_groups_as_fit",)),
-    Mutant("worst-run-is-best", "lora_jax/sweeps/comparison.py",
-        "return max(known, key=lambda row: row.rank)",
-        "return min(known, key=lambda row: row.rank)",
-        ("tests/sweeps/test_results.py::test_what_differs_and_what_is_best",)),
+    Mutant("weights-one-place-late", "data",
+        '"loss_weight": marks[1:].astype(np.float32)', "marks[:-1].astype(np.float32)",
+        "tests/data/test_language_modelling.py::test_packed_rows_hold_every_example_once_an_epoch"),
+    Mutant("streams-count-their-own", "data/packing.py",
+        "self._shard.most(self.longest)", "self.longest",
+        "tests/data/test_shards.py::test_evaluation_has_every_example_exactly_once"),
+    Mutant("filled-row-counts", "data",
+        "np.arange(self.batch_size) < len(chosen)", "np.arange(self.batch_size) <= len(chosen)",
+        "tests/data/test_classification.py::test_an_epoch_has_every_example_exactly_once"),
+    Mutant("lost-records-accepted", "data/builders.py",
+        "found != expected", "found > expected",
+        "tests/data/test_builders.py::test_lost_records_are_an_error"),
+    # ---- sweeps
+    Mutant("diverged-member-goes-on", "sweeps",
+        "active & (settings.skip | (state.skipped == 0))", "active",
+        "tests/sweeps/test_group_step.py"
+        "::test_a_member_that_diverges_does_not_disturb_the_others[False]"),
+    Mutant("filled-up-with-ones", "sweeps/batches.py",
+        "np.zeros((len(arrays), *shape), known[0].dtype)",
+        "np.ones((len(arrays), *shape), known[0].dtype)",
+        "lora_jax/sweeps/batches.py"),
+    Mutant("base-takes-no-memory", "sweeps/memory_fit.py",
+        "shared + size * own", "size * own",
+        "tests/training/test_fit.py::test_as_few_groups_as_fit"),
+    Mutant("worst-run-is-best", "sweeps/comparison.py",
+        "max(known, key=lambda row: row.rank)", "min(known, key=lambda row: row.rank)",
+        "tests/sweeps/test_results.py::test_what_differs_and_what_is_best"),
     # ---- planner
-    Mutant("half-of-an-all-reduce", "lora_jax/planner/measure.py",
-        '"all-reduce": 2 * (n - 1) / n,',
-        '"all-reduce": (n - 1) / n,',
-        ("tests/planner/test_plan.py::test_seconds_of_a_ring",)),
-    Mutant("loops-count-once", "lora_jax/planner/hlo.py",
-        "trips = (instruction.trips or 1) if loop else 1",
-        "trips = 1",
-        ("tests/planner/test_hlo.py::test_collectives_in_a_loop_count_as_often_as_it_runs",)),
+    Mutant("half-of-an-all-reduce", "planner",
+        '"all-reduce": 2 * (n - 1) / n', "(n - 1) / n",
+        "tests/planner/test_plan.py::test_seconds_of_a_ring"),
+    Mutant("loops-count-once", "planner/hlo.py",
+        "(instruction.trips or 1) if loop else 1", "1",
+        "tests/planner/test_hlo.py::test_collectives_in_a_loop_count_as_often_as_it_runs"),
     # ---- models
-    Mutant("rotation-backwards", "lora_jax/models/rope.py",
-        "jnp.concatenate([-sin, sin], -1)",
-        "jnp.concatenate([sin, -sin], -1)",
-        ("tests/models/test_golden.py::test_decoder_as_transformers[llama-False]",)),
-    Mutant("window-one-too-wide", "lora_jax/models/attention.py",
-        "(distance < window)[None, None]",
-        "(distance <= window)[None, None]",
-        ("tests/models/test_laws.py::test_causality[3]",)),
-    Mutant("pairs-left-adjacent", "lora_jax/models/weights/gguf_file.py",
-        "return pairs.swapaxes(1, 2).reshape(shape)",
-        "return pairs.reshape(shape)",
-        ("tests/models/weights/test_gguf_models.py::test_gguf_is_the_folder",)),
+    Mutant("rotation-backwards", "models/rope.py",
+        "[-sin, sin]", "[sin, -sin]",
+        "tests/models/test_golden.py::test_decoder_as_transformers[llama-False]"),
+    Mutant("window-one-too-wide", "models/attention.py",
+        "distance < window", "distance <= window",
+        "tests/models/test_laws.py::test_causality[3]"),
+    Mutant("pairs-left-adjacent", "models/weights",
+        "pairs.swapaxes(1, 2)", "pairs",
+        "tests/models/weights/test_gguf_models.py::test_gguf_is_the_folder"),
     # ---- serving
-    Mutant("lines-not-flushed", "lora_jax/serving/jsonl.py",
-        "self._file.flush()",
-        "pass",
-        ("tests/serving/test_jsonl.py::test_what_is_written_is_read_again",)),
-    Mutant("rows-draw-alike", "lora_jax/serving/sampling.py",
-        'jax.random.fold_in(jax.random.fold_in(jax.random.key(numbers["seed"]), row), step)',
-        'jax.random.fold_in(jax.random.key(numbers["seed"]), step)',
-        ("tests/serving/test_generation.py::test_draws_have_the_probabilities[sampling0-kept0]",)),
+    Mutant("lines-not-flushed", "serving/jsonl.py:write",
+        "self._file.flush()", "None",
+        "tests/serving/test_jsonl.py::test_what_is_written_is_read_again"),
+    Mutant("rows-draw-alike", "serving",
+        'jax.random.fold_in(jax.random.key(numbers["seed"]), row)',
+        'jax.random.key(numbers["seed"])',
+        "tests/serving/test_generation.py::test_draws_have_the_probabilities[sampling0-kept0]"),
     # ---- analysis, experiments, report
-    Mutant("phi-by-the-larger-side", "lora_jax/analysis/subspaces.py",
-        "np.minimum(rows[:, None], columns)",
-        "np.maximum(rows[:, None], columns)",
-        ("lora_jax/analysis/subspaces.py",)),
-    Mutant("bottleneck-without-residual", "experiments/methods/bottleneck.py",
-        'return x + _dense(params["up"], h)',
-        'return _dense(params["up"], h)',
-        ("tests/experiments/test_bottleneck.py::test_a_layer_is_the_formula",)),
-    Mutant("seeds-that-differ-in-more", "lora_jax/report/subspace_similarity.py",
-        'if _differences(*pair, ()) == ["seed"]',
-        'if "seed" in _differences(*pair, ())',
-        ("tests/report/test_pieces.py::test_seeds_that_differ_in_nothing_else_are_compared",)),
+    Mutant("phi-by-the-larger-side", "analysis",
+        "np.minimum(rows[:, None], columns)", "np.maximum(rows[:, None], columns)",
+        "lora_jax/analysis/subspaces.py"),
+    Mutant("bottleneck-without-residual", "../experiments/methods",
+        'x + _dense(params["up"], h)', '_dense(params["up"], h)',
+        "tests/experiments/test_bottleneck.py::test_a_layer_is_the_formula"),
+    Mutant("seeds-that-differ-in-more", "report",
+        '_differences(*pair, ()) == ["seed"]', '"seed" in _differences(*pair, ())',
+        "tests/report/test_pieces.py::test_seeds_that_differ_in_nothing_else_are_compared"),
 )
 # fmt: on
 
@@ -244,17 +212,86 @@ class Result(NamedTuple):
     failed: str
 
 
+def same(one: object, other: ast.AST) -> bool:
+    """Return whether two pieces of syntax are equal."""
+    return type(one) is type(other) and ast.dump(one) == ast.dump(other)
+
+
+def occurrences(tree: ast.AST, old: str) -> Iterator[ast.expr]:
+    """Yield each expression of the tree that `old` describes."""
+    word, _, rest = old.partition(" ")
+    if word in ("if", "return"):
+        wanted: ast.AST = ast.parse(rest, mode="eval").body
+        for node in ast.walk(tree):
+            if word == "if" and isinstance(node, ast.If | ast.IfExp) and same(node.test, wanted):
+                yield node.test
+            if word == "return" and isinstance(node, ast.Return) and same(node.value, wanted):
+                yield node.value
+        return
+    if re.match(r'"[\w-]+": ', old):
+        wanted = ast.parse("{" + old + "}", mode="eval").body
+        key, value = wanted.keys[0], wanted.values[0]
+        for node in ast.walk(tree):
+            pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+            yield from (x for name, x in pairs if same(name, key) and same(x, value))
+        return
+    (wanted,) = ast.parse(old).body
+    for node in ast.walk(tree):
+        if isinstance(wanted, ast.Expr) and same(node, wanted.value):
+            yield node
+        elif isinstance(wanted, ast.Assign):
+            named = same(node, wanted)
+            if isinstance(node, ast.keyword) and same(node.value, wanted.value):
+                named = node.arg == ast.unparse(wanted.targets[0])
+            if named:
+                yield node.value
+
+
+@functools.cache
+def parsed(file: pathlib.Path) -> ast.Module:
+    """Return the syntax of a file."""
+    return ast.parse(file.read_text())
+
+
+def scopes(tree: ast.Module, name: str) -> Iterator[ast.AST]:
+    """Yield the functions, classes and constants of this name; the whole file for no name."""
+    if not name:
+        yield tree
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else ()
+        if name and (getattr(node, "name", "") == name or name in map(ast.unparse, targets)):
+            yield node
+
+
+def places(mutant: Mutant, tree: pathlib.Path) -> list[Place]:
+    """Return where the mutant's expression is."""
+    room, _, scope = mutant.where.partition(":")
+    top, found = tree / "lora_jax" / room, set[Place]()
+    words = [scope, *re.findall(r"\w+", mutant.old.removeprefix("if ").removeprefix("return "))]
+    for file in [top] if top.is_file() else sorted(top.rglob("*.py")):
+        lines = file.read_bytes().splitlines(keepends=True)
+        if not all(word in file.read_text() for word in words):
+            continue
+        starts = [0]
+        for line in lines:
+            starts.append(starts[-1] + len(line))
+        for part in scopes(parsed(file), scope):
+            for node in occurrences(part, mutant.old):
+                start = starts[node.lineno - 1] + node.col_offset
+                found.add(Place(file, start, starts[node.end_lineno - 1] + node.end_col_offset))
+    return sorted(found)
+
+
 def misplaced(mutants: Sequence[Mutant], tree: pathlib.Path) -> list[str]:
-    """A line for each mutant whose files are missing, or whose `old` is not there exactly once."""
+    """Return a line for each mutant that is not exactly once in the tree, or without its test."""
     lines = []
     for mutant in mutants:
-        file = tree / mutant.file
-        if not file.is_file():
-            lines.append(f"{mutant.name}: there is no {mutant.file}")
-        elif (count := file.read_text().count(mutant.old)) != 1:
-            lines.append(f"{mutant.name}: {count} times in {mutant.file}: {mutant.old!r}")
-        files = dict.fromkeys(test.partition("::")[0] for test in mutant.tests)
-        lines += [f"{mutant.name}: there is no {f}" for f in files if not (tree / f).is_file()]
+        if len(found := places(mutant, tree)) != 1:
+            lines.append(f"{mutant.name}: {len(found)} times in {mutant.where}: {mutant.old}")
+        file, _, test = mutant.test.partition("::")
+        function = f"def {test.partition('[')[0]}("
+        if not (tree / file).is_file() or (test and function not in (tree / file).read_text()):
+            lines.append(f"{mutant.name}: there is no {mutant.test}")
     return lines
 
 
@@ -270,11 +307,9 @@ def copied(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def pytest(
-    tree: pathlib.Path, tests: Sequence[str], timeout: float, *options: str
-) -> tuple[str, str]:
+def pytest(tree: pathlib.Path, tests: Sequence[str], timeout: float) -> tuple[str, str]:
     """Return the result of the copy's tests ("passed", "failed", ...), and the first failure."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     # Bytecode is off: a file that changes twice in a second may keep the older bytecode.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -292,16 +327,16 @@ def pytest(
 
 
 def tried(mutant: Mutant, tree: pathlib.Path, whole: bool) -> Result:
-    """Apply the mutant in `tree`, run its tests, and undo the change."""
-    file, began = tree / mutant.file, time.monotonic()
-    text = file.read_text()
-    file.write_text(text.replace(mutant.old, mutant.new))
+    """Apply the mutant in `tree`, run its test, and undo the change."""
+    ((file, start, end),), began = places(mutant, tree), time.monotonic()
+    text = file.read_bytes()
+    file.write_bytes(text[:start] + mutant.new.encode() + text[end:])
     try:
-        word, failed = pytest(tree, mutant.tests, NAMED, "-x")
+        word, failed = pytest(tree, [mutant.test], NAMED)
         if word == "passed" and whole:
-            word, failed = pytest(tree, (), WHOLE, "-x")
+            word, failed = pytest(tree, (), WHOLE)
     finally:
-        file.write_text(text)
+        file.write_bytes(text)
     verdict = {"passed": "SURVIVED", "failed": "killed"}.get(word, word)
     return Result(mutant, verdict, time.monotonic() - began, failed)
 
@@ -314,7 +349,7 @@ def run(mutants: Sequence[Mutant], jobs: int, whole: bool, checked: bool) -> int
             print("the list does not fit the code:", *lines, sep="\n  ")
             return 2
         if checked:
-            tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+            tests = list(dict.fromkeys(mutant.test for mutant in mutants))
             began = time.monotonic()
             word, failed = pytest(trees[0], tests, WHOLE)
             print(f"unchanged code: {word} {failed} {time.monotonic() - began:.0f} s", flush=True)
@@ -357,7 +392,7 @@ def main() -> int:
     mutants = [m for m in MUTANTS if not options.names or m.name in options.names]
     if options.list:
         for mutant in mutants:
-            print(f"{mutant.name:28} {mutant.file}", *mutant.tests, sep="\n    ")
+            print(f"{mutant.name:28} {mutant.where}", mutant.test, sep="\n    ")
         return 0
     return run(mutants, options.jobs, options.whole, not options.unchecked)
 

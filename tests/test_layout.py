@@ -27,20 +27,20 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"errors", "system"},
     "frozen": {"base", "errors", "paths"},
     "target": {"errors", "spec"},
-    "updates": {"base", "errors", "target"},
-    "layout": {"base", "errors", "paths", "system", "target", "updates"},
+    "updates": {"base", "errors", "spec", "target"},
+    "layout": {"base", "errors", "paths", "spec", "system", "target", "updates"},
     "adapters": {"errors", "layout", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
     "models": {"base", "bases", "errors", "system"},
-    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
     "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
     "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
     | {"updates"},
-    "transform": {"adapters", "bases", "errors", "layout", "multi", "paths"}
-    | {"primitives", "target", "updates"},
+    "transform": {"adapters", "bases", "errors", "layout", "paths", "primitives"}
+    | {"target", "updates"},
+    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "transform"} | {"updates"},
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
     | {"primitives", "spec", "target", "transform", "updates"},
     "multi/moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
@@ -53,14 +53,14 @@ ARROWS: dict[str, set[str]] = {
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
     | {"spec", "system", "target", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
-    | {"primitives", "resolve", "system", "training"},
+    | {"primitives", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
-    | {"spec", "system", "training", "transform"},
+    | {"spec", "system", "training", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}
     | {"sweeps", "system", "training", "updates"},
     "cli": {"adapters", "base", "bases", "checkpoint", "data", "errors", "exchange"}
-    | {"models", "paths", "planner", "report", "resolve", "serving", "spec"}
-    | {"sweeps", "system", "training", "updates"},
+    | {"models", "paths", "planner", "primitives", "report", "resolve", "serving"}
+    | {"spec", "sweeps", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
     | {"layout", "multi", "multi/moe", "paths", "resolve", "sharding", "spec"}
     | {"target", "transform", "updates"},

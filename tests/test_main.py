@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_jax import __main__ as command
+from lora_jax.cli import report
 from lora_jax.system.extras import MissingExtraError
 
 
@@ -34,10 +35,10 @@ def test_train_is_train_py(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_extra_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def report(arguments: object) -> int:
+    def missing(arguments: object) -> int:
         raise MissingExtraError("lora_jax.report needs jinja2:\n    pip install 'lora-jax[report]'")
 
-    monkeypatch.setattr("lora_jax.cli.report.main", report)
+    monkeypatch.setattr(report, "main", missing)
     assert command.main(["report", "runs/a"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: lora_jax.report needs jinja2") and "pip install" in said

@@ -19,8 +19,7 @@ def dots(found: Mapping[str, Sequence[float]], label: str, title: str) -> Figure
       label: the label of the values.
       title: the title of the figure.
     """
-    with svg.style():
-        figure, axis = svg.new(4.6, 1.1 + 0.3 * max(len(found), 3))
+    with svg.drawing(4.6, 1.1 + 0.3 * max(len(found), 3)) as (figure, axis):
         for row, values in enumerate(found.values()):
             if not values:
                 continue
@@ -48,8 +47,7 @@ def lines(
       label: the label of the values.
       title: the title of the figure.
     """
-    with svg.style():
-        figure, axis = svg.new()
+    with svg.drawing() as (figure, axis):
         places = sorted({x for line in found.values() for x, values in line.items() if values})
         for number, (name, line) in enumerate(found.items()):
             own = [(x, values) for x, values in sorted(line.items()) if values]

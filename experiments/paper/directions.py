@@ -6,14 +6,12 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from experiments.paper import published, sweeps
 from experiments.paper.experiments import Task
 from experiments.paper.settings import there
-from lora_jax.report import charts, formatting, subspace_similarity, update_analysis
-from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
-from lora_jax.report.module_index import label, layers, matrices, middle
+from lora_jax.report import subspace_similarity, update_analysis
+from lora_jax.report.document import Block, Figure, Note, Paragraph, Section, Table
+from lora_jax.report.module_index import label
 from lora_jax.report.run_files import SavedRun
 from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system.console import USER_ERRORS
@@ -94,7 +92,7 @@ def _gains(runs: Sequence[SavedRun], base: BaseChoice) -> list[Block]:
         _middle(found),
     ]
     for rank, one in found.items():
-        blocks += [_factors(rank, one), update_analysis.table7(one)]
+        blocks += [*_factors(rank, one), update_analysis.table7(one)]
     return blocks
 
 
@@ -102,8 +100,8 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
     """Return Table 7 for the first matrix of the middle layer, with the paper's numbers."""
     rows = []
     for rank, one in found.items():
-        layer = middle(one.there)
-        at = next(i for i, place in enumerate(one.there) if place.layer == layer)
+        layer = one.there.middle
+        at = next(i for i, place in enumerate(one.there.places) if place.layer == layer)
         ours, paper = one.ours[at], _GAIN[rank]
         numbers = (
             ("of ΔW", ours.along_update, paper.along_update),
@@ -113,7 +111,7 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
             ("‖ΔW‖", ours.update, paper.update),
             ("factor", ours.factor, paper.update / paper.along_update),
         )
-        place = f"{one.there[at].matrix}, layer {label(layer)}"
+        place = f"{one.there.places[at].matrix}, layer {label(layer)}"
         rows += [
             (f"r = {rank}", place, name, f"{mine:.4g}", f"{its:.4g}") for name, mine, its in numbers
         ]
@@ -126,26 +124,8 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
     )
 
 
-def _factors(rank: int, one: update_analysis.AmplifiedUpdate) -> Figure:
-    rows, names = layers(one.there), matrices(one.there)
-    lines = {
-        name: [
-            next(
-                (
-                    float(ours.factor)
-                    for place, ours in zip(one.there, one.ours, strict=True)
-                    if place.layer == row and place.matrix == name
-                ),
-                float("nan"),
-            )
-            for row in rows
-        ]
-        for name in names
-    }
-    every = np.array([value for line in lines.values() for value in line])
-    panel = Panel(
-        f"amplification-{rank}",
-        f"Amplification factor by layer at rank {rank}: {formatting.span(every)}",
-        charts.by_layer(lines, [label(row) for row in rows], f"amplification factor, r = {rank}"),
-    )
-    return Figure(f"Amplification factor of every layer, rank {rank}.", (panel,))
+def _factors(rank: int, one: update_analysis.AmplifiedUpdate) -> list[Figure]:
+    factors = [float(ours.factor) for ours in one.ours]
+    what, caption = f"amplification factor, r = {rank}", "Amplification factor of every layer"
+    name = f"amplification-{rank}"
+    return update_analysis.by_layer(one.there, factors, name, what, f"{caption}, rank {rank}.")

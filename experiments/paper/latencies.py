@@ -204,8 +204,7 @@ def _figure(found: Latencies) -> Figure:
     methods = METHODS[1:]
     width = 0.8 / len(methods)
     said = []
-    with svg.style():
-        drawing, axis = svg.new()
+    with svg.drawing() as (drawing, axis):
         for number, method in enumerate(methods):
             places = [
                 x + (number - (len(methods) - 1) / 2) * width for x in range(len(found.shapes))

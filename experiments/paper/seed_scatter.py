@@ -48,8 +48,7 @@ def draw(points: Sequence[NamedPoint], along: str, up: str, counts: str = "lora"
     """
     ordered = sorted(points, key=lambda point: point.trained)
     groups = _groups(ordered)
-    with svg.style():
-        figure, axis = svg.new(4.6, 3.8)
+    with svg.drawing(4.6, 3.8) as (figure, axis):
         axis.set_xscale("log")
         low = min(p.height - p.spread for p in points)
         high = max(p.height + p.spread for p in points)

@@ -151,7 +151,7 @@ def _begin(
         a, b = _factors(target, whole, _principal if method == "pissa" else _orthonormal)
         found = _part(target, whole, _stored(target, whole - _product(target, a, b), stored), a, b)
     factors = matrices.to_factors(target, jnp.asarray(found.a), jnp.asarray(found.b))
-    parameters = kind_of(target).begin_with(target, factors, found.base)
+    parameters = kind_of(target).from_factors(target, factors, found.base)
     plain = _distance(whole, _matrix(target, stored))
     return found.base, parameters, StartError(found.error, plain)
 

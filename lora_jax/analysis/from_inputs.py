@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,12 +16,14 @@ from lora_jax.analysis import matrices
 from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.primitives import jaxprs
+from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
 from lora_jax.transform import interpret
-from lora_jax.updates.moments import moments
+from lora_jax.updates.gating import counted
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.named import EXTRA, MEMBER, RANK, Named, Names
 
 WIDEST = 2**15  # with more inputs, the second moment of one weight takes more than 4 GiB
 
@@ -116,6 +120,52 @@ def input_moments(
     return total
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Moments(LowRank):
+    """A low-rank update whose `a` is the identity of the inputs, and whose `b` is zero.
+
+    So `x a`, which every rule passes to `scaled`, is x itself as the weight sees it: rows
+    [rows, in], the patches of a convolution, the rows of an expert. The sum of x^T x comes back as
+    the gradient of `probe`, [*stack, in, in]; see `lora_jax.updates.gating.counted`.
+    """
+
+    probe: Named | None = None
+
+    needs_input = (
+        "where the inputs of the weight cannot be seen. Leave it out of the layout, and begin it "
+        "with lora_jax.init"
+    )
+
+    def scaled(self, h: Named) -> Named:
+        assert self.probe is not None
+        return counted(h, RANK, self.probe, _square)
+
+
+def _moments(
+    shape: tuple[int, ...], probe: Any, stack: Names, inputs: Names, outputs: Names
+) -> Any:
+    """Return the update of a weight with the axes [*stack, *inputs, *outputs] of this shape.
+
+    probe: float32 zeros [*stack, in, in].
+    """
+    n, m = len(stack), len(stack) + len(inputs)
+    fan_in = math.prod(shape[n:m])
+    unit = jnp.eye(fan_in, dtype=jnp.bfloat16).reshape(*shape[n:m], fan_in)  # 0 and 1 are exact
+    a = Named(jnp.broadcast_to(unit, (*shape[:m], fan_in)), (*stack, *inputs, RANK))
+    b = jnp.zeros((*shape[:n], fan_in, *shape[m:]), jnp.bfloat16)
+    return _Moments(
+        a, Named(b, (*stack, RANK, *outputs)), probe=Named(probe, (*stack, EXTRA, MEMBER))
+    )
+
+
+def _square(rows: Any) -> Any:
+    """Return rows^T rows in float32, from [*stack, rows, in]."""
+    return jnp.einsum(
+        "...ri,...rj->...ij", rows, rows, precision="highest", preferred_element_type=jnp.float32
+    )
+
+
 def _of_batch(layout: Layout, f: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
     def outputs(probes: dict[str, Any]) -> list[Any]:
         def weight(evaluator: Evaluator, target: Target, w: Any) -> AdaptedWeight:
@@ -125,10 +175,10 @@ def _of_batch(layout: Layout, f: Callable[..., Any], params: Any, args: tuple[An
                 for axes in (target.stack, target.inputs, target.outputs)
             )
             shape = target.sizes((*target.stack, *target.inputs, *target.outputs))
-            update = moments(shape, probes[target.path], stack, inputs, outputs)
+            update = _moments(shape, probes[target.path], stack, inputs, outputs)
             return AdaptedWeight(Weight.of(w), update, names, target.path, fold=False)
 
-        out = interpret(Evaluator(), layout, f, weight, params, *args)
+        out = interpret(Evaluator(table.PRIMITIVES), layout, f, weight, params, *args)
         return [x for x in jax.tree.leaves(out) if jaxprs.is_float(jnp.asarray(x).dtype)]
 
     zeros = {

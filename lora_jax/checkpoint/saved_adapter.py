@@ -19,7 +19,6 @@ from lora_jax.checkpoint.manifest import Manifest
 from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
-from lora_jax.spec import LoraSpec, Rule
 from lora_jax.updates.kind import kind_of
 
 EXTRA = "extra"  # the key of parameters that a method adds to the model, next to the model's
@@ -92,16 +91,6 @@ class SavedAdapter:
     def trainable(self) -> Mapping[str, Any]:
         """The parameters of the base that were trained in full with the adapter."""
         return self.adapter.trainable
-
-    @property
-    def spec(self) -> LoraSpec:
-        """The spec that resolves to the layout."""
-        rules = tuple(
-            Rule(t.path, t.rank, t.alpha, t.kind, t.scaling, t.parts or None, t.part_axis)
-            for t in self.layout.targets
-        )
-        fold = tuple(t.path for t in self.layout.targets if t.fold)
-        return LoraSpec(1, 1.0, rules, fold)
 
     @property
     def labels(self) -> tuple[str, ...]:

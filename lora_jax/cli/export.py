@@ -67,11 +67,7 @@ class ExportOptions(BaseChoice):
 
 
 def export(options: ExportOptions, console: Console) -> None:
-    """Write the export that the options describe, and report it on `console`.
-
-    Raises:
-      LoraError, models.ModelError, OSError: a user's error; nothing is left in the folder.
-    """
+    """Write the export that the options describe, whole or not at all, and report it."""
     out = pathlib.Path(options.out)
     if not 0 < options.shard_gb < math.inf:
         raise LoraError(f"--shard-gb must be above 0 and finite, got {options.shard_gb}")
@@ -165,7 +161,7 @@ def _base(run: Served) -> Any:
     """Return the shapes of the base, or its arrays if the export of trained parameters needs it."""
     head = "classifier/"
     others = [path for path in run.member.trainable if not path.startswith(head)]
-    biases = [t for t in run.member.layout.targets if t.kind == "bias"]
+    biases = [t for t in run.member.layout.targets if not t.inputs]
     shapes = run.shapes
     if not others and not biases:
         return shapes

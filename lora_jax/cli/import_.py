@@ -63,11 +63,7 @@ class ImportOptions:
 
 
 def run(options: ImportOptions, console: Console) -> None:
-    """Read, check and write. Findings go to `console`, the run's path to stdout.
-
-    Raises:
-      LoraError, models.ModelError, OSError: a user's error; no adapter is written then.
-    """
+    """Read, check and write. Findings go to `console`, the run's path to stdout."""
     out = pathlib.Path(options.out).expanduser()
     if min(options.lengths, default=1) < 1:
         raise LoraError(f"--lengths must be at least 1, got {options.lengths}")

@@ -14,12 +14,9 @@ from lora_jax.system.path_groups import segment
 class Leaf:
     """A parameter as it is shown; equal ones are shown once.
 
-    Attributes:
-      axes: its axes with their roles.
-      dtype: of its numbers.
-      size: how many numbers it has.
-      note: a word on how it is used; may be empty.
-      adapted: whether some target matches it.
+    axes: its axes with their roles.
+    note: a word on how it is used; may be empty.
+    adapted: whether some target matches it.
     """
 
     axes: str
@@ -33,10 +30,7 @@ class Leaf:
 class Branch:
     """A segment of paths, or several with equal trees below them, and the tree below.
 
-    Attributes:
-      names: the segments.
-      below: the branches, or the parameter.
-      rest: segments that every path below has in common, each with a `/` before it.
+    rest: segments that every path below has in common, each with a `/` before it.
     """
 
     names: tuple[str, ...]

@@ -52,15 +52,7 @@ class ReportOptions(BaseChoice):
 
 
 def run(options: ReportOptions, console: Console) -> None:
-    """Write the report, print its path to stdout, and print what is missing to `console`.
-
-    Args:
-      options: the options of the command.
-      console: prints the messages.
-
-    Raises:
-      LoraError, OSError: an error of the user, such as a path that does not exist.
-    """
+    """Write the report, print its path to stdout, and print what is missing to `console`."""
     given = [pathlib.Path(path) for path in options.run_dir]
     if not given:
         raise LoraError("no run directory: give one that train.py wrote, such as runs/reviews")
@@ -85,18 +77,7 @@ def run(options: ReportOptions, console: Console) -> None:
 
 
 def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
-    """Make the report of a run, of several runs, or of an adapter.
-
-    Args:
-      given: the paths of the command line.
-      base: the base model to open for the analysis of the update.
-
-    Returns:
-      The report, not yet written.
-
-    Raises:
-      LoraError: a path holds neither a run nor an adapter, or a file of it cannot be read.
-    """
+    """Make the report of a run, of several runs, or of an adapter."""
     if len(given) == 1 and not run_files.is_run(given[0].expanduser()):
         path = given[0].expanduser()
         if adapter_path.adapter_in(storage.folder_at(path)) is not None:

@@ -23,13 +23,10 @@ _LENGTH = 8  # tokens of a text
 class ShapedModel:
     """A model as train.py trains it, by shape.
 
-    Attributes:
-      about: what it is, in words.
-      note: what a reader should know of the parameters; may be empty.
-      apply, batch: `apply(params, batch, train=False, key=None)`.
-      params: the tree of parameters, as floats.
-      stored: path -> bits of a number, of the parameters that the file holds in quantised form.
-      stacked: how many layers are one stack; None: each is apart.
+    note: what a reader should know of the parameters; may be empty.
+    apply, batch: `apply(params, batch, train=False, key=None)`.
+    stored: path -> bits of a number, of the parameters that the file holds in quantised form.
+    stacked: how many layers are one stack; None: each is apart.
     """
 
     about: str
@@ -42,16 +39,7 @@ class ShapedModel:
 
 
 def open_shaped(reference: str, scan_layers: bool) -> ShapedModel:
-    """Open a model, and find its parameters from config.json or the GGUF header.
-
-    Args:
-      reference: as train.py's `--model.reference`.
-      scan_layers: as train.py's `--model.scan-layers`.
-
-    Raises:
-      models.ModelError, OSError: there is no such model, or its tensors do not fit its
-        configuration.
-    """
+    """Open a model, and find its parameters from config.json or the GGUF header."""
     source = models.open(reference)
     config = dataclasses.replace(source.config, scan_layers=scan_layers)
     found = source.shapes(config)

@@ -35,12 +35,12 @@ import tyro
 from lora_jax.cli.parameter_tree import Leaf, draw, tree
 from lora_jax.cli.shaped_model import ShapedModel, open_shaped
 from lora_jax.errors import LoraError
+from lora_jax.primitives.recorder import Use
 from lora_jax.resolve import Trace, trace
 from lora_jax.spec import LoraSpec, check_rank
 from lora_jax.system import table
 from lora_jax.system.console import Console, command, say
 from lora_jax.training.config import LoraConfig
-from lora_jax.updates.recorder import Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,7 @@ class ShowOptions:
 
 
 def run(options: ShowOptions, console: Console, aside: Console) -> None:
-    """Open the model by shape, trace it, and print the tree.
-
-    Args:
-      options: the command line.
-      console: prints the tree.
-      aside: asks for patience while the model is opened.
-
-    Raises:
-      LoraError, models.ModelError, OSError: a user's error, such as a pattern that matches nothing.
-    """
+    """Open the model by shape, trace it, and print the tree to `console`."""
     for rank in options.ranks:  # these errors come before the model is opened
         check_rank(rank, "--ranks")
     spec = LoraConfig(rank=1, targets=options.targets).spec
@@ -100,12 +91,12 @@ def _leaves(model: ShapedModel, found: Trace, adapted: Container[str]) -> dict[s
     leaves = {}
     for path, aval in found.avals.items():
         bits, use = model.stored.get(path), found.use(path)
-        lookup = use is not None and use.kind == "gather"
+        lookup = use is not None and use.lookup
         leaves[path] = Leaf(
-            _axes(aval.shape, use, found.uses[path], model.stacked),
+            _axes(aval.shape, use, found.facts.uses[path], model.stacked),
             str(aval.dtype) if bits is None else f"{bits:.3g} bits",
             math.prod(aval.shape),
-            "output head" if path in found.dependence.heads else "embedding" if lookup else "",
+            "output head" if path in found.facts.heads else "embedding" if lookup else "",
             path in adapted,
         )
     return leaves

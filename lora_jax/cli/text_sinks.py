@@ -6,6 +6,7 @@ token; if there are several, the unfinished ones grow below the finished ones.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from lora_jax.serving.prompts import FIELD, Request
 from lora_jax.system.console import Console, printable
 
 
-class Sink:
+class Sink(contextlib.ExitStack):
     """A context manager that receives texts and drops them; subclasses show or write them."""
 
     def grow(self, number: int, text: str) -> None:
@@ -30,12 +31,6 @@ class Sink:
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """Receive the finished text of prompt `number`; those before it are finished as well."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def transcribe(
@@ -72,37 +67,40 @@ class TypedSink(Sink):
     """Shows one text on a terminal while it grows."""
 
     def __init__(self, console: Console, request: Request) -> None:
-        """Make a sink for one request."""
+        super().__init__()
         self._console, self._request = console, request
 
     def __enter__(self) -> Self:
         self._say(Text(printable(self._request.text), style="dim"))
+        self.callback(self._say, Text("\n"))
         return self
 
     def grow(self, number: int, text: str) -> None:
         """See `Sink`."""
         self._say(Text(printable(text)))
 
-    def __exit__(self, *error: object) -> None:
-        self._say(Text("\n"))
-
     def _say(self, text: Text) -> None:
         self._console.print(text, end="", soft_wrap=True)
 
 
 class BlockSink(Sink):
-    """Shows several texts as blocks, each after the name of its adapter if there are several."""
+    """Shows several texts as blocks, each after the name of its adapter if there are several.
+
+    Unfinished texts are shown on a terminal only.
+    """
 
     def __init__(self, console: Console, requests: Sequence[Request]) -> None:
-        """Make a sink for several requests; unfinished texts are shown on a terminal only."""
+        super().__init__()
         self._console, self._requests = console, requests
-        self._named = len({request.name for request in requests}) > 1
+        several = len({request.name for request in requests if not request.error}) > 1
+        self._labels = [f"[{printable(request.name)}] " * several for request in requests]
         self._growing: dict[int, str] = {}
         self._last = -1  # the number of the text that grew last
         self._live = Live(console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Self:
-        self._live.start()  # shows nothing unless stdout is a terminal
+        self.enter_context(self._live)  # shows nothing unless stdout is a terminal
+        self.callback(self._live.update, Group(), refresh=True)
         return self
 
     def grow(self, number: int, text: str) -> None:
@@ -116,10 +114,9 @@ class BlockSink(Sink):
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """See `Sink`."""
         self._growing.pop(number, None)
-        request = self._requests[number]
+        request, label = self._requests[number], self._labels[number]
         if request.error:
             return
-        label = f"[{printable(request.name)}] " if self._named else ""
         if self._console.is_terminal:
             self._live.update(self._unfinished())
             parts = ((label, "bold"), (printable(request.text), "dim"), printable(answer["text"]))
@@ -128,18 +125,13 @@ class BlockSink(Sink):
             self._console.file.write(f"{label}{request.text}{answer['text']}\n")
             self._console.file.flush()
 
-    def __exit__(self, *error: object) -> None:
-        self._live.update(Group(), refresh=True)
-        self._live.stop()
-
     def _unfinished(self) -> Group:
         """Return a line for each unfinished text, with as much of its end as fits."""
         shown = []
         for number, text in sorted(self._growing.items())[: max(1, self._console.height - 2)]:
-            request = self._requests[number]
-            label = f"[{printable(request.name)}] " if self._named else ""
+            label = self._labels[number]
             room = max(8, self._console.width - len(label) - 1)
-            line = " ".join(printable(request.text + text).split())
+            line = " ".join(printable(self._requests[number].text + text).split())
             line = line if len(line) <= room else f"…{line[1 - room :]}"
             shown.append(Text.assemble((label, "bold"), (line, "dim"), no_wrap=True))
         return Group(*shown)
@@ -149,13 +141,9 @@ class JsonlSink(Sink):
     """Writes JSONL, and shows a progress bar."""
 
     def __init__(self, writer: Writer, bar: FileBar, requests: Sequence[Request]) -> None:
-        """Make a sink that writes to an open file."""
-        self._writer, self._bar, self._requests = writer, bar, requests
-
-    def __enter__(self) -> Self:
-        self._writer.__enter__()
-        self._bar.__enter__()
-        return self
+        super().__init__()
+        self._writer, self._bar = self.enter_context(writer), self.enter_context(bar)
+        self._requests = requests
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """See `Sink`."""
@@ -163,7 +151,3 @@ class JsonlSink(Sink):
         own = {} if request.error else {FIELD: request.text, "adapter": request.name}
         self._writer.write([{**request.fields, **own, **answer}])
         self._bar.advance(request.size)
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
-        self._writer.__exit__(*error)

@@ -42,10 +42,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
 def parse(
     arguments: Sequence[str], default: str, root: pathlib.Path, program: str = "train.py"
 ) -> tuple[str, Config | GroupConfig, PlanOptions]:
-    """Read a command line.
+    """Read the arguments after `train.py`.
 
     Args:
-      arguments: the arguments after `train.py`.
       default: the config file if there is no `--config`.
       root: a folder to search for a config path that does not exist in the working directory.
       program: the name of the program in `--help`.
@@ -53,12 +52,6 @@ def parse(
     Returns:
       The name of the config, the config with the changes of the command line, and the options of
       a plan. A sweep is returned as the group of its members.
-
-    Raises:
-      ConfigError: there is no such config file, no config in it, or the members of a group are
-        invalid.
-      SystemExit: after `--help`, or after a message about a field that is unknown or has a wrong
-        type or value.
     """
     refuse_empty(arguments)  # before its config is run
     reference = _reference(arguments, default)
@@ -139,15 +132,7 @@ def _reference(arguments: Sequence[str], default: str) -> str:
 def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:
     """Load the config `path.py` or `path.py:name`, and return its name for the run directory.
 
-    Args:
-      reference: the path of a config file, perhaps with the name of a value in it.
-      root: a folder to search for a path that does not exist in the working directory.
-
-    Returns:
-      The name and the config.
-
-    Raises:
-      ConfigError: there is no such file, or no such config in it.
+    A path that does not exist in the working directory is searched for in `root`.
     """
     text, _, attribute = reference.partition(":")
     path = _find(pathlib.Path(text), root)

@@ -10,7 +10,7 @@ from lora_jax.data.batches import describe as describe
 from lora_jax.data.catalogue import open_source as open_source
 from lora_jax.data.classification import classification as classification
 from lora_jax.data.config import DataConfig as DataConfig
-from lora_jax.data.image_config import ImageDataConfig as ImageDataConfig
+from lora_jax.data.config import ImageDataConfig as ImageDataConfig
 from lora_jax.data.labels import Labels as Labels
 from lora_jax.data.labels import labels_of as labels_of
 from lora_jax.data.language_modelling import language_modelling as language_modelling

@@ -30,14 +30,8 @@ _CHUNK = 1024  # records that are read together
 
 
 def folder(data_dir: str | None) -> Path:
-    """Return the folder of prepared data: `data_dir`, or `data/` in the cache folder.
-
-    Args:
-      data_dir: the folder that the config names, if it does.
-
-    Raises:
-      user_cache.CacheError: others could have changed the cache folder.
-    """
+    """Return the folder of prepared data: `data_dir`, or `data/` in the cache folder (`CacheError`
+    if others could have changed that)."""
     return user_cache.folder("data") if data_dir is None else Path(data_dir).expanduser()
 
 
@@ -46,12 +40,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
 
     TFDS writes into a temporary folder and renames it at the end. So a preparation that was killed
     leaves nothing that a later one would read, and of two at the same time the first to end wins.
-
-    Args:
-      builder: any TFDS builder.
-
-    Raises:
-      DataError: the data exists in a format that needs TensorFlow, or the disk is full.
+    `DataError`: the data exists in a format that needs TensorFlow, or the disk is full.
     """
     path = Path(builder.data_path)
     if path.exists():
@@ -120,13 +109,7 @@ class Builder(DataSource):
     def __init__(
         self, builder: tfds.core.DatasetBuilder, name: str, notes: tuple[str, ...] = ()
     ) -> None:
-        """Prepare the builder if its data is not there yet.
-
-        Args:
-          builder: any TFDS builder.
-          name: the name of the source in a config.
-          notes: see `DataSource.notes`.
-        """
+        """Prepare the builder if its data is not there yet."""
         prepare(builder)
         self._builder = builder
         self.name = name
@@ -186,12 +169,8 @@ class ArrayRecords(Sequence[Example]):
     """TFDS records with text as `str`; numbers are Python numbers already."""
 
     def __init__(self, records: Any, encoded: Sequence[str] = ()) -> None:
-        """Wrap the data source of a builder.
-
-        Args:
-          records: the return value of `builder.as_data_source`.
-          encoded: the fields that hold files, such as images; they stay `bytes`.
-        """
+        """Wrap the return value of `builder.as_data_source`; `encoded` fields (images) stay
+        `bytes`."""
         self._records = records
         self._encoded = frozenset(encoded)
 

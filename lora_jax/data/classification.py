@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, ShardBatches, TextFacts
+from lora_jax.data.batches import Batches, TextFacts
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
-from lora_jax.data.epochs import Epochs
+from lora_jax.data.epochs import Epochs, Table
 from lora_jax.data.labels import Labels, labels_of
-from lora_jax.data.process_slice import Shard
 from lora_jax.data.source import DataSource, read
 from lora_jax.data.status import tracked
 from lora_jax.errors import DataError
@@ -93,22 +90,15 @@ def classification(
     values = _values(config, examples, labels, f"{source.name}, split {split!r}")
     buckets = np.searchsorted(config.lengths, tokens.lengths)
     table = ExampleTable(
-        tokens,
-        values,
-        Epochs(buckets, batch_size, seed if shuffle else None, epochs),
+        epochs=Epochs(buckets, batch_size, seed if shuffle else None, epochs),
+        labels=labels,
+        tokens=tokens,
+        values=values,
         buckets=config.lengths,
         pad=padding_id(tokenizer),
         types=len(config.text_fields) == 2 and 1 in tokenizer.encode("a", "a").type_ids,
     )
-    facts = _facts(source, split, table, labels, truncation)
-
-    def part(shard: Shard) -> ShardBatches:
-        shard.rows(batch_size)  # raises if the rows cannot be divided
-        own = dataclasses.replace(table, shard=shard)
-        dataset = grain.MapDataset.source(own).to_iter_dataset(IN_THREAD)
-        return dataset.__iter__, facts
-
-    return Batches(functools.cache(part), labels)
+    return table.batches(_facts(source, split, table, truncation))
 
 
 def _rows(
@@ -144,24 +134,20 @@ def _values(
     return np.array(values, np.float32 if labels.regression else np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class ExampleTable:
-    """The random-access source of Grain: the rows of a shard of each batch, by its number."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleTable(Table):
+    """The tokenised texts and their labels."""
 
     tokens: Tokens
     values: NDArray[Any]
-    epochs: Epochs
     buckets: tuple[int, ...]
     pad: int
     types: bool
-    shard: Shard = WHOLE
 
-    def __len__(self) -> int:
-        return len(self.epochs)
-
-    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
-        _, chosen = self.epochs.at(number)
-        rows, weight = self.epochs.filled(chosen, self.shard.rows(self.epochs.batch_size))
+    def columns(
+        self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """See `Table.columns`."""
         shape = (len(rows), self.length(chosen))
         ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
         mask = np.zeros(shape, bool)
@@ -171,9 +157,7 @@ class ExampleTable:
             types[row, : len(row_ids)] = row_types
             mask[row, : len(row_ids)] = True
         batch = {"input_ids": ids, "mask": mask, "label": self.values[rows]}
-        if self.types:
-            batch["token_types"] = types
-        return {**batch, "weight": weight, "index": rows.astype(np.int32)}
+        return {**batch, "token_types": types} if self.types else batch
 
     def length(self, chosen: NDArray[np.int64]) -> int:
         """Return the bucket of a batch, which has room for its longest example."""
@@ -181,7 +165,7 @@ class ExampleTable:
 
 
 def _facts(
-    source: DataSource, split: str, table: ExampleTable, labels: Labels, truncation: TextTruncation
+    source: DataSource, split: str, table: ExampleTable, truncation: TextTruncation
 ) -> TextFacts:
     counts = Counter(table.values.tolist())
     tokens = int(table.tokens.lengths.sum())
@@ -194,6 +178,6 @@ def _facts(
         tokens=tokens,
         padding=1 - tokens / (table.epochs.batch_size * sum(shapes)),
         truncation=truncation,
-        classes=tuple((name, counts[i]) for i, name in enumerate(labels.names)),
+        classes=tuple((name, counts[i]) for i, name in enumerate(table.labels.names)),
         notes=source.notes,
     )

@@ -1,10 +1,72 @@
-"""The config of a data set of texts."""
+"""The configs of data sets: what all kinds share, and those of texts and of images."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from lora_jax.data.examples_config import ExamplesConfig
+from lora_jax.errors import DataError
+from lora_jax.system.checked import Checked
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamplesConfig(Checked):
+    """The source of the examples, their labels, and the sizes of batches."""
+
+    _path = "data."
+
+    source: str
+    """The source; see the subclasses."""
+    data_dir: str | None = None
+    """The folder for prepared data. None: data/ in LORA_JAX_CACHE or ~/.cache/lora_jax."""
+    label_field: str = "label"
+    """Classification: the field with the label."""
+    label_names: tuple[str, ...] = ()
+    """The classes in order. Empty: the classes that the source declares, or else the labels in
+    the training split."""
+    regression: bool = False
+    """The label is a real number. Most sources say so by themselves; CSV files cannot."""
+    batch_size: int = 32
+    """Rows of a training batch."""
+    eval_batch_size: int = 64
+    """Rows of an evaluation batch."""
+    train_split: str = "train"
+    """The split for training."""
+    eval_split: str = "validation"
+    """The split for the evaluations that pick the best adapter."""
+    test_split: str = "test"
+    """The split that is evaluated before training and with the best adapter."""
+    train_limit: int | None = None
+    """Use only this many training examples, the first ones. None: all."""
+    eval_limit: int | None = None
+    """Use only this many evaluation examples, the first ones. None: all."""
+    test_limit: int | None = None
+    """Use only this many test examples, the first ones. None: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("source", bool(self.source), "the name of a source")
+        for name in ("batch_size", "eval_batch_size"):
+            self._require(name, getattr(self, name) > 0, "at least 1")
+        for name in ("train_limit", "eval_limit", "test_limit"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "at least 1, or None for all")
+        if self.regression and self.label_names:
+            raise DataError("data.regression and data.label_names exclude each other: drop one")
+
+    def limit(self, split: str) -> int | None:
+        """Return the largest number of examples of `split` to use. None: all."""
+        limits = {
+            self.test_split: self.test_limit,
+            self.eval_split: self.eval_limit,
+            self.train_split: self.train_limit,
+        }
+        return limits.get(split)
+
+    def _require(self, field: str, condition: bool, expected: str) -> None:
+        got: Any = getattr(self, field)
+        if not condition:
+            raise DataError(f"data.{field} must be {expected}, got {got!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +111,27 @@ class DataConfig(ExamplesConfig):
         (32, 64, 100)
         """
         return (*sorted({b for b in self.buckets if b < self.max_length}), self.max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataConfig(ExamplesConfig):
+    """The source of the images, their augmentation in training, and the sizes of batches."""
+
+    source: str = "tfds:beans"
+    """tfds:name/config:version, or JSONL and CSV files with the path of an image file in each row,
+    as data/{split}.jsonl or train=a.csv,validation=b.csv."""
+    image_field: str = "image"
+    """The field with the image."""
+    flip: bool = False
+    """Training: mirror a random half of the images, left to right."""
+    crop: float = 1.0
+    """Training: cut out a random part of each image, with at least this share of its area, and a
+    width of three quarters to four thirds of its height. 1: use the whole image."""
+    threads: int = dataclasses.field(default=4, metadata={"incidental": True})
+    """Batches that are decoded at the same time, each in a thread; as many more are kept ready."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("image_field", bool(self.image_field), "the name of a field")
+        self._require("crop", 0 < self.crop <= 1, "above 0 and at most 1")
+        self._require("threads", self.threads > 0, "at least 1")

@@ -1,13 +1,20 @@
-"""Epochs decide which examples are in which batch."""
+"""Epochs decide which examples are in which batch; a table makes the batches of them."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import grain
 import numpy as np
 from numpy.typing import NDArray
+
+from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, Facts, ShardBatches
+from lora_jax.data.labels import Labels
+from lora_jax.data.process_slice import Shard
 
 ENDLESS = 2**31  # epochs
 
@@ -66,13 +73,44 @@ class Epochs:
     def filled(
         self, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the examples in some rows of a batch, and their weights [rows] float32.
+        """Return the examples in some rows of a batch of `chosen` ones, and their weights [rows]
+        float32.
 
         A short batch is filled with its own examples, starting with the first, at weight 0.
-
-        Args:
-          chosen: the numbers of the examples of the batch.
-          rows: the numbers of the rows.
         """
         weights = (np.arange(self.batch_size) < len(chosen))[rows].astype(np.float32)
         return np.resize(chosen, self.batch_size)[rows], weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table(abc.ABC):
+    """The random-access source of Grain: the rows of a shard of each batch, by its number."""
+
+    epochs: Epochs
+    labels: Labels
+    shard: Shard = WHOLE
+
+    @abc.abstractmethod
+    def columns(
+        self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Return the inputs and labels of some examples of the batch that has those `chosen`."""
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
+        epoch, chosen = self.epochs.at(number)
+        rows, weight = self.epochs.filled(chosen, self.shard.rows(self.epochs.batch_size))
+        found = self.columns(epoch, chosen, rows)
+        return {**found, "weight": weight, "index": rows.astype(np.int32)}
+
+    def batches(self, facts: Facts, options: grain.ReadOptions = IN_THREAD) -> Batches:
+        """Return the batches of all shards."""
+
+        def part(shard: Shard) -> ShardBatches:
+            shard.rows(self.epochs.batch_size)  # raises if the rows cannot be divided
+            own = dataclasses.replace(self, shard=shard)
+            return grain.MapDataset.source(own).to_iter_dataset(options).__iter__, facts
+
+        return Batches(functools.cache(part), self.labels)

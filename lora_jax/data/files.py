@@ -24,11 +24,7 @@ class Files(DataSource):
     """
 
     def __init__(self, name: str) -> None:
-        """Find the files.
-
-        Raises:
-          DataError: there are none.
-        """
+        """Find the files; `DataError` if there are none."""
         self.name = name
         self._paths = _paths(name)
         self.splits = tuple(self._paths)

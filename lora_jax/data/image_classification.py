@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,12 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_jax.data.batches import WHOLE, Batches, Facts, ShardBatches
+from lora_jax.data.batches import Batches, Facts
 from lora_jax.data.catalogue import open_source
-from lora_jax.data.epochs import Epochs
-from lora_jax.data.image_config import ImageDataConfig
+from lora_jax.data.config import ImageDataConfig
+from lora_jax.data.epochs import Epochs, Table
 from lora_jax.data.images import NO_AUGMENTATION, Augmentation, decode, pixels
-from lora_jax.data.labels import Labels, labels_of
-from lora_jax.data.process_slice import Shard
+from lora_jax.data.labels import labels_of
 from lora_jax.models.text.example import Example, field_of
 from lora_jax.models.weights.preprocessing import Preprocessing
 
@@ -33,7 +31,8 @@ def image_classification(
     epochs: int | None = 1,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Batches:
-    """Make batches of images with their labels.
+    """Make batches of images with their labels; see `lora_jax.data.classification` for the
+    arguments.
 
     A batch has, for B images:
 
@@ -44,33 +43,18 @@ def image_classification(
 
     Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
     short is filled with copies of its rows, at weight 0. A process reads and decodes only its own
-    rows of a batch, in threads, a few batches ahead.
-
-    Args:
-      config: the config of the data.
-      preprocessing: the preprocessing of the model.
-      split: the name of a split.
-      batch_size: rows of a batch.
-      shuffle: whether each epoch has its own order, drawn from `seed` and its number.
-      seed: the seed of the order and of the augmentation.
-      epochs: the number of epochs. None: without end.
-      augmentation: random changes, drawn for each image in each epoch.
-
-    Returns:
-      The batches.
-
-    Raises:
-      DataError: the source, a field or a label is not as the config says.
+    rows of a batch, in threads, a few batches ahead. The augmentation is drawn for each image in
+    each epoch.
     """
     source = open_source(config.source, config.data_dir)
     examples, limit = source.examples(split), config.limit(split)
     size = len(examples) if limit is None else min(limit, len(examples))
     table = ImageTable(
-        examples,
-        Epochs(np.zeros(size, np.int64), batch_size, seed if shuffle else None, epochs),
-        config,
-        labels_of(config, source),
-        preprocessing,
+        epochs=Epochs(np.zeros(size, np.int64), batch_size, seed if shuffle else None, epochs),
+        labels=labels_of(config, source),
+        examples=examples,
+        config=config,
+        preprocessing=preprocessing,
         where=f"{source.name}, split {split!r}",
         augmentation=augmentation,
         seed=seed,
@@ -83,45 +67,28 @@ def image_classification(
         batches=table.epochs.batches,
         notes=source.notes,
     )
-    ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads)
-
-    def part(shard: Shard) -> ShardBatches:
-        shard.rows(batch_size)  # raises if the rows cannot be divided
-        own = dataclasses.replace(table, shard=shard)
-        return grain.MapDataset.source(own).to_iter_dataset(ahead).__iter__, facts
-
-    return Batches(functools.cache(part), table.labels)
+    return table.batches(facts, grain.ReadOptions(config.threads, config.threads))
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageTable:
-    """The random-access source of Grain: the rows of a shard of each batch, by its number."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageTable(Table):
+    """The images, which are decoded when they are needed, and their labels."""
 
     examples: Sequence[Example]
-    epochs: Epochs
     config: ImageDataConfig
-    labels: Labels
     preprocessing: Preprocessing
     where: str
     augmentation: Augmentation
     seed: int
-    shard: Shard = WHOLE
 
-    def __len__(self) -> int:
-        return len(self.epochs)
-
-    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
-        epoch, chosen = self.epochs.at(number)
-        rows, weight = self.epochs.filled(chosen, self.shard.rows(self.epochs.batch_size))
+    def columns(
+        self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """See `Table.columns`."""
         found = {i: self.row(epoch, i) for i in dict.fromkeys(rows.tolist())}
         images, labels = zip(*(found[i] for i in rows.tolist()), strict=True)
         kind = np.float32 if self.labels.regression else np.int32
-        return {
-            "pixels": np.stack(images),
-            "label": np.array(labels, kind),
-            "weight": weight,
-            "index": rows.astype(np.int32),
-        }
+        return {"pixels": np.stack(images), "label": np.array(labels, kind)}
 
     def row(self, epoch: int, index: int) -> tuple[NDArray[np.float32], int | float]:
         """Return the pixels and the label of an example in an epoch."""

@@ -74,16 +74,8 @@ NO_AUGMENTATION = Augmentation()
 def decode(value: Any, channels: int, where: str) -> Image:
     """Decode an image file, upright, to 3 channels of colour or 1 of grey with 8 bits each.
 
-    Args:
-      value: the bytes of a PNG, a JPEG or another file that Pillow reads, or its path.
-      channels: 1 or 3. Transparency is dropped, as transformers does.
-      where: the example, for the error message.
-
-    Returns:
-      The image.
-
-    Raises:
-      DataError: the value is neither bytes nor a path, or the image cannot be read.
+    `value` is the bytes of a PNG, a JPEG or another file that Pillow reads, or its path.
+    Transparency is dropped, as transformers does.
     """
     if isinstance(value, str):
         value = _content(value, where)
@@ -116,17 +108,8 @@ def _content(path: str, where: str) -> bytes:
 def pixels(
     image: Image, how: Preprocessing, box: Box | None = None, flip: bool = False
 ) -> NDArray[np.float32]:
-    """Return the numbers that a model reads.
-
-    Args:
-      image: the return value of `decode`.
-      how: the size, the filter, the scale and the normalisation.
-      box: the part of the image that is resized. None: all of it.
-      flip: whether to mirror it, left to right.
-
-    Returns:
-      float32 [height, width, channels].
-    """
+    """Resize the part of an image in `box` (all of it, if None), and return the numbers that a
+    model reads: float32 [height, width, channels]."""
     high, wide = how.size
     resized = image.resize((wide, high), PIL.Image.Resampling(how.resample), box=box)
     numbers = np.asarray(resized).reshape(high, wide, how.channels)

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from lora_jax.data.examples_config import ExamplesConfig
+from lora_jax.data.config import ExamplesConfig
 from lora_jax.data.source import DataSource
 from lora_jax.errors import DataError, nearest
 from lora_jax.models.text.example import field_of, place_of, shown

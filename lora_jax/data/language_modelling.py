@@ -120,11 +120,7 @@ class Reader:
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, where: str, vocabulary: int | None = None
     ) -> None:
-        """Check the templates and the end token.
-
-        Raises:
-          DataError: one of them cannot be used.
-        """
+        """Check the templates and the end token."""
         self.where = where
         self._prompt = Template(config.prompt, "prompt")
         self._answer = Template(config.answer, "answer")
@@ -137,9 +133,6 @@ class Reader:
         """Yield a row for each example, which is empty if there is nothing to learn.
 
         Counts of cut and dropped examples are added to `truncation`.
-
-        Raises:
-          DataError: an example lacks a field.
         """
         start = self._encoder.start
         asked = [self._prompt.fill(e, self.where) for e in examples]
@@ -228,12 +221,8 @@ def _measure(
 ) -> tuple[int, int, TextTruncation]:
     """Count the examples in use, the positions they take in packed rows, and the truncation.
 
-    The counts are for the whole split. If not all rows are known, they are scaled up from a sample.
-
-    Args:
-      rows: the rows of the streams of this process.
-      truncation: what was cut off so far.
-      count: the number of examples of the split.
+    The counts are for the `count` examples of the whole split. If this process has not tokenised
+    all of them, they are scaled up from a sample.
     """
     each = -(-_SAMPLE // len(rows))
     lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])

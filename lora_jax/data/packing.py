@@ -130,24 +130,13 @@ class Streams:
     def __init__(
         self, rows: Mapping[int, Sequence[TokenRow]], packing: Packing, shard: Shard, where: str
     ) -> None:
-        """Make the streams. Nothing is packed yet.
-
-        Args:
-          rows: number of a stream -> its rows; an empty row is skipped.
-          packing: the settings.
-          shard: the rows of a batch that these streams are.
-          where: source and split, for error messages.
-        """
+        """Make the streams, by number; nothing is packed yet. An empty row is skipped."""
         self._packing, self._shard, self._where = packing, shard, where
         # Grain would search for ever for the next row of an endless stream that has none.
         self._rows = {n: r if any(len(ids) for ids, _ in r) else () for n, r in rows.items()}
 
     def begin(self) -> PackedBatches:
-        """Return an iterator before the first batch. Every process must call this, or all wait.
-
-        Raises:
-          DataError: no stream of any process has an example.
-        """
+        """Return an iterator before the first batch. Every process must call this, or all wait."""
         if not self._anything:
             raise DataError(f"{self._where}: no example of it has anything to learn")
         return PackedBatches(self._iterators(), self._packing.blank(), self._batches)
@@ -190,13 +179,8 @@ class PackedBatches:
     def __init__(
         self, streams: Mapping[int, grain.DatasetIterator], blank: _Arrays, total: int | None
     ) -> None:
-        """Start before the first batch.
-
-        Args:
-          streams: number of a stream -> its rows.
-          blank: the row that a stream yields after its end.
-          total: the number of batches. None: without end.
-        """
+        """Start before the first of `total` batches (None: without end); `blank` fills up streams
+        that have ended."""
         self._streams, self._blank, self._total = streams, blank, total
         self._batch = 0
 
@@ -216,11 +200,7 @@ class PackedBatches:
         return {"batch": self._batch, "rows": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue at the position that `get_state` returned.
-
-        Raises:
-          DataError: the state lacks a stream of this process.
-        """
+        """Continue at the position that `get_state` returned."""
         missing = [n for n in self._streams if str(n) not in state["rows"]]
         if missing:
             raise DataError(

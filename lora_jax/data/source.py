@@ -44,13 +44,7 @@ class DataSource(abc.ABC):
 
 
 def read(source: DataSource, split: str, limit: int | None) -> list[Example]:
-    """Read the first `limit` examples of a split into memory. None: all.
-
-    Args:
-      source: the source.
-      split: the name of the split.
-      limit: the number of examples.
-    """
+    """Read the first `limit` examples of a split into memory. None: all."""
     examples = source.examples(split)
     total = len(examples) if limit is None else min(limit, len(examples))
     return list(tracked(islice(examples, total), f"reading {split}", total))

@@ -16,11 +16,7 @@ _LONG = 20_000  # this many items take about a second
 
 @contextlib.contextmanager
 def status(description: str) -> Iterator[None]:
-    """Show `description` while the block runs: a spinner on a terminal, a line elsewhere.
-
-    Args:
-      description: the text.
-    """
+    """Show `description` while the block runs: a spinner on a terminal, a line elsewhere."""
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
         console.print(description, highlight=False, soft_wrap=True)
@@ -29,13 +25,7 @@ def status(description: str) -> Iterator[None]:
 
 
 def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield items, and show a progress bar on a terminal or a line elsewhere if there are many.
-
-    Args:
-      items: the items.
-      description: the activity, such as "tokenising train".
-      total: the number of items.
-    """
+    """Yield items, and show a progress bar on a terminal or a line elsewhere if there are many."""
     if total < _LONG:
         yield from items
         return

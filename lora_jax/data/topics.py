@@ -45,13 +45,8 @@ _NEWSGROUPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """One of the data sets.
-
-    stem: the start of the names of its two files.
-    sha256: split -> checksum of its file.
-    empty: the number of empty rows in both files.
-    shared: the number of texts that are in both files.
-    """
+    """One of the data sets: the start of the names of its two files, the sum of each, and the
+    numbers of empty rows in both and of texts that are in both."""
 
     stem: str
     classes: tuple[str, ...]
@@ -137,10 +132,7 @@ class Topics(TextBuilder):
 def read(path: Path) -> Iterator[KeyedRow]:
     """Yield the rows of an Orange tab file with a label and a text, each with its line number.
 
-    Empty rows are included.
-
-    Raises:
-      DataError: a row has more or fewer columns, or lacks the label or the text.
+    Empty rows are included; a row with other columns is a `DataError`.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.errors import LoraError
+from lora_jax.models.weights.families import parse
 from lora_jax.models.weights.folder import Folder
-from lora_jax.models.weights.hf_config import parse
 from lora_jax.serving.served_adapters import Served
 from lora_jax.system import regular_files
 from lora_jax.system.whole_files import FileWriter
@@ -153,7 +154,9 @@ def _companions(run: Served) -> dict[str, FileWriter]:
     if isinstance(source, Folder):
         there = {name: source.path / name for name in _COMPANIONS}
         return {
-            name: functools.partial(_copy, path) for name, path in there.items() if path.exists()
+            name: functools.partial(_copy, path)
+            for name, path in there.items()
+            if os.path.lexists(path)  # a link that leads nowhere is an error
         }
     tokenizer, config = source.tokenizer(), run.config
     ids = {"bos_token": config.bos_id, "eos_token": config.eos_id, "pad_token": config.pad_id}

@@ -26,7 +26,8 @@ from lora_jax.exchange.names import NameTable, TensorPlace
 from lora_jax.exchange.whole import is_shared, places_of
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule
-from lora_jax.primitives import jaxprs, roles
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.analysis import analyse
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.target import Target
@@ -49,7 +50,7 @@ def into_adapter(
     leaves = paths.flatten(params)
     pieces, heads = _pieces(modules, table)
     shifts = _shifts(modules, table)
-    used = roles.uses(jaxprs.trace(f, params, args))
+    used = analyse(jaxprs.trace(f, params, args)).uses
     _check_ties(pieces, heads, used, modules.ties)
     rules = [*(Rule(p) for p in pieces), *(Rule(p, kind="bias") for p in shifts)]
     spec = LoraSpec(1, 1.0, tuple(rules))
@@ -166,7 +167,7 @@ def _inputs(target: Target, piece: _Piece) -> np.ndarray:
 
 def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
     """Return arrays whose update is zero, to be filled. Layers missing in the file stay zero."""
-    if target.kind == "lora":
+    if kind_of(target).fields is Factors:
         return {
             n: np.zeros(x, np.float32) for n, x in kind_of(target).shapes(target)._asdict().items()
         }

@@ -25,11 +25,12 @@ from lora_jax.exchange.tensor_file import LazyTensor
 from lora_jax.layout import Layout
 from lora_jax.models.hf_names import hf_prefix
 from lora_jax.models.weights.assemble import load_one, read_slice
-from lora_jax.models.weights.names import TensorName, table_of
+from lora_jax.models.weights.families import table_of
 from lora_jax.models.weights.stored import StoredParameter, parameters
+from lora_jax.models.weights.tensor_names import TensorName
 from lora_jax.serving.served_adapters import Served
+from lora_jax.updates.conversion import sliced
 from lora_jax.updates.kind import kind_of
-from lora_jax.updates.sliced import sliced
 
 
 class MergedWeights:

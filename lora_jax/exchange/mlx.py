@@ -72,7 +72,7 @@ def load(
     with naming(place / TENSORS):
         shapes = {p: tuple(x.shape) for p, x in paths.flatten(params).items()}
         table = NameTable(names, shapes)
-        whole = config.kind == "full"
+        whole = config.method == "full"
         modules = Modules({}, tensors) if whole else Modules(_updates(tensors, config))
         # In MLX, an embedding that is also the output head is one module: both uses change.
         return into_adapter(modules._replace(ties=True), table, f, params, args)
@@ -163,7 +163,7 @@ def _updates(tensors: Mapping[str, np.ndarray], config: MlxConfig) -> dict[str, 
         grouped.setdefault(module, {})[part] = x
     _check_layers(grouped, config)
     found: dict[str, ModuleUpdate] = {}
-    wanted, keys = set(FACTORS[: 3 if config.kind == "dora" else 2]), set(config.keys or ())
+    wanted, keys = set(FACTORS[: 3 if config.method == "dora" else 2]), set(config.keys or ())
     for module, parts in grouped.items():
         if set(parts) != wanted:
             raise LoraError(f"{module!r} has {sorted(parts)}, expected {sorted(wanted)}")

@@ -15,13 +15,13 @@ LAYER = re.compile(r".*?\.(\d+)\.(.*)")  # the number of a layer, and a module's
 class MlxConfig(NamedTuple):
     """The settings that decide the function; all others are the history of a training run.
 
-    kind: fine_tune_type: "lora", "dora" or "full".
+    method: fine_tune_type: "lora", "dora" or "full".
     rank, scale: of all modules; the scale is the factor itself.
     layers: num_layers, the number of adapted layers, counted from the last; -1: all.
     keys: the names of the adapted modules, inside a layer or in full; None: all.
     """
 
-    kind: str
+    method: str
     rank: int
     scale: float
     layers: int
@@ -30,14 +30,14 @@ class MlxConfig(NamedTuple):
 
 def parse(settings: Mapping[str, Any]) -> MlxConfig:
     """Return the settings that decide the function."""
-    kind = settings.get("fine_tune_type", "lora")
-    if "peft_type" in settings or kind not in ("lora", "dora", "full"):
+    method = settings.get("fine_tune_type", "lora")
+    if "peft_type" in settings or method not in ("lora", "dora", "full"):
         raise LoraError(
-            f"fine_tune_type is {shown(kind)!r}, expected 'lora', 'dora' or 'full'; a "
+            f"fine_tune_type is {shown(method)!r}, expected 'lora', 'dora' or 'full'; a "
             "configuration with peft_type is read by exchange.peft"
         )
-    if kind == "full":
-        return MlxConfig(kind, 0, 1.0, -1, None)
+    if method == "full":
+        return MlxConfig(method, 0, 1.0, -1, None)
     given, layers = settings.get("lora_parameters"), settings.get("num_layers")
     if not isinstance(given, dict) or type(layers) is not int:
         raise LoraError("expected lora_parameters {rank, scale, dropout, keys} and num_layers")
@@ -54,4 +54,4 @@ def parse(settings: Mapping[str, Any]) -> MlxConfig:
     named = isinstance(keys, list) and all(isinstance(k, str) for k in keys)
     if keys is not None and not named:
         raise LoraError(f"lora_parameters.keys is {shown(keys)}, expected names")
-    return MlxConfig(kind, rank, float(scale or 0), layers, None if keys is None else tuple(keys))
+    return MlxConfig(method, rank, float(scale or 0), layers, None if keys is None else tuple(keys))

@@ -26,7 +26,7 @@ from lora_jax.exchange.whole import out_of_parameters
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule, HfNames
 from lora_jax.target import Target
-from lora_jax.updates import Factors, kind_of
+from lora_jax.updates import Directed, Factors, kind_of
 
 Pieces = dict[str, list[tuple[HfModule, Any]]]  # tensor's name -> its pieces
 
@@ -52,8 +52,8 @@ def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Mo
     whole = dict(trainable)
     biases: dict[str, Any] = {}
     for target in layout.targets:
-        if target.kind == "bias":
-            delta = np.asarray(adapters[target.path].delta)
+        if not target.inputs:
+            delta = np.asarray(kind_of(target).delta(target, adapters[target.path]))
             if params is None:
                 biases[target.path] = delta
             else:
@@ -78,7 +78,8 @@ def _updates(
     target: Target, parameters: Any, table: NameTable
 ) -> Iterator[tuple[str, HfModule, ModuleUpdate]]:
     """Yield the update of every slice of the stack, for every module of the parameter."""
-    if target.kind not in ("lora", "dora"):
+    directed = isinstance(parameters, Directed)
+    if not directed and not target.parts:
         layout, adapters = as_lora(Layout((target,)), {target.path: parameters})
         (target,), parameters = layout.targets, adapters[target.path]
     kind = kind_of(target)
@@ -89,7 +90,7 @@ def _updates(
     a = arrays.a.reshape(*stack, target.fan_in, -1)
     b = arrays.b.reshape(*stack, a.shape[-1], target.fan_out)
     lengths = None
-    if target.kind == "dora":
+    if directed:
         lengths = np.asarray(parameters.magnitude).reshape(*stack, target.fan_out)
     ours = max(target.inputs) < min(target.outputs)  # whether W is [in, out]
     for entry in written(table.entries(target.path)):
@@ -160,11 +161,11 @@ def _tied(layout: Layout, table: NameTable) -> list[tuple[HfModule, str]]:
     """Return the embeddings that the output head shares, with the module's name."""
     found = []
     for target in layout.targets:
-        if target.kind == "bias":
+        if not target.inputs:
             continue
         for entry in table.entries(target.path):
             if entry.tied:
-                if target.kind == "dora":
+                if kind_of(target).rescales:
                     raise LoraError(
                         f"{target.path!r} is the embedding and the output head in one, adapted by "
                         "DoRA: the two have lengths along different axes, which no file can say"

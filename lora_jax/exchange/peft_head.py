@@ -9,7 +9,7 @@ from lora_jax import models
 from lora_jax.errors import LoraError, listed
 from lora_jax.exchange import peft, peft_keys
 from lora_jax.models.weights.folder import Folder
-from lora_jax.models.weights.stored_head import stored_head
+from lora_jax.models.weights.stored import stored_head
 
 DENSE = "roberta_head"  # the pooling of a head with two products, as in all of Hugging Face's
 _MODULE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(weight|bias|lora_B\.weight)")

@@ -21,7 +21,7 @@ from lora_jax.exchange.peft_head import FoundHead, head_of
 from lora_jax.layout import Layout
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.source import KNOWN, is_safe
-from lora_jax.models.weights.stored_head import stored_head
+from lora_jax.models.weights.stored import stored_head
 
 _HEAD = "classifier/"
 _LENGTHS = (32, 64, 128, 256, 512)  # the default lengths of batches

@@ -16,7 +16,7 @@ from lora_jax.models.weights.assemble import load_one
 from lora_jax.models.weights.stored import parameters
 from lora_jax.serving.served_adapters import Served
 from lora_jax.target import Target
-from lora_jax.updates import Factors
+from lora_jax.updates import Factors, kind_of
 
 
 def over_stored_base(run: Served) -> Adapter:
@@ -28,7 +28,7 @@ def over_stored_base(run: Served) -> Adapter:
     """
     if run.changed_by is None:
         return run.member.adapter
-    dora = [t.path for t in run.member.layout.targets if t.kind != "lora"]
+    dora = [t.path for t in run.member.layout.targets if kind_of(t).rescales]
     if run.recipe is not None or dora:
         what = "quantised base" if run.recipe is not None else f"base under {dora[0]!r}"
         raise LoraError(

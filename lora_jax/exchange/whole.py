@@ -28,7 +28,7 @@ def places_of(table: NameTable, tensor: str) -> list[TensorPlace]:
 
 def is_shared(uses: Any) -> bool:
     """Return whether a parameter is both looked up and multiplied: an embedding and a head."""
-    return any(u.kind == "gather" for u in uses) and any(u.is_product for u in uses)
+    return any(u.lookup for u in uses) and any(u.is_product for u in uses)
 
 
 def into_parameters(

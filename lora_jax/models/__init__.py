@@ -8,8 +8,10 @@ from lora_jax.models.bert import BertClassifier as BertClassifier
 from lora_jax.models.config import BertConfig as BertConfig
 from lora_jax.models.config import DecoderConfig as DecoderConfig
 from lora_jax.models.config import Disentangled as Disentangled
+from lora_jax.models.config import LayersConfig as LayersConfig
 from lora_jax.models.config import LongRope as LongRope
 from lora_jax.models.config import PreNorm as PreNorm
+from lora_jax.models.config import TextModelConfig as TextModelConfig
 from lora_jax.models.config import VitConfig as VitConfig
 from lora_jax.models.decoder import DecoderModel as DecoderModel
 from lora_jax.models.hf_names import hf_names as hf_names

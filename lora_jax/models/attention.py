@@ -21,16 +21,16 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
 ) -> Array:
-    """Return softmax(scale query key^T) value, with grouped heads.
+    """Return softmax(scale query key^T) value, with grouped heads: [B, T, N, H] in the dtype of
+    `value`.
 
-    These are plain batched products over (batch, key head): on a CPU they take 0.7 of the time of
-    `jax.nn.dot_product_attention` in the forward pass and in the gradient. The query heads that
-    share a key head are rows of one product, so keys are never repeated.
+    The query is [B, T, N, H], key and value are [B, S, K, H], and query head n uses key head n //
+    (N / K). These are plain batched products over (batch, key head): on a CPU they take 0.7 of the
+    time of `jax.nn.dot_product_attention` in the forward pass and in the gradient. The query heads
+    that share a key head are rows of one product, so keys are never repeated. Scores and softmax
+    are in float32.
 
     Args:
-      query: [B, T, N, H]; query head n uses key head n // (N / K).
-      key: [B, S, K, H]; K divides N.
-      value: [B, S, K, H].
       mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without any
         True attends equally to everything, and stays finite.
       drop: [B, N, T, S] factors by which the weights are multiplied (dropout), or None.
@@ -39,9 +39,6 @@ def attend(
       bias: [B, N, T, S], added to the scores; it cannot be combined with `past`.
       scale: the factor of the scores. None: 1 / sqrt(H).
       cap: if given, scores are limited to (-cap, cap) by cap tanh(scores / cap), before the mask.
-
-    Returns:
-      [B, T, N, H] in the dtype of `value`; scores and softmax are in float32.
     """
     batch, length, heads, width = query.shape
     groups, before = key.shape[2], 0 if past is None else past[0].shape[-1]
@@ -113,18 +110,11 @@ def visible(
     causal: bool = False,
     window: int | None = None,
 ) -> Array | None:
-    """Return the attention mask of rows.
+    """Return the attention mask of rows: bool, broadcastable to [B, 1, T, T]; None if all see all.
 
-    Args:
-      length: T.
-      mask: [B, T]; True at real tokens, which are the only ones that others may see.
-      segment_ids: [B, T] int; a token sees only its own segment.
-      causal: whether a token sees only itself and the tokens before it.
-      window: a token sees itself, at most window - 1 tokens before it and, unless causal, as many
-        after it.
-
-    Returns:
-      bool, broadcastable to [B, 1, T, T]; None if every token sees every token.
+    Only real tokens (`mask` [B, T]) are seen, and only those of the same segment (`segment_ids` [B,
+    T]). With a window a token sees itself, at most window - 1 tokens before it and, unless causal,
+    as many after it.
     """
     parts = []
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]

@@ -64,17 +64,10 @@ def _of_layer(store: Store, index: Array | int, like: Array) -> Array:
 
 
 def empty(config: DecoderConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
-    """Return an empty cache.
+    """Return an empty cache, whose positions are all -1.
 
-    Args:
-      config: the config of the decoder.
-      rows: the number of rows B.
-      capacity: the number of slots S of each row. With 0, prompts can be read: there is nothing
-        before them.
-      dtype: the dtype of the keys and values. None: the dtype of the computation.
-
-    Returns:
-      The cache, whose positions are all -1.
+    With a capacity of 0, prompts can be read: there is nothing before them. A dtype of None is that
+    of the computation.
     """
     dtype = config.dtype if dtype is None else dtype
     heads, width = config.num_kv_heads, config.head_dim
@@ -91,18 +84,11 @@ def empty(config: DecoderConfig, rows: int, capacity: int, dtype: DTypeLike | No
 def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = None) -> Cache:
     """Write the entries of T new tokens into the slots `slot` to `slot + T` of all rows.
 
-    Args:
-      cache: the cache.
-      new: the entries of the new tokens, a cache of capacity T.
-      slot: the first slot, [] int; `slot + T` must not exceed the capacity.
-      after: the tokens that were chosen from the logits (any int array >= 0 that depends on
-        everything that reads the cache). With it, a cache that is donated to the program is
-        written in place. The slot is made to depend on `after`; otherwise XLA, which cannot
-        tell that the reads come first, would copy the whole cache before the write (it removes
-        an `optimization_barrier` before it decides).
-
-    Returns:
-      The cache with the new entries.
+    `after` are the tokens that were chosen from the logits (any int array >= 0 that depends on
+    everything that reads the cache). With it, a cache that is donated to the program is written in
+    place. The slot is made to depend on `after`; otherwise XLA, which cannot tell that the reads
+    come first, would copy the whole cache before the write (it removes an `optimization_barrier`
+    before it decides).
     """
     if after is not None:
         slot = slot + jnp.minimum(after.max(), 0)
@@ -119,12 +105,9 @@ def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = N
 
 
 class Fresh(NamedTuple):
-    """The entries of new tokens, collected layer by layer.
-
-    Attributes:
-      keys, values: as in a `Cache` of T slots; with unrolled layers, of the layers so far.
-      at: the index of the current layer; a Python int in unrolled layers.
-    """
+    """The entries of new tokens, collected layer by layer: those of a `Cache` of T slots, or with
+    unrolled layers those of the layers so far. `at` is the current layer; a Python int in unrolled
+    layers."""
 
     keys: Store
     values: Store
@@ -151,25 +134,15 @@ class Fresh(NamedTuple):
 
 
 def numbered(cache: Cache, mask: Array) -> Array:
-    """Return the positions [B, T] of tokens that continue their rows; -1 where `mask` is False.
-
-    Args:
-      cache: the cache of the earlier tokens.
-      mask: bool [B, T], True at real tokens.
-    """
+    """Return the positions [B, T] of tokens that continue their rows; -1 where `mask` is False."""
     begin = cache.positions.max(axis=1, keepdims=True, initial=-1) + 1
     counted = begin + jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
     return jnp.where(mask.astype(bool), counted, -1)
 
 
 def visible_slots(positions: Array, slots: Array, window: int | None) -> Array:
-    """Return which slots each query may look at: bool [B, 1, T, S].
-
-    Args:
-      positions: [B, T], the positions of the queries.
-      slots: [B, S], the positions in the slots.
-      window: a token sees itself and at most window - 1 tokens before it. None: no limit.
-    """
+    """Return which slots each query may look at, bool [B, 1, T, S], from the positions of the
+    queries [B, T] and of the slots [B, S]."""
     distance = positions[:, :, None] - slots[:, None, :]
     seen = (slots >= 0)[:, None, :] & (distance >= 0)
     if window is not None:

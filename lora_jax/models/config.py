@@ -73,9 +73,15 @@ class PreNorm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayersConfig:
-    """The settings that the configs of all families have.
+    """The settings that the configs of all models have.
 
     Attributes:
+      hidden_size: the width of the hidden states.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads (in a decoder, of the queries).
+      mlp_size: the width of the MLP, or of one expert.
+      norm_eps: the epsilon of the norms.
+      activation: the activation function of the MLP.
       dropout: the dropout of the embeddings and of the outputs of attention and MLP.
       attention_dropout: the dropout of the attention weights.
       scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
@@ -85,6 +91,12 @@ class LayersConfig:
       param_dtype: the dtype of the parameters.
     """
 
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    norm_eps: float = 1e-12
+    activation: str = "gelu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     scan_layers: bool = False
@@ -93,22 +105,31 @@ class LayersConfig:
     param_dtype: DTypeLike = jnp.float32
 
 
-@dataclasses.dataclass(frozen=True)
-class BertConfig(LayersConfig):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextModelConfig(LayersConfig):
+    """The settings that the configs of encoders and decoders of texts have.
+
+    Attributes:
+      vocab_size: the number of tokens.
+      max_positions: the largest number of tokens of a text.
+      pad_id, bos_id, eos_id: the ids of padding, begin and end.
+    """
+
+    vocab_size: int
+    max_positions: int
+    pad_id: int | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig(TextModelConfig):
     """The config of an encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
 
     The defaults are BERT's; the options below name the families that use them.
 
     Attributes:
-      vocab_size: the number of tokens.
-      hidden_size: the width of the hidden states.
-      num_layers: the number of layers.
-      num_heads: the number of attention heads, which divides `hidden_size`.
-      mlp_size: the width of the MLP.
-      max_positions: the largest number of tokens of a text.
       num_token_types: the number of token types. DistilBERT has none.
-      norm_eps: the epsilon of the norms.
-      activation: the activation function of the MLP.
       head_activation: the activation function of the dense layer of the head.
       absolute_positions: whether there is a table of positions. Most DeBERTa models have none.
       relative: attention by relative positions (DeBERTa).
@@ -119,18 +140,9 @@ class BertConfig(LayersConfig):
       pooler_dropout: whether a "roberta_head" also has this dropout before its first product. It
         has not in DeBERTa.
       position_offset: the row of the first position; `pad_id + 1` in RoBERTa.
-      pad_id, bos_id, eos_id: the ids of padding, begin and end.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_size: int
-    max_positions: int
     num_token_types: int = 2
-    norm_eps: float = 1e-12
-    activation: str = "gelu"
     head_activation: str = "tanh"
     absolute_positions: bool = True
     relative: Disentangled | None = None
@@ -141,8 +153,6 @@ class BertConfig(LayersConfig):
     pooler_dropout: bool = True
     position_offset: int = 0
     pad_id: int = 0
-    bos_id: int | None = None
-    eos_id: int | None = None
 
     def __post_init__(self) -> None:
         _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
@@ -169,8 +179,8 @@ class LongRope:
     divisors: tuple[float, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig(LayersConfig):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(TextModelConfig):
     """The config of a decoder.
 
     The families are Llama and its descendants (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi,
@@ -178,16 +188,9 @@ class DecoderConfig(LayersConfig):
     the families that use them.
 
     Attributes:
-      vocab_size: the number of tokens.
-      hidden_size: the width of the hidden states.
-      num_layers: the number of layers.
-      num_heads: the number of attention heads of the queries.
       num_kv_heads: the number of attention heads of keys and values, which divides `num_heads`.
       head_dim: the width of a head.
-      mlp_size: the width of the MLP, or of one expert.
-      max_positions: the largest number of tokens of a text.
       norm: "rms", "rms_plus_one" (Gemma: multiplies by 1 + scale) or "layer" (GPT-2).
-      norm_eps: the epsilon of the norms.
       post_norms: whether the outputs of attention and MLP are normalised, too (Gemma).
       positions: "rotary" or "learned" (GPT-2).
       rope_theta: the base of the rotary frequencies.
@@ -205,7 +208,6 @@ class DecoderConfig(LayersConfig):
       windowed: for each layer, whether it has the window. None: all have.
       attention_scale: multiplies the scores. None: 1 / sqrt(head_dim).
       attention_cap: a limit of the scores (Gemma 2).
-      activation: the activation function of the MLP.
       gated: whether the MLP is down(activation(gate) * up); otherwise it is down(activation(up)),
         as in GPT-2.
       mlp_bias: whether the MLP has biases.
@@ -216,17 +218,10 @@ class DecoderConfig(LayersConfig):
       embedding_scale: multiplies the embeddings (Gemma).
       tied: whether the embeddings are also the kernel of the head.
       logit_cap: a limit of the logits (Gemma 2).
-      pad_id, bos_id, eos_id: the ids of padding, begin and end.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
-    mlp_size: int
-    max_positions: int
     norm: str = "rms"
     norm_eps: float = 1e-5
     post_norms: bool = False
@@ -254,9 +249,6 @@ class DecoderConfig(LayersConfig):
     embedding_scale: float = 1.0
     tied: bool = True
     logit_cap: float | None = None
-    pad_id: int | None = None
-    bos_id: int | None = None
-    eos_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim < 1:
@@ -308,32 +300,20 @@ class DecoderConfig(LayersConfig):
         return self.qkv_bias or self.output_bias or self.mlp_bias or self.norm == "layer"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig(LayersConfig):
     """The config of a ViT.
 
     Attributes:
       image_size: the height and width of an image.
       patch_size: the height and width of a patch.
-      hidden_size: the width of the hidden states.
-      num_layers: the number of layers.
-      num_heads: the number of attention heads, which divides `hidden_size`.
-      mlp_size: the width of the MLP.
       channels: the number of channels of an image.
-      norm_eps: the epsilon of the norms.
-      activation: the activation function of the MLP.
       pre_norm: the form of the layers.
     """
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_size: int
     channels: int = 3
-    norm_eps: float = 1e-12
-    activation: str = "gelu"
     pre_norm: PreNorm = PreNorm()
 
     def __post_init__(self) -> None:
@@ -353,13 +333,7 @@ StoredConfig = BuiltInConfig | VitConfig  # all models that the loaders know
 
 
 def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:
-    """Raise a ValueError that names the field and the choices unless `value` is one of them.
-
-    Args:
-      field: the name of the field.
-      value: its value.
-      choices: the valid values.
-    """
+    """Raise a ValueError that names the field and the choices unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(sorted(choices))}")
 

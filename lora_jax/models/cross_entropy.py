@@ -10,20 +10,10 @@ from jax import Array
 
 
 def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Array:
-    """Return the cross entropy of each target.
+    """Return the cross entropy of each target, float32 [...], for logits [..., V].
 
-    With label smoothing, the label is 1 - smoothing at the target, plus smoothing / V at each of
-    the V classes.
-
-    Source: label smoothing is from Szegedy et al., arXiv 1512.00567.
-
-    Args:
-      logits: float32 [..., V].
-      targets: int [...], from 0 to V - 1.
-      smoothing: the share of the label that is spread over all classes.
-
-    Returns:
-      float32 [...].
+    With label smoothing (Szegedy et al., arXiv 1512.00567), the label is 1 - smoothing at the
+    target, plus smoothing / V at each of the V classes.
     """
     each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing == 0:
@@ -39,7 +29,7 @@ def chunked_cross_entropy(
     chunk: int,
     smoothing: float = 0.0,
 ) -> Array:
-    """Return the cross entropy of each target, for `chunk` positions of every row at a time.
+    """Return the cross entropy of each target [B, T], for `chunk` positions of every row at a time.
 
     The logits of T positions are B T V numbers, the largest array of most decoders, and their
     gradient is as large. Here only B x chunk x V of them exist at a time. Forward, the chunks are
@@ -47,22 +37,14 @@ def chunked_cross_entropy(
     computed again, which costs one more product with the head. Rows are split along T and not along
     B, so that nothing has to move if B is sharded over devices.
 
+    Arrays that `head` ([B, t, D] -> [B, t, V]) closes over are differentiated, too.
+
     >>> table = jax.random.normal(jax.random.key(0), (9, 4))
     >>> hidden, targets = jnp.ones((2, 5, 4)), jnp.ones((2, 5), jnp.int32)
     >>> in_parts = chunked_cross_entropy(lambda x: x @ table.T, hidden, targets, chunk=2)
     >>> whole = optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets)
     >>> bool(jnp.allclose(in_parts, whole))
     True
-
-    Args:
-      head: [B, t, D] -> logits [B, t, V]; arrays that it closes over are differentiated, too.
-      hidden: [B, T, D], the inputs of the head.
-      targets: int [B, T], from 0 to V - 1.
-      chunk: positions of a chunk, limited to T; if it does not divide T, the rest is padded.
-      smoothing: as in `cross_entropy`.
-
-    Returns:
-      float32 [B, T].
     """
     batch, length = targets.shape
     chunk = min(chunk, length)

@@ -64,16 +64,11 @@ def _row_of(relative: Disentangled, length: int) -> np.ndarray:
 def position_scores(
     query: Array, key: Array, by_position: tuple[Array | None, Array | None], index: Array
 ) -> Array:
-    """Return the unscaled scores of content to position and of position to content.
+    """Return the unscaled scores of content to position and of position to content, float32 [B, N,
+    T, T].
 
-    Args:
-      query: [B, T, N, H].
-      key: [B, T, N, H].
-      by_position: keys and queries [P, N, H] of the positions; None: no such scores.
-      index: int [T, T], the row of each pair.
-
-    Returns:
-      float32 [B, N, T, T].
+    Queries and keys are [B, T, N, H]; `by_position` has keys and queries [P, N, H] of the
+    positions, or None for no such scores; `index` [T, T] is the row of each pair.
     """
     batch, length, heads, _ = query.shape
     shape = (batch, heads, length, length)

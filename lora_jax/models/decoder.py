@@ -136,58 +136,107 @@ class DecoderModel(nn.Module):
 
     config: DecoderConfig
 
-    @nn.compact
     def __call__(
         self,
         input_ids: Array,
         mask: Array | None = None,
         segment_ids: Array | None = None,
         positions: Array | None = None,
-        targets: Array | None = None,
-        chunk: int = 0,
-        cache: Cache | None = None,
-        last: int | None = None,
-        smoothing: float = 0.0,
         deterministic: bool = True,
-    ) -> Array | tuple[Array, Cache]:
-        """Compute logits, or with `targets` the cross entropy of each target.
+    ) -> Array:
+        """Compute the logits of each next token.
 
         Args:
           input_ids: int [B, T].
           mask: [B, T], True at real tokens. None: all tokens are real.
           segment_ids: int [B, T], for packed rows: a token sees only its own segment.
           positions: int [B, T], at least 0. None: counted from the start of the row (of each
-            segment, in packed rows). Only differences within a segment matter. With a cache
-            they continue the row's positions, and are -1 at padding.
-          targets: int [B, T], the next tokens.
-          chunk: with targets, the positions of a row whose logits exist at the same time.
-          cache: the cache of earlier tokens (`lora_jax.models.cache`), which these tokens
-            continue. Prompts are read with a cache of capacity 0.
-          last: compute logits only for this many positions at the end. None: for all.
-          smoothing: with targets, the label smoothing; see `lora_jax.models.cross_entropy`.
+            segment, in packed rows). Only differences within a segment matter.
           deterministic: False applies dropout as in the config, with the rng named "dropout".
 
         Returns:
-          Logits, float32 [B, T, V]; with `targets` the cross entropy, float32 [B, T]. With
-          `cache` (logits, new), where `new` is a cache of these T tokens only, which
-          `lora_jax.models.cache.written` writes into the other.
+          Logits, float32 [B, T, V].
 
         Raises:
-          ValueError: a cache is combined with segment_ids, targets or dropout.
+          ValueError: the rows are too long, or a choice in the config is unknown.
         """
-        config = self.config
+        positions, views = self._whole(input_ids, mask, segment_ids, positions)
+        x, head, _ = self._run(input_ids, positions, views, deterministic=deterministic)
+        return head(x)
+
+    def loss(
+        self,
+        input_ids: Array,
+        targets: Array,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        *,
+        chunk: int,
+        smoothing: float = 0.0,
+        deterministic: bool = True,
+    ) -> Array:
+        """Compute the cross entropy of each target, without the logits of all tokens at once.
+
+        Args:
+          input_ids: int [B, T].
+          targets: int [B, T], the next tokens.
+          segment_ids: as for the logits.
+          positions: as for the logits.
+          chunk: the positions of a row whose logits exist at the same time.
+          smoothing: the label smoothing; see `lora_jax.models.cross_entropy`.
+          deterministic: as for the logits.
+
+        Returns:
+          The cross entropy, float32 [B, T].
+        """
+        positions, views = self._whole(input_ids, None, segment_ids, positions)
+        x, head, _ = self._run(input_ids, positions, views, deterministic=deterministic)
+        return chunked_cross_entropy(head, x, targets, chunk, smoothing)
+
+    def decode(
+        self,
+        input_ids: Array,
+        cache: Cache,
+        mask: Array | None = None,
+        positions: Array | None = None,
+        last: int | None = None,
+    ) -> tuple[Array, Cache]:
+        """Compute the logits of tokens that continue those in a cache.
+
+        Args:
+          input_ids: int [B, T].
+          cache: the cache of earlier tokens (`lora_jax.models.cache`). Prompts are read with a
+            cache of capacity 0.
+          mask: [B, T], True at real tokens. None: all tokens are real.
+          positions: int [B, T], -1 at padding. None: they continue the positions of the row.
+          last: compute logits only for this many positions at the end. None: for all.
+
+        Returns:
+          Logits, float32 [B, T, V], and a cache of these T tokens only, which
+          `lora_jax.models.cache.written` writes into the other.
+        """
+        positions, views = self._following(input_ids, mask, positions, cache)
+        x, head, fresh = self._run(input_ids, positions, views, cache, last)
+        assert fresh is not None
+        return head(x), Cache(fresh.keys, fresh.values, positions)
+
+    @nn.compact
+    def _run(
+        self,
+        input_ids: Array,
+        positions: Array,
+        views: _Views,
+        cache: Cache | None = None,
+        last: int | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, Callable[[Array], Array], Fresh | None]:
+        """Return the inputs of the head, the head, and the entries of the tokens for a cache."""
+        config, fresh = self.config, None
         check_choice("norm", config.norm, NORMS)
         check_choice("activation", config.activation, ACTIVATIONS)
-        check_choice("positions", config.positions, {"rotary": 0, "learned": 1})
-        if cache is None:
-            fresh = None
-            positions, views = self._whole(input_ids, mask, segment_ids, positions)
-        else:
-            if segment_ids is not None or targets is not None or not deterministic:
-                raise ValueError("a cache cannot be combined with segment_ids, targets or dropout")
+        if cache is not None:
             config = dataclasses.replace(config, remat="none")  # there is no backward pass
             fresh = Fresh.start(config, input_ids)
-            positions, views = self._following(input_ids, mask, positions, cache)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
         x = embed(input_ids)
         if config.embedding_scale != 1.0:
@@ -201,15 +250,12 @@ class DecoderModel(nn.Module):
         if last is not None:
             x = x[:, -last:]
         x = norm(config, "norm", config.norm)(x)
-        weight, form = (
-            (embed.embedding, "btd,vd->btv")
-            if config.tied
-            else (_DecoderHead(config, name="lm_head")(), "btd,dv->btv")
-        )
+        form = "btd,vd->btv" if config.tied else "btd,dv->btv"
+        weight = embed.embedding if config.tied else _DecoderHead(config, name="lm_head")()
 
         def head(x: Array) -> Array:
             kernel = weight.astype(config.dtype)
-            if config.tied and fresh is not None:
+            if config.tied and cache is not None:
                 # For few rows XLA's CPU compiler would transpose the whole table at every step,
                 # were it the right-hand side.
                 logits = jnp.einsum("vd,btd->vbt", kernel, x, preferred_element_type=jnp.float32)
@@ -217,11 +263,7 @@ class DecoderModel(nn.Module):
             logits = jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
             return capped(logits, config.logit_cap)
 
-        if fresh is not None:
-            return head(x), Cache(fresh.keys, fresh.values, positions)
-        if targets is None:
-            return head(x)
-        return chunked_cross_entropy(head, x, targets, chunk, smoothing)
+        return x, head, fresh
 
     def _whole(
         self,
@@ -232,6 +274,7 @@ class DecoderModel(nn.Module):
     ) -> tuple[Array, _Views]:
         """Return the positions of whole rows, and the view of each kind of layer."""
         length, most = input_ids.shape[1], self.config.max_positions
+        check_choice("positions", self.config.positions, {"rotary": 0, "learned": 1})
         if positions is None:
             positions = jnp.arange(length)[None]
             if segment_ids is not None:

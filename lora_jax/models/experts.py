@@ -41,10 +41,8 @@ class _Experts(nn.Module):
 
 
 class ExpertMlp(nn.Module):
-    """The router and the experts, which replace an MLP.
-
-    Parameters: `router/kernel` [D, E] and `experts/{gate,up,down}/kernel` [E, in, out].
-    """
+    """The router and the experts, which replace an MLP: `router/kernel` [D, E] and
+    `experts/{gate,up,down}/kernel` [E, in, out]."""
 
     config: DecoderConfig
 

@@ -2,8 +2,10 @@
 
 from lora_jax.models.config import DecoderConfig, StoredConfig, VitConfig
 from lora_jax.models.hf_module import HfModule, HfNames
-from lora_jax.models.weights.names import BERT, TensorName, table_of
+from lora_jax.models.weights.encoder_names import BERT
+from lora_jax.models.weights.families import table_of
 from lora_jax.models.weights.stored import Head
+from lora_jax.models.weights.tensor_names import TensorName
 
 # transformers 5 names the modules of ViT differently from its files; PEFT's files use these names.
 _VIT_MODULES = {
@@ -26,8 +28,10 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
         as in `...ForSequenceClassification`, without it as in the bare encoder.
       root: a prefix of every path: "" for the tree that `load` returns, "params/" if it is inside
         Flax's `{"params": ...}`.
+
     >>> from lora_jax.models import DecoderConfig
-    >>> names = hf_names(DecoderConfig(8, 8, 2, 2, 2, 4, 8, 8))
+    >>> sizes = dict(vocab_size=8, hidden_size=8, num_layers=2, num_heads=2, mlp_size=8)
+    >>> names = hf_names(DecoderConfig(**sizes, num_kv_heads=2, head_dim=4, max_positions=8))
     >>> names["layers_{layer}/attention/q/kernel"]
     'model.layers.{layer}.self_attn.q_proj.weight'
     """
@@ -66,13 +70,7 @@ def _today(name: str) -> str:
 
 
 def hf_prefix(config: StoredConfig, row: TensorName, head: Head | None = None) -> str:
-    """Return the prefix of the Hugging Face name of a tensor; see `hf_names`.
-
-    Args:
-      config: the config of the model.
-      row: the row of the tensor in the table of names.
-      head: the classification head, if there is one.
-    """
+    """Return the prefix of the Hugging Face name of a tensor; see `hf_names`."""
     table = table_of(config)
     of_head = row.path.startswith("classifier/") and not (
         table is BERT and row.hf.startswith("pooler.")  # for BERT it is inside the encoder

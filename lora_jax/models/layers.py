@@ -46,14 +46,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.Dense:
-    """Return a product with a kernel [in, out], in the dtypes of the config.
-
-    Args:
-      config: the config of the model.
-      features: the size of the output.
-      name: the name of the module.
-      bias: whether it has a bias.
-    """
+    """Return a product with a kernel [in, out], in the dtypes of the config."""
     return nn.Dense(
         features,
         use_bias=bias,
@@ -65,14 +58,9 @@ def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.
 
 
 def kept_weights(config: BuiltInConfig, x: Array, deterministic: bool) -> Array | None:
-    """Return the dropout of attention weights as factors [B, N, T, T] for `attend`, or None.
+    """Return the dropout of attention weights for x [B, T, D] as factors [B, N, T, T], or None.
 
     Call it inside `@nn.compact`.
-
-    Args:
-      config: the config of the model.
-      x: [B, T, D], the input of the attention.
-      deterministic: whether there is no dropout.
     """
     if deterministic or config.attention_dropout == 0:
         return None
@@ -90,19 +78,10 @@ def heads(
     fused: bool,
     bias: bool,
 ) -> list[Array]:
-    """Compute queries, keys and values.
+    """Compute queries, keys and values, [B, T, N, H] each, from x [B, T, D].
 
-    Args:
-      config: the config of the model.
-      x: [B, T, D].
-      counts: the number of heads N of each.
-      width: the width H of a head.
-      names: the names of their kernels, unless they are fused.
-      fused: whether they are one kernel, named `qkv`.
-      bias: whether they have biases.
-
-    Returns:
-      An array [B, T, N, H] for each.
+    `counts` are the numbers of heads N. If they are fused, they are one kernel `qkv` and not
+    `names`.
     """
     sizes = [count * width for count in counts]
     if fused:
@@ -119,13 +98,8 @@ def heads(
 class Mlp(nn.Module):
     """Computes down(activation(up)), or down(activation(gate) * up) if it is gated.
 
-    Attributes:
-      config: the config of the model.
-      gated: whether there is a gate.
-      fused: whether gate and up are one kernel `gate_up`.
-      bias: whether the products have biases.
-      rate: the dropout before the last product.
-      deterministic: whether there is no dropout.
+    If it is fused, gate and up are one kernel `gate_up`. `rate` is the dropout before the last
+    product.
     """
 
     config: BuiltInConfig
@@ -176,13 +150,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 def norm(config: BuiltInConfig, name: str, kind: str = "layer") -> Callable[[Array], Array]:
-    """Return a norm over the last axis, in the dtypes of the config.
-
-    Args:
-      config: the config of the model.
-      name: the name of the module.
-      kind: one of `NORMS`.
-    """
+    """Return a norm over the last axis, one of `NORMS`, in the dtypes of the config."""
     made: Any = NORMS[kind](
         epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
     )
@@ -192,10 +160,7 @@ def norm(config: BuiltInConfig, name: str, kind: str = "layer") -> Callable[[Arr
 class Embed(nn.Module):
     """A table [rows, D] for lookups; if the head is tied, it is also a factor of a product.
 
-    Attributes:
-      config: the config of the model.
-      rows: the number of rows.
-      tensor: the axis of the table that is sharded over the mesh axis `tensor`.
+    `tensor` is the axis of the table that is sharded over the mesh axis `tensor`.
     """
 
     config: BuiltInConfig
@@ -229,15 +194,12 @@ def by_rows(x: Array) -> Array:
 
 
 def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """Shard each axis of `x` over the mesh axes given for it, and over no others.
+    """Shard each axis of `x` over the mesh axes (a name, several, None) given for it, and over no
+    others.
 
     It uses the mesh in the context (`jax.set_mesh`). It does nothing without a mesh, if the mesh
     has none of the names, for mesh axes that are not of type Auto (inside a `shard_map`), or if an
     axis of x is not a multiple of its number of parts (such as a batch of one).
-
-    Args:
-      x: an array, [...].
-      *axes: for each axis of x, the name of a mesh axis, several names, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -260,18 +222,11 @@ def stack(
 ) -> Callable[..., Any]:
     """Return the layers of a model as one function of (x, *shared); call it inside `@nn.compact`.
 
-    Args:
-      block: a module with fields `config` and `fields`, and `__call__(x, *shared) -> (x, None)`.
-      config: the config, of which num_layers, scan_layers and remat are used.
-      prefix: unrolled layers are named `{prefix}_0`, `{prefix}_1`, ...; scanned ones are named
-        `layers` and have a leading axis of num_layers on every parameter.
-      kinds: the kind of each layer, if layers differ in more than their parameters. It is the
-        field `kind` of the block. Scanned layers of several kinds are one program, and get
-        their kind as the last argument, an int32 scalar.
-      **fields: other fields of the block.
-
-    Raises:
-      ValueError: `config.remat` is not a known policy.
+    `block` is a module with `__call__(x, *shared) -> (x, None)` and the fields `config` and
+    `fields`. Unrolled layers are named `{prefix}_0`, `{prefix}_1`, ...; scanned ones are named
+    `layers` and have a leading axis of num_layers on every parameter. If layers differ in more than
+    their parameters, `kinds` has the kind of each, the field `kind` of the block; scanned layers of
+    several kinds are one program, and get their kind as the last argument, an int32 scalar.
     """
     check_choice("remat", config.remat, {"none": None, **_POLICIES})
     if config.remat != "none":

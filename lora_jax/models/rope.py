@@ -21,20 +21,17 @@ def angles(
     long: LongRope | None = None,
     amplitude: float = 1.0,
 ) -> tuple[Array, Array]:
-    """Return the cosine and sine of every pair's angle.
+    """Return the cosine and sine of every pair's angle, for positions [B or 1, T].
+
+    They are float32 [B or 1, T, 1, R], in the form that `rotate` needs: each half is repeated, and
+    the first half of the sine is negated.
 
     Args:
-      positions: int [B or 1, T].
       rotated: R, the number of elements of a head that are rotated.
-      theta: the base of the frequencies.
       divisors: R/2 numbers that the frequencies are divided by, or None.
       long: other divisors, used in a row with a position beyond its length (LongRoPE, arXiv
         2402.13753).
       amplitude: a factor of both results.
-
-    Returns:
-      Two float32 arrays [B or 1, T, 1, R], in the form that `rotate` needs: each half is
-      repeated, and the first half of the sine is negated.
     """
     frequencies = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     each = frequencies if divisors is None else frequencies / jnp.asarray(divisors, jnp.float32)
@@ -49,15 +46,8 @@ def angles(
 
 
 def rotate(x: Array, turn: tuple[Array, Array]) -> Array:
-    """Rotate the first R elements of each head by `angles`, computed in float32.
-
-    Args:
-      x: [B, T, N, H].
-      turn: the return value of `angles`.
-
-    Returns:
-      [B, T, N, H] in the dtype of x.
-    """
+    """Rotate the first R elements of each head of x [B, T, N, H] by `angles`, computed in
+    float32."""
     cos, sin = turn
     rotated = cos.shape[-1]
     wide = x[..., :rotated].astype(jnp.float32)
@@ -67,12 +57,8 @@ def rotate(x: Array, turn: tuple[Array, Array]) -> Array:
 
 
 def linear_divisors(head_dim: int, factor: float) -> tuple[float, ...]:
-    """Return divisors for position interpolation (arXiv 2306.15595): `factor` for every frequency.
-
-    Args:
-      head_dim: the number of rotated elements of a head.
-      factor: the divisor.
-    """
+    """Return divisors for position interpolation (arXiv 2306.15595): `factor` for every
+    frequency."""
     return (float(factor),) * (head_dim // 2)
 
 
@@ -87,13 +73,8 @@ def llama3_divisors(
 ) -> tuple[float, ...]:
     """Return Llama 3.1's divisors: `factor` for long waves, 1 for short ones, mixed in between.
 
-    Args:
-      head_dim: the number of rotated elements of a head.
-      theta: the base of the frequencies.
-      factor: the divisor of long waves.
-      low: `low_freq_factor` of the published config.
-      high: `high_freq_factor` of the published config.
-      original_length: the context length of the pretraining.
+    `low` and `high` are `low_freq_factor` and `high_freq_factor` of the published config,
+    `original_length` is the context length of the pretraining.
     """
     divisors = []
     for index in range(0, head_dim, 2):

@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax.adapters import Adapter, as_lora
+from lora_jax.adapters import Adapter, as_lora, factors_alone
 from lora_jax.base import wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.multi.member import factors_alone
 from lora_jax.spec import check_rank
 from lora_jax.target import Target
 from lora_jax.updates.kind import Factors

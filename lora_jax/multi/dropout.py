@@ -10,17 +10,21 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.multi.blend import Blend, Choosing, Drop
-from lora_jax.multi.stack import blended
+from lora_jax.multi.selected import Choice
+from lora_jax.target import Target
+from lora_jax.transform import UpdateOf, single
+from lora_jax.updates.dropped import Dropped
+from lora_jax.updates.named import Names
+from lora_jax.updates.update import Update
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dropout(Choosing):
+class Dropout(Choice):
     """Adapters and the dropout of their inputs, as `lora_jax.adapt` takes them.
 
     Attributes:
-      adapters: one adapter tree, or another choice that `adapt` takes.
+      adapters: one adapter tree, or another form of adapters that `adapt` takes.
       key: a PRNG key.
       rate: the fraction of elements set to zero.
     """
@@ -32,23 +36,35 @@ class Dropout(Choosing):
     @property
     def per_example(self) -> bool:
         """Whether each example has an adapter of its own."""
-        return isinstance(self.adapters, Choosing) and self.adapters.per_example
+        return isinstance(self.adapters, Choice) and self.adapters.per_example
 
     def choice(self, layout: Layout) -> Any:
-        choosing = isinstance(self.adapters, Choosing)
-        choice = self.adapters.choice(layout) if choosing else None
+        """Return the choice of the adapters, and a key (for each example)."""
+        inner = self.adapters.choice(layout) if isinstance(self.adapters, Choice) else None
         if not self.per_example:
-            return choice, self.key
-        numbers = jnp.arange(jax.tree.leaves(choice)[0].shape[0])
-        return choice, jax.vmap(jax.random.fold_in, (None, 0))(self.key, numbers)
+            return inner, self.key
+        numbers = jnp.arange(jax.tree.leaves(inner)[0].shape[0])
+        return inner, jax.vmap(jax.random.fold_in, (None, 0))(self.key, numbers)
 
-    def blend(self, layout: Layout, choice: Any) -> Blend:
+    def updates(self, layout: Layout, choice: Any) -> UpdateOf:
+        """Return the updates of the adapters, each with dropout.
+
+        Args:
+          layout: the layout that was passed to `adapt`.
+          choice: from `choice`; if `per_example`, the entry of one example.
+        """
         inner, key = choice
-        if isinstance(self.adapters, Choosing):
-            blend = self.adapters.blend(layout, inner)
-        else:
-            blend = blended(layout, self.adapters)
-        return dataclasses.replace(blend, drop=Drop(key, self.rate))
+        several = isinstance(self.adapters, Choice)
+        of = self.adapters.updates(layout, inner) if several else single(layout, self.adapters)
+
+        def update_of(target: Target, w: Any, names: Names) -> Update | jax.Array:
+            update, sizes = of(target, w, names), target.sizes(target.stack)
+            stack = tuple(names[i] for i in target.stack)
+            if not isinstance(update, Update):
+                return update
+            return Dropped.start(update, target.path, key, self.rate, stack, sizes)
+
+        return update_of
 
 
 def dropout(adapters: Any, key: jax.Array | None, rate: float) -> Any:

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Adapter, Adapters, as_lora, check
+from lora_jax.adapters import Adapter, Adapters, as_lora, check, factors_alone
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.multi.blend import Blend, Choice, Choosing
-from lora_jax.multi.member import factors_alone
+from lora_jax.multi.selected import Choice, Mixed
 from lora_jax.target import Target
+from lora_jax.transform import UpdateOf
 from lora_jax.updates.kind import kind_of
 
 BASE = -1
@@ -37,7 +37,7 @@ BASE = -1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scaled:
+class Scaled(Choice):
     """One adapter in the shapes of a common layout, with its scales as arrays.
 
     Attributes:
@@ -48,9 +48,9 @@ class Scaled:
     factors: Adapters
     scales: dict[str, Any]
 
-    def blend(self) -> Blend:
-        """Return the adapter in the form in which the interpreter takes it."""
-        return Blend(self.factors, self.scales)
+    def updates(self, layout: Layout, choice: Any) -> UpdateOf:
+        check(layout, self.factors)
+        return Mixed(self.factors, self.scales)
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ class Stack:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Selection(Choosing):
+class Selection(Choice):
     """Adapters chosen from a stack, as `lora_jax.adapt` takes them; nothing is copied yet.
 
     Attributes:
@@ -92,17 +92,11 @@ class Selection(Choosing):
         check(layout, jax.tree.map(_without_first, self.stack.factors))
         return slot(self.stack, self.ids) if self.per_example else self.ids
 
-    def blend(self, layout: Layout, choice: Any) -> Blend:
+    def updates(self, layout: Layout, choice: Any) -> UpdateOf:
         if not self.per_example:
-            return take(self.stack, choice).blend()
-        return Blend(self.stack.factors, self.stack.scales, choice=Choice(choice, len(self.ids)))
-
-
-def blended(layout: Layout, adapters: Adapters | Scaled) -> Blend:
-    """Return one adapter in the interpreter's form, after checking that it fits the layout."""
-    blend = adapters.blend() if isinstance(adapters, Scaled) else Blend(adapters)
-    check(layout, blend.factors)
-    return blend
+            return take(self.stack, choice).updates(layout, None)
+        factors, scales = self.stack.factors, self.stack.scales
+        return Mixed(factors, scales, index=choice, examples=len(self.ids))
 
 
 def union(layouts: Iterable[Layout]) -> Layout:

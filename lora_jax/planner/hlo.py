@@ -1,5 +1,8 @@
 """Read compiled HLO, and find the matrix products in it.
 
+No library that JAX installs reads HLO: its Python API gives the text, or a protobuf whose classes
+are in TensorFlow. `memory_analysis` has only totals.
+
 XLA's own `cost_analysis` counts the body of a loop once; here every instruction counts as often as
 its loop runs. All sizes are per device, because a partitioned program is one device's.
 """
@@ -14,10 +17,7 @@ from collections.abc import Iterator
 
 LORA = "/lora/"  # in the origin of operations of `lora_jax.updates.lowrank`, in both directions
 VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # views of an array, or copies
-_TWO = ("s16", "u16", "bf16", "f16")
-_FOUR, _EIGHT = ("s32", "u32", "f32"), ("s64", "u64", "f64", "c64")
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0, "c128": 128}
-_BITS |= dict.fromkeys(_TWO, 16) | dict.fromkeys(_FOUR, 32) | dict.fromkeys(_EIGHT, 64)
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of other types the number in the name
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
@@ -46,7 +46,9 @@ class Shape:
     @property
     def bytes(self) -> int:
         """The size when packed: two int4 in a byte. All eight-bit floats take one byte."""
-        return (self.size * _BITS.get(self.dtype, 8) + 7) // 8
+        bits = _BITS.get(self.dtype)
+        bits = int(re.findall(r"\d+", self.dtype)[0]) if bits is None else bits
+        return (self.size * bits + 7) // 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,7 @@ from lora_jax.planner import bf16_lowering, collectives, hlo, residuals
 from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.devices import Device
 from lora_jax.planner.weights import WeightBytes, weight_bytes
-from lora_jax.resolve import resolve
-from lora_jax.training import earlier_adapter, mesh, optimizer, step
+from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.config import Config
 from lora_jax.training.state import State
 from lora_jax.training.summary import on_each_device, parameters
@@ -41,10 +40,6 @@ OPTIONS: dict[str, str | bool] = {
 class DeviceBytes:
     """The memory of one device in bytes, by use.
 
-    weights: the base parameters, including those trained in full.
-    adapters: the adapters.
-    optimizer: the optimizer state of everything that is trained.
-    batch: the rows of the device.
     activations: values that the forward pass keeps for the backward pass.
     temporaries: everything else that the step needs while it runs: gathered weights, gradients.
     """
@@ -66,12 +61,10 @@ class DeviceBytes:
 class Traffic:
     """All collectives of a kind and a cause, in one step of one device.
 
-    kind: the name of the operation.
     of: "base" (also there without LoRA), "adapters" (added by LoRA) or "update" (the norm of the
       gradient, the optimizer).
-    times: their number.
-    bytes: the bytes of all their operands.
-    seconds: the time that they take at the speed of the device's links, one after the other.
+    bytes: of all their operands.
+    seconds: at the speed of the device's links, one after the other.
     """
 
     kind: str
@@ -83,20 +76,14 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """The costs of one step.
+    """The costs of one step, on one device.
 
-    parameters: the number of base parameters.
-    adapter_parameters, base_parameters_trained: the numbers of trained parameters.
     checkpoint_full, checkpoint_trained: bytes of a checkpoint of all parameters, and of the
       trained ones.
-    bytes: the memory of one device.
-    flops: FLOPs of all products of one device.
-    flops_adapters: FLOPs of the low-rank products among them.
+    flops, flops_adapters: of all products, and of the low-rank ones among them.
     moved: bytes that these products read and write.
-    traffic: the collectives by kind and cause.
     arrays: every array that a collective moves.
     unknown_loops: loops that count once, because XLA does not know their number of iterations.
-    weights: the bytes of each base parameter on one device.
     """
 
     parameters: int
@@ -128,11 +115,8 @@ def measure(
     """Compile the step of `config` for the mesh `grid`, and measure it."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
-    key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
-    earlier = earlier_adapter.open_earlier(config, workload)
-    spec = lora.spec if earlier is None else earlier.spec
-    layout = resolve(spec, workload.apply, workload.params, batch, train=True, key=key)
-    patterns = earlier_adapter.patterns(lora, workload, earlier)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    _, layout, patterns = initial.resolved(config, workload, workload.params, batch, key)
     params = jax.tree.map(_placed, workload.params, place.params)
     base, frozen = split(params, patterns)
     step.check_apart(layout, base)
@@ -140,9 +124,8 @@ def measure(
     state = step.shapes(layout, base, tx, key, place, step.adapted_weights(layout, params))
     divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # the same as in `Placement.batch`
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
-    take = step.train_step(
-        workload, layout, tx, config.on_nonfinite, config.accumulate, rate=lora.dropout
-    )
+    rate = config.adaptation.dropout
+    take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
     compiled, bfloat16 = _compile(take, place, state, frozen, rows)
     module = hlo.parse(compiled.as_text())
     found = collectives.collectives(module)

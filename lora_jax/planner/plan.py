@@ -24,9 +24,8 @@ LORA, FULL = "lora", "full"  # the run itself, and the same run with every param
 class Roofline:
     """The shortest possible time of a step: the longest of three times, which hides the others.
 
-    compute: the products, at the peak of the device.
-    memory: the reads and writes of the products, at the bandwidth of the device's memory.
-    communication: the collectives, at the speed of the links.
+    They are seconds: of the products at the peak of the device, of their reads and writes at the
+    bandwidth of its memory, and of the collectives at the speed of the links.
     """
 
     compute: float
@@ -35,7 +34,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The time of one step in seconds."""
+        """The time of one step."""
         return max(dataclasses.astuple(self))
 
     @property
@@ -48,15 +47,11 @@ class Roofline:
 class Plan:
     """A plan.
 
-    name: the name of the config.
-    sizes: the sizes of the mesh axes.
-    device: the name of the device in `DEVICES`.
-    runs: the costs of "lora" (the run as it is configured) and "full" (the same with full
-      fine-tuning).
+    device: its name in `DEVICES`.
+    runs: the costs of the run (`LORA`), and of the same run with full fine-tuning (`FULL`).
     compiled: the numbers of devices that were compiled for; if `devices` is not among them, all
       costs are extrapolated.
-    batch: name -> shape of each array of a whole batch.
-    first_batch: whether this is the first batch of the data, so that others may be longer.
+    first_batch: whether `batch` is the first of the data, so that others may be longer.
     parts: the number of parts that a batch is split into.
     """
 

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 
 from lora_jax.bases.weight import Absent, Deferred, Weight, shaped
+from lora_jax.errors import LoraError
 from lora_jax.updates.named import Named, Names
+from lora_jax.updates.update import Zero, layers, selected
 
+UNKNOWN = "unknown"  # the role of an axis while the roles are being found
 Ins = list[Any]  # the inputs of one equation: arrays and adapted weights
 Outs = list[Any] | None  # None: the rule does not apply
-PrimitiveRule = Callable[[Any, Any, Ins], Outs]  # (evaluator, eqn, ins)
 
 
 @jax.tree_util.register_dataclass
@@ -62,19 +64,43 @@ class AdaptedWeight:
         weight, names = self.weight.move(self.names, fn, *operands, along=along)
         return dataclasses.replace(self, weight=weight, names=names)
 
-    def chosen(self) -> AdaptedWeight:
-        """Return the weight with the one adapter that was chosen for it."""
-        return dataclasses.replace(self, update=self.update.chosen())
+    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
+        """Return whether these axes have these roles, or none."""
+        groups = (("stack", stack), ("input", inputs), ("output", outputs))
+        role = self.update.role
+        return all(role(n) in (None, UNKNOWN, own) for own, names in groups for n in names)
+
+    def picks_parts(self, taken: Names, rest: Names) -> bool:
+        """Return whether indexing the axes `taken` picks parts of W (or else looks up rows)."""
+        if type(self.update) is Zero:
+            return len(rest) > 1
+        roles = {self.update.role(n) for n in taken}
+        row = roles == {"input"} and all(self.update.role(n) in ("output", None) for n in rest)
+        return UNKNOWN in roles or (len(roles) == 1 and not row)
+
+    def selected(self) -> AdaptedWeight:
+        """Return the weight with the one adapter that was selected for it."""
+        update = selected(self.update)
+        return self if update is self.update else dataclasses.replace(self, update=update)
+
+    def check_needs_no_input(self, where: str) -> None:
+        """Raise `LoraError` if the update depends on the operand that W is multiplied with."""
+        for update in layers(self.update):
+            if update.needs_input:
+                raise LoraError(f"{self.path!r}: {where}, {update.needs_input}")
 
     def merged(self) -> Any:
         """Return `W + update` as a plain array in W's dtype; only folds and single rows need it."""
-        self.update.check_linear(self.path, "W + scale * a @ b itself is asked for")
+        self.check_needs_no_input("W + scale * a @ b itself is asked for")
         names = self.names
         return self.weight.use(lambda w, update: update.merged(Named(w, names)), self.update)
 
-    def derivatives(self, tangent: AdaptedWeight) -> list[AdaptedWeight]:
+    def tangents(self, tangent: AdaptedWeight) -> list[AdaptedWeight]:
         """Return the derivative of the weight, as weights whose sum it is."""
         none = Absent(shaped(self.weight))
         dw = none if isinstance(self.weight, Deferred) else tangent.weight  # codes have no tangent
-        parts = self.update.derivatives(self.weight, dw, tangent.update, none)
+        parts = self.update.tangents(self.weight, dw, tangent.update, none)
         return [dataclasses.replace(self, weight=w, update=update) for w, update in parts]
+
+
+Value = jax.Array | AdaptedWeight

@@ -14,11 +14,13 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.bases.weight import Deferred, Dense
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
+from lora_jax.primitives.evaluator import Evaluator, Primitive, Table
+from lora_jax.primitives.jaxprs import Eqn, Program
 from lora_jax.updates.named import Named
 
 
-def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _inline(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Run a nested `jit` in place, with its output shardings as constraints."""
     outs = evaluator.evaluate(jaxprs.called(eqn), ins)
     shardings = eqn.params.get("out_shardings") or [None] * len(outs)
@@ -28,23 +30,23 @@ def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     ]
 
 
-def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _custom_jvp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Keep the derivative rule of a function that has its own.
 
     With W = w + s a b, the tangent of W is `dw + s da b + s a db`, and the rule is linear in it.
     So its equations are interpreted for the weights (dw, da, b) and (0, a, db), and the results are
-    added. `Update.derivatives` gives the weights whose sum the derivative is.
+    added. `Update.tangents` gives the weights whose sum the derivative is.
     """
     for v in ins:
         if isinstance(v, AdaptedWeight):
-            v.update.check_linear(v.path, f"{jaxprs.operand_name(eqn)} takes it")
-    ins = _all_chosen(ins)
+            v.check_needs_no_input(f"{jaxprs.operand_name(eqn)} takes it")
+    ins = _all_selected(ins)
     # Its equations and its rule's are evaluated several times, but count as one use of W.
     use = max((evaluator.next_use(v.path) for v in ins if isinstance(v, AdaptedWeight)), default=0)
 
     def evaluate(jaxpr: Any, ins: Ins) -> list[Any]:
         with evaluator.one_use(use):
-            return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, ins)]
+            return [evaluator.leave(eqn, o) for o in evaluator.evaluate(jaxpr, ins)]
 
     @jax.custom_jvp
     def call(ins: Ins) -> list[Any]:
@@ -65,7 +67,7 @@ def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 def _parts(ins: Ins, tangents: Ins) -> list[Ins]:
     """Split the tangents into a sum; part k has the k-th part of each weight's derivative."""
     split = [
-        v.derivatives(t) if isinstance(v, AdaptedWeight) else [t]
+        v.tangents(t) if isinstance(v, AdaptedWeight) else [t]
         for v, t in zip(ins, tangents, strict=True)
     ]
     nothing = [jax.tree.map(jnp.zeros_like, parts[0]) for parts in split]
@@ -80,20 +82,20 @@ def _sum(tangents: Sequence[Any]) -> Any:
     return tangents[0] if tangents[0].dtype == jax.dtypes.float0 else sum(tangents[1:], tangents[0])
 
 
-def _all_chosen(ins: Ins) -> Ins:
-    """Return each weight with its chosen adapter, so that it holds no integer."""
-    return [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
+def _all_selected(ins: Ins) -> Ins:
+    """Return each weight with its selected adapter, so that it holds no integer."""
+    return [v.selected() if isinstance(v, AdaptedWeight) else v for v in ins]
 
 
-def _remat(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _remat(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     p, jaxpr = eqn.params, jaxprs.called(eqn)
     body = functools.partial(evaluator.evaluate, jaxpr)
     outs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(ins)
-    same = zip(outs, jaxprs.forwarded(jaxpr), strict=True)
+    same = zip(outs, forwarded(jaxpr), strict=True)
     return [ins[i] if i is not None and isinstance(out, AdaptedWeight) else out for out, i in same]
 
 
-def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _scan(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Slice stacked weights together with their factors, and close over constant ones."""
     n_consts, n_carry = jaxprs.scan_arity(eqn)
     jaxpr = eqn.params["jaxpr"]
@@ -102,31 +104,31 @@ def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     stacks: dict[Any, Any] = {
         i: x for i, x in enumerate(xs, n_consts + n_carry) if isinstance(x, AdaptedWeight)
     }
-    given = [stacks.get(i) for i in jaxprs.forwarded(jaxpr)[n_carry:]]  # returned unchanged
+    given = [stacks.get(i) for i in forwarded(jaxpr)[n_carry:]]  # returned unchanged
     sliced = [_sliced(evaluator, eqn, x) for x in xs]
 
     def body(carry: list[Any], parts: list[Any]) -> tuple[list[Any], list[Any]]:
         xs = [of_part(part) for (_, of_part), part in zip(sliced, parts, strict=True)]
         outs = evaluator.evaluate(jaxpr, [*fixed, *whole(carry), *xs])
         ys = zip(outs[n_carry:], given, strict=True)
-        return moving(outs[:n_carry]), [None if s else evaluator.plain(eqn, y) for y, s in ys]
+        return moving(outs[:n_carry]), [None if s else evaluator.leave(eqn, y) for y, s in ys]
 
     p = eqn.params
-    carry, ys = lax.scan(
+    carry, ys = evaluator.scan(
         body, moving(carry), [parts for parts, _ in sliced],
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
     return [*whole(carry), *(s or y for y, s in zip(ys, given, strict=True))]
 
 
-def _sliced(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _sliced(evaluator: Evaluator, eqn: Eqn, x: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Return the arrays of an operand that a scan slices, and a function from slices to its slice.
 
     Arrays of a weight without the scanned axis are the same for all slices: they are closed over.
     """
     if not isinstance(x, AdaptedWeight):
         return x, lambda part: part
-    x, name = x.chosen(), x.names[0]
+    x, name = x.selected(), x.names[0]
     if isinstance(x.weight, Deferred) and name not in x.weight.leading(x.names):
         x = _dense(evaluator, eqn, x)
     arrays, tree = jax.tree.flatten(x.update, is_leaf=lambda n: isinstance(n, Named))
@@ -143,7 +145,7 @@ def _sliced(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]
     return (x.weight, moving), of_part
 
 
-def _while(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _while(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond, jaxpr = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     cond_fixed, fixed, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
@@ -155,22 +157,22 @@ def _while(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     def body(carry: Sequence[Any]) -> Sequence[Any]:
         return moving(evaluator.evaluate(jaxpr, [*fixed, *whole(carry)]))
 
-    return whole(lax.while_loop(test, body, moving(carry)))
+    return whole(evaluator.while_loop(test, body, moving(carry)))
 
 
-def _carried(evaluator: Any, eqn: Any, carry: Ins, body: Any, start: int) -> tuple[Any, Any]:
+def _carried(evaluator: Evaluator, eqn: Eqn, carry: Ins, body: Any, start: int) -> tuple[Any, Any]:
     """Return two functions: from all carries of a loop to the moving ones, and back.
 
     The carries start at `start`. The carries that do not move are adapted weights that the body
     passes on unchanged.
     """
-    same = [i == start + j for j, i in enumerate(jaxprs.forwarded(body)[: len(carry)])]
+    same = [i == start + j for j, i in enumerate(forwarded(body)[: len(carry)])]
     pairs = zip(carry, same, strict=True)
     fixed = [v if keep and isinstance(v, AdaptedWeight) else None for v, keep in pairs]
 
     def moving(values: Sequence[Any]) -> list[Any]:
         pairs = zip(values, fixed, strict=True)
-        return [evaluator.plain(eqn, v) for v, weight in pairs if weight is None]
+        return [evaluator.leave(eqn, v) for v, weight in pairs if weight is None]
 
     def whole(moving: Sequence[Any]) -> list[Any]:
         rest = iter(moving)
@@ -179,31 +181,32 @@ def _carried(evaluator: Any, eqn: Any, carry: Ins, body: Any, start: int) -> tup
     return moving, whole
 
 
-def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _cond(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     index, *operands = ins
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
 
-    def branch(closed: Any) -> Callable[[Ins], list[Any]]:
-        return lambda ops: [evaluator.plain(eqn, o) for o in evaluator.evaluate(closed, ops)]
+    def branch(closed: Program) -> Callable[[Ins], Ins]:
+        return lambda ops: [evaluator.leave(eqn, o) for o in evaluator.evaluate(closed, ops)]
 
-    if isinstance(index, AdaptedWeight):
-        return None
-    if not platforms:
-        return lax.switch(index, list(map(branch, branches)), operands)
-    of: dict[str, Any] = {}
-    for closed, names in zip(branches, platforms, strict=True):
-        of.update(dict.fromkeys(names or ("default",), branch(closed)))
-    return lax.platform_dependent(operands, **of)
+    def choose(branches: Sequence[Callable[[Ins], Ins]], operands: Ins) -> Ins:
+        if not platforms:
+            return lax.switch(evaluator.plain(eqn, index), branches, operands)
+        of: dict[str, Any] = {}
+        for run, names in zip(branches, platforms, strict=True):
+            of.update(dict.fromkeys(names or ("default",), run))
+        return lax.platform_dependent(operands, **of)
+
+    return evaluator.branch(choose, list(map(branch, branches)), operands)
 
 
-def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _shard_map(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Pass W, a and b in as three operands; an axis of a or b is sharded like that axis of W.
 
     Each device has the whole rank. If a product contracts over a sharded axis, x a is a partial sum
     just as x W is, and the update is linear. So the program's own `psum` of `x W + scale (x a) b`
     completes both.
     """
-    ins = _all_chosen(ins)
+    ins = _all_selected(ins)
     ins = [_dense(evaluator, eqn, v) if isinstance(v, AdaptedWeight) else v for v in ins]
     in_specs = [
         _specs_of(v, spec) if isinstance(v, AdaptedWeight) else spec
@@ -211,12 +214,12 @@ def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     ]
 
     def body(ins: Ins) -> list[Any]:
-        return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxprs.called(eqn), ins)]
+        return [evaluator.leave(eqn, o) for o in evaluator.evaluate(jaxprs.called(eqn), ins)]
 
     return jaxprs.shard_map(eqn, body, in_specs)(ins)
 
 
-def _dense(evaluator: Any, eqn: Any, v: AdaptedWeight) -> AdaptedWeight:
+def _dense(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> AdaptedWeight:
     """Return the weight as an array, which can be sliced anywhere."""
     evaluator.dequantise(eqn, v)
     return dataclasses.replace(v, weight=Dense(v.weight.dense()))
@@ -226,7 +229,7 @@ def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     """Return the weight with PartitionSpecs in place of its arrays."""
     entries = dict(zip(v.names, spec, strict=False))
     if any(v.update.role(name) == "input" and entries[name] for name in entries):
-        v.update.check_linear(v.path, "a shard_map cuts the axis that its product contracts")
+        v.check_needs_no_input("a shard_map cuts the axis that its product contracts")
 
     def spec_of(n: Named) -> Named:
         return Named(PartitionSpec(*map(entries.get, n.names)), n.names)
@@ -234,23 +237,37 @@ def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     return dataclasses.replace(v, weight=Dense(spec), update=v.update.map(spec_of))
 
 
-def _custom_vjp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """Apply the rule that is registered for a function with its own gradient rule, by its name."""
-    rule = FUNCTIONS.get(jaxprs.function_name(eqn))
-    return evaluator.opaque(eqn, ins) if rule is None else rule(evaluator, eqn, ins)
+def forwarded(closed: Program) -> list[int | None]:
+    """Return, for each output, the index of the input that it is, or None if it was changed."""
+    jaxpr, _ = jaxprs.opened(closed)
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+
+    def of(atom: Any) -> int | None:
+        return None if jaxprs.is_literal(atom) else source.get(atom)
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in (*CALLS, *REMATS):
+            for v, i in zip(eqn.outvars, forwarded(jaxprs.called(eqn)), strict=True):
+                which = None if i is None else of(eqn.invars[i])
+                if which is not None:
+                    source[v] = which
+    return [of(v) for v in jaxpr.outvars]
 
 
-FUNCTIONS: dict[str, PrimitiveRule] = {}  # see `table.register`
+def _custom_vjp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
+    """Refuse a function with its own gradient rule, unless there is a rule by its name."""
+    return list(evaluator.opaque(eqn, ins))
 
 
-RULES: dict[str, PrimitiveRule] = {
-    **{name: _inline for name in jaxprs.CALLS if name not in jaxprs.REMATS},
-    **dict.fromkeys(jaxprs.REMATS, _remat),
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "shard_map": _shard_map,
-    "optimization_barrier": lambda evaluator, eqn, ins: lax.optimization_barrier(ins),
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+REMATS = ("remat", "remat2", "checkpoint")
+PRIMITIVES: Table = {
+    **dict.fromkeys(CALLS, Primitive(_inline, body=True, view=True)),
+    **dict.fromkeys(REMATS, Primitive(_remat, body=True, view=True)),
+    "custom_jvp_call": Primitive(_custom_jvp, body=True, view=True),
+    "custom_vjp_call": Primitive(_custom_vjp, body=True),
+    "scan": Primitive(_scan, body=True),
+    "while": Primitive(_while, body=True),
+    "cond": Primitive(_cond, body=True),
+    "shard_map": Primitive(_shard_map, body=True),
 }

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,27 @@ from lora_jax.errors import LoraError
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr
 
+Program = Any  # a Jaxpr or a ClosedJaxpr
+
 ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Base)  # others are static
+
+
+class Aval(Protocol):
+    """The shape and dtype of a variable."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Eqn(Protocol):
+    """An equation of a jaxpr: `outvars = primitive[params](invars)`."""
+
+    primitive: Any
+    params: dict[str, Any]
+    invars: list[Any]
+    outvars: list[Any]
+    effects: Any
+    source_info: Any
 
 
 @functools.cache
@@ -100,7 +120,7 @@ def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def run(eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
+def run(eqns: Sequence[Eqn], invars: Any, outvars: Any, ins: Any) -> list[Any]:
     """Evaluate some equations unchanged, without knowing their primitives."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     debug_info = _empty_debug_info()._replace(arg_names=("",) * len(invars))
@@ -108,7 +128,7 @@ def run(eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
     return jax.core.eval_jaxpr(piece, (), *ins)
 
 
-def run_one(eqn: Any, ins: Sequence[Any]) -> list[Any]:
+def run_one(eqn: Eqn, ins: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on other inputs of the same shapes and dtypes."""
     values = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not is_literal(v)}
     return run([eqn], list(values), eqn.outvars, list(values.values()))
@@ -120,7 +140,7 @@ def _empty_debug_info() -> Any:
     return opened(jax.make_jaxpr(lambda: ())())[0].debug_info._replace(result_paths=None)
 
 
-def origin(eqn: Any) -> AbstractContextManager[None]:
+def origin(eqn: Eqn) -> AbstractContextManager[None]:
     """Give new equations inside the block the source position of `eqn`.
 
     Profiles, HLO dumps and error messages then name the user's modules and lines. An equation
@@ -136,7 +156,7 @@ def origin(eqn: Any) -> AbstractContextManager[None]:
     return source_info_util.user_context(traceback, name_stack=stack)
 
 
-def bind(eqn: Any, *ins: Any, dtype: Any = None) -> Any:
+def bind(eqn: Eqn, *ins: Any, dtype: Any = None) -> Any:
     """Apply a first-order equation with one output to other inputs.
 
     `dtype` is the dtype of the output, for a product that can return its sums in another one.
@@ -145,7 +165,7 @@ def bind(eqn: Any, *ins: Any, dtype: Any = None) -> Any:
     return eqn.primitive.bind(*ins, **{**eqn.params, **other})
 
 
-def scan_arity(eqn: Any) -> tuple[int, int]:
+def scan_arity(eqn: Eqn) -> tuple[int, int]:
     """Return the numbers of constants and carries of a scan."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
@@ -153,7 +173,7 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def jvp_of(eqn: Any) -> tuple[Any, list[int]]:
+def jvp_of(eqn: Eqn) -> tuple[Any, list[int]]:
     """Return the forward derivative of one equation, by the rule of that equation.
 
     Returns:
@@ -175,17 +195,12 @@ def jvp_of(eqn: Any) -> tuple[Any, list[int]]:
     return jax.make_jaxpr(jvp)(shapes, [shapes[i] for i in floating]), floating
 
 
-REMATS = ("remat", "remat2", "checkpoint")
-CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", *REMATS)
-BODIES = (*CALLS, "custom_vjp_call", "shard_map")  # each enters one jaxpr with its own operands
-
-
-def called(eqn: Any) -> Any:
+def called(eqn: Eqn) -> Any:
     """Return the jaxpr that a call-like equation enters."""
     return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
 
-def contains(eqn: Any, name: str) -> bool:
+def contains(eqn: Eqn, name: str) -> bool:
     """Return whether an equation, or some equation inside of it, has this primitive."""
     parts = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
     bodies = [body for body, _ in map(opened, parts) if isinstance(body, jax_core().Jaxpr)]
@@ -193,12 +208,12 @@ def contains(eqn: Any, name: str) -> bool:
     return inside or eqn.primitive.name == name
 
 
-def function_name(eqn: Any) -> str:
+def function_name(eqn: Eqn) -> str:
     """Return the name of the user's function that a `custom_vjp` equation calls."""
     return str(opened(called(eqn))[0].debug_info.func_name)
 
 
-def shard_map(eqn: Any, body: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
+def shard_map(eqn: Eqn, body: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
     """Map `body`, a function of one list, over the mesh axes of a `shard_map` equation."""
     p = eqn.params
     mapped = jax.shard_map(
@@ -212,28 +227,11 @@ def shard_map(eqn: Any, body: Callable[..., Any], in_specs: Any) -> Callable[...
     return jax.jit(mapped)  # JAX cannot run it op by op if it maps over only some axes
 
 
-def forwarded(closed: Any) -> list[int | None]:
-    """Return, for each output, the index of the input that it is, or None if it was changed."""
-    jaxpr, _ = opened(closed)
-    source = {v: i for i, v in enumerate(jaxpr.invars)}
-
-    def of(atom: Any) -> int | None:
-        return None if is_literal(atom) else source.get(atom)
-
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in CALLS and eqn.primitive.name != "custom_jvp_call":
-            for v, i in zip(eqn.outvars, forwarded(called(eqn)), strict=True):
-                which = None if i is None else of(eqn.invars[i])
-                if which is not None:
-                    source[v] = which
-    return [of(v) for v in jaxpr.outvars]
-
-
 def is_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def where(eqn: Any) -> str:
+def where(eqn: Eqn | None) -> str:
     """Return the line of the user's code that an equation comes from, or "an unknown line".
 
     None stands for the result of the function.
@@ -252,6 +250,6 @@ def _line(info: Any) -> str | None:
     return text if text and text != "unknown" else None
 
 
-def operand_name(eqn: Any) -> str:
+def operand_name(eqn: Eqn | None) -> str:
     """Return a name for messages: `dot_general at model.py:12 (f)`."""
     return where(eqn) if eqn is None else f"`{eqn.primitive.name}` at {where(eqn)}"

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.bases.weight import Dense, Weight
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
-from lora_jax.updates.output_gain import join
-from lora_jax.updates.update import Part, Zero
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
+from lora_jax.primitives.evaluator import Evaluator, Primitive, Table
+from lora_jax.primitives.jaxprs import Eqn
+from lora_jax.updates.update import Piece, Zero, join
 
 
-def _concatenate(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _concatenate(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     whole = _join(evaluator, ins, eqn.params["dimension"])
     return None if whole is None else [whole]
 
 
-def _stack(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _stack(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     axis = eqn.params["axis"]
 
     def same(*arrays: Any) -> Any:
@@ -28,17 +29,17 @@ def _stack(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return evaluator.through(same, eqn, ins)
 
 
-def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
+def _join(evaluator: Evaluator, ins: Ins, axis: int) -> AdaptedWeight | None:
     """Return one weight in which each member has its own update along its part of the axis."""
-    ins = [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
+    ins = [v.selected() if isinstance(v, AdaptedWeight) else v for v in ins]
     weights = [v for v in ins if isinstance(v, AdaptedWeight)]
     names, start = weights[0].names, 0
-    parts: list[Part] = []
+    parts: list[Piece] = []
     for v in ins:
         size = int(v.shape[axis])
         if isinstance(v, AdaptedWeight) and type(v.update) is not Zero:
-            renamed = v.update.renamed(dict(zip(v.names, names, strict=True)))
-            parts.append(Part(renamed, start, size))
+            renamed = evaluator.renamed(v.update, dict(zip(v.names, names, strict=True)))
+            parts.append(Piece(renamed, start, size))
         start += size
     update = join(parts, names[axis], start)
     if update is None:
@@ -53,7 +54,7 @@ def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
     return dataclasses.replace(weights[0], weight=whole, update=update, fold=fold)
 
 
-def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _pad(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Join a weight with constants."""
     v, value = ins
     config = eqn.params["padding_config"]
@@ -69,8 +70,8 @@ def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [v]
 
 
-RULES: dict[str, PrimitiveRule] = {
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "pad": _pad,
+PRIMITIVES: Table = {
+    "concatenate": Primitive(_concatenate, joins=True),
+    "stack": Primitive(_stack),
+    "pad": Primitive(_pad),
 }

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
+from lora_jax.primitives.evaluator import Evaluator, Primitive, Rule, Table
+from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates.lowrank import LowRank
 from lora_jax.updates.named import RANK, Named, without
 from lora_jax.updates.update import Operation
@@ -32,7 +34,7 @@ def product(
     outputs: int,
     rows: Callable[..., Any] | None = None,
     sums: bool = False,
-) -> PrimitiveRule:
+) -> Rule:
     """Return the rule of a kernel that is linear in an array x [..., in] and in a weight.
 
     Args:
@@ -56,16 +58,16 @@ def product(
         operands = (named[i] if i in named else next(rest) for i in range(len(others) + 2))
         return call(*operands, **dtype)
 
-    def rule(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    def rule(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         v = ins[weight]
         if not isinstance(v, AdaptedWeight):
             return None
         s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
-        if not v.update.admits(s, (i,), (o,)):
+        if not v.admits(s, (i,), (o,)):
             return None
         operand = evaluator.plain(eqn, ins[x])  # x may be a weight too: rows times a norm's
         use = evaluator.consume(eqn, v, s, (i,), (o,))
-        v = v.chosen()
+        v = v.selected()
         free = evaluator.fresh(operand.ndim - 1)
         rest = tuple(value for place, value in enumerate(ins) if place not in (x, weight))
         # A function with a batching rule of its own cannot be transposed before it is batched.
@@ -79,7 +81,7 @@ def product(
             dtype = named.array.dtype
             a = update.a.moved(tuple(RANK if n == o else n for n in v.names)).astype(dtype)
             b = update.b.moved(tuple(RANK if n == i else n for n in v.names)).astype(dtype)
-            h = update.middle(Named(run(a.array, named.array, *rest), (*free, RANK))).astype(dtype)
+            h = update.scaled(Named(run(a.array, named.array, *rest), (*free, RANK))).astype(dtype)
             return y + run(b.array, h.array, *rest).astype(y.dtype)
 
         def spread(n: Named) -> Named:
@@ -94,7 +96,7 @@ def product(
     return rule
 
 
-def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def ragged_dot(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Apply the rule of `ragged_dot_general`; a mixed batch needs it without a weight too."""
     x, v, sizes = ins
     p, dims = eqn.params, eqn.params["ragged_dot_dimension_numbers"]
@@ -152,4 +154,4 @@ def batched(dot: Dot) -> Dot:
     return call
 
 
-RULES: dict[str, PrimitiveRule] = {"ragged_dot_general": ragged_dot}
+PRIMITIVES: Table = {"ragged_dot_general": Primitive(ragged_dot, operands=2)}

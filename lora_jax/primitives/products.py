@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
+from lora_jax.primitives.evaluator import EVERY, Evaluator, Primitive, Table
+from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates import lowrank
 from lora_jax.updates.lowrank import LowRank
 from lora_jax.updates.named import RANK, Named, Names, einsum, wider, without
 from lora_jax.updates.update import Operation, Zero
 
 
-def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _dot(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Apply `dot_general`, with the weight on either side and over any of its axes."""
     both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
     if len(both) == 2:  # one without an adapter, or one that may be folded, becomes an array
@@ -41,7 +43,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     use = evaluator.consume(eqn, v, stack, inputs, w_free)
     x = Named(other, tuple(names))
     if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
-        v.update.check_linear(v.path, "a product with its transpose, or with a part of its inputs")
+        v.check_needs_no_input("a product with its transpose, or with a part of its inputs")
 
     def base(x: Any, dtype: Any = None) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
@@ -56,7 +58,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [v.update.product(p)]
 
 
-def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Apply a convolution with `rank` output channels, then a 1 x 1 one.
 
     With feature groups, output channel o belongs to group g and sees the inputs of g alone:
@@ -69,21 +71,21 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return None
     channel = v.names[dims.rhs_spec[0]]
     inputs = without(v.names, (channel,))
-    if eqn.params["batch_group_count"] != 1 or not v.update.admits((), inputs, (channel,)):
+    if eqn.params["batch_group_count"] != 1 or not v.admits((), inputs, (channel,)):
         return None
     x = evaluator.plain(eqn, x)
     use = evaluator.consume(eqn, v, (), inputs, (channel,))
-    v = v.chosen()
+    v = v.selected()
     out = list(evaluator.fresh(x.ndim))
     out[dims.out_spec[1]] = channel
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
         order = tuple(RANK if n == channel else n for n in v.names)
-        kernel = [update.a.among(order).astype(x.array.dtype)] * groups
+        kernel = [update.a.aligned(order).astype(x.array.dtype)] * groups
         h = jaxprs.bind(eqn, x.array, jnp.concatenate(kernel, axis=order.index(RANK)))
         h = jnp.moveaxis(h, dims.out_spec[1], -1)
         h = h.reshape(*h.shape[:-1], groups, update.a.size(RANK))
-        h = update.middle(Named(h, (*evaluator.fresh(h.ndim - 1), RANK))).array
+        h = update.scaled(Named(h, (*evaluator.fresh(h.ndim - 1), RANK))).array
         rank, channels = update.b.moved((RANK, channel)).array.shape
         b = update.b.moved((RANK, channel)).array.reshape(rank, groups, channels // groups)
         precision = eqn.params["precision"]
@@ -99,7 +101,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [v.update.product(Operation(x, tuple(out), base, low_rank, sums=True, use=use))]
 
 
-def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Look up rows (an embedding), or choose layers, experts or columns of a weight.
 
     A row is `W[i] + scale * a[i] @ b`; the row of `a` has `rank` elements. If the indexed axis has
@@ -110,7 +112,7 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return None
     if not _whole_rows(eqn):
         return _collapsed(evaluator, eqn, ins)
-    v = v.chosen()
+    v = v.selected()
     dn, ndim = eqn.params["dimension_numbers"], eqn.outvars[0].aval.ndim
     taken, batching = v.names_at(dn.collapsed_slice_dims), v.names_at(dn.operand_batching_dims)
     rest = without(v.names, (*taken, *batching))
@@ -125,16 +127,18 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     def take(n: Named, indices: Any) -> Named:
         return _take(n, indices, v.names, eqn, names)
 
-    if not batching and v.update.chooses(taken, rest):
+    if not batching and v.picks_parts(taken, rest):
+        if len(rest) < 2:  # without an adapter it is a lookup
+            evaluator.dequantise(eqn, v)
         moved = v.map(take, indices, along=taken).map_w(lambda n: n.moved(names))
         return [evaluator.lost(moved, taken, "taken", into=tuple(out[j] for j in rows))]
-    if not v.update.admits(batching, taken, rest):
+    if not v.admits(batching, taken, rest):
         return None
     evaluator.consume(eqn, v, batching, taken, rest)
     evaluator.dequantise(eqn, v)
 
     def low_rank(y: Any, x: Any, update: LowRank) -> Any:
-        h = update.middle(take(update.a, indices).astype(y.dtype))
+        h = update.scaled(take(update.a, indices).astype(y.dtype))
         return y + einsum(h, update.b.astype(y.dtype), names)
 
     base = lambda x: v.weight.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
@@ -152,7 +156,7 @@ def _take(n: Named, indices: Any, names: Names, eqn: Any, out: Names) -> Named:
     if not any(names[i] in n.names for i in taken):
         return n
     own = without(n.names, names)
-    array = n.among((*names, *own))
+    array = n.aligned((*names, *own))
     ends = range(len(out), len(out) + len(own))
     y = lax.gather(
         array, indices, dn._replace(offset_dims=(*dn.offset_dims, *ends)),
@@ -174,7 +178,7 @@ def _whole_rows(eqn: Any) -> bool:
     )
 
 
-def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _collapsed(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Remove indexed axes that stay with size 1 (`vmap` of `table[i]`), and put them back after.
 
     An index into an axis that is taken whole has no effect: it is clamped to 0.
@@ -202,8 +206,10 @@ def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return evaluator.through(same, eqn, ins)
 
 
-RULES: dict[str, PrimitiveRule] = {
-    "dot_general": _dot,
-    "conv_general_dilated": _conv,
-    "gather": _gather,
+_OPAQUE = ("pallas_call", "ffi_call", "custom_call", "pure_callback")  # they may multiply
+PRIMITIVES: Table = {
+    "dot_general": Primitive(_dot, operands=2, general=True),
+    "conv_general_dilated": Primitive(_conv, operands=2),
+    "gather": Primitive(_gather, lookup=True),
+    **dict.fromkeys(_OPAQUE, Primitive(operands=EVERY)),
 }

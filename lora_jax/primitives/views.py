@@ -8,48 +8,43 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, Value
+from lora_jax.primitives.evaluator import Evaluator, Primitive, Rule, Table
+from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates.named import Named, without
 
 # Returns a weight, several weights, or None if it does not apply.
 Change = Callable[[Any, Any, AdaptedWeight], Any]
 
 
-def of_one(change: Change) -> PrimitiveRule:
-    """Return the rule of an operation whose only input is one weight.
+def of_one(change: Change) -> Rule:
+    """Return the rule of an operation whose only input is one weight."""
 
-    Args:
-      change: called with the evaluator, the equation and the weight; gives the new weight, or None
-        if this one cannot be followed.
-
-    Returns:
-      A rule for `register`.
-    """
-
-    def rule(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    def rule(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         out = change(evaluator, eqn, ins[0])
         return out if out is None or isinstance(out, list) else [out]
 
     return rule
 
 
-def _on_w(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _on_w(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     """Apply a cast, copy or sharding constraint to W only: factors keep dtype and placement."""
     if not jaxprs.is_float(eqn.outvars[0].aval.dtype):
         return None
     return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
-def _on_all(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _on_all(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     """Apply `stop_gradient` or `name` to W and its update alike, as to the merged weight."""
     return v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
-def _mul(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _mul(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Return `factor * W` from either side. Products of two weights are not handled."""
     side = 0 if isinstance(ins[0], AdaptedWeight) else 1
     v, factor = ins[side], ins[1 - side]
@@ -70,7 +65,7 @@ def _times(v: AdaptedWeight, factor: Any) -> AdaptedWeight | None:
     return dataclasses.replace(moved, update=update)
 
 
-def _transpose(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _transpose(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     order = v.names_at(eqn.params["permutation"])
     return v.map_w(lambda n: n.moved(order))
 
@@ -90,7 +85,7 @@ def _along(v: AdaptedWeight, change: dict[int, Any], *operands: Any) -> AdaptedW
     return v.map(one, *operands, along=tuple(change))
 
 
-def _rev(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _rev(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     names = v.names_at(eqn.params["dimensions"])
     return _along(v, dict.fromkeys(names, lambda x, axis: lax.rev(x, (axis,))))
 
@@ -99,7 +94,7 @@ def _cut(start: int, stop: int, stride: int = 1) -> Callable[[Any, int], Any]:
     return lambda x, axis: lax.slice_in_dim(x, start, stop, stride, axis)
 
 
-def _slice(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _slice(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     p = eqn.params
     strides = p["strides"] or (1,) * len(v.shape)
     cuts = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
@@ -107,7 +102,7 @@ def _slice(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     return _along(v, {name: _cut(*cut) for name, size, cut in every if cut != (0, size, 1)})
 
 
-def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _dynamic_slice(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     v, *starts = ins
     if not isinstance(v, AdaptedWeight):
         return None
@@ -120,19 +115,19 @@ def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [_along(v, change, *starts)]
 
 
-def _split(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _split(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     name, ends = v.names[eqn.params["axis"]], itertools.accumulate(eqn.params["sizes"])
     bounds = itertools.pairwise((0, *map(int, ends)))
     return [_along(v, {name: _cut(*bound)}) for bound in bounds]
 
 
-def _tile(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _tile(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     reps = zip(v.names, eqn.params["reps"], strict=True)
     repeat = lambda n: lambda x, axis: jnp.concatenate([x] * n, axis)  # noqa: E731
     return _along(v, {name: repeat(n) for name, n in reps if n != 1})
 
 
-def _squeeze(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _squeeze(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["dimensions"])
     out = v.map(lambda n: n.reduced(gone, lax.squeeze), along=gone)
     out = evaluator.lost(out, gone, "taken")
@@ -143,14 +138,14 @@ def _squeeze(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     return [out.merged()]
 
 
-def _reduce_sum(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _reduce_sum(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["axes"])
     if not v.update.sums({n: v.size(n) for n in gone}):
         return None  # a sum of products over layers or experts is not of low rank
     return evaluator.lost(v.map(lambda n: n.reduced(gone, jnp.sum)), gone, "summed")
 
 
-def _broadcast(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _broadcast(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     shape = eqn.outvars[0].aval.shape
     names = list(evaluator.fresh(len(shape)))
     for i, j in enumerate(eqn.params["broadcast_dimensions"]):
@@ -160,7 +155,7 @@ def _broadcast(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
 
 
-def _reshape(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     new, update = eqn.outvars[0].aval.shape, v.update
     names: list[int] = list(evaluator.fresh(len(new)))
     for old_axes, new_axes in reshape_groups(v.shape, new):
@@ -170,7 +165,7 @@ def _reshape(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
         old = v.names_at(old_axes)
         units = tuple(n for n in old if v.size(n) == 1)
         new_sizes = {names[j]: new[j] for j in new_axes if new[j] != 1}
-        regrouped = update.regroup(without(old, units), units, new_sizes)
+        regrouped = evaluator.regrouped(update, without(old, units), units, new_sizes)
         if regrouped is None:
             return None
         update = regrouped
@@ -203,7 +198,7 @@ def reshape_groups(
     return groups
 
 
-def _all_gather(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+def _all_gather(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     """Gather W's shards along an axis inside a `shard_map`, and the factors' along theirs.
 
     An array without the axis is the same on every device.
@@ -218,9 +213,29 @@ def _all_gather(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     return _along(v, {v.names[p["all_gather_dimension"]]: gathered})
 
 
-CASTS = ("convert_element_type", "reduce_precision", "copy", "copy_p", "sharding_constraint")
-ALONE: dict[str, Change] = {
-    **dict.fromkeys((*CASTS, "pvary"), _on_w),
+def _barrier(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
+    return list(lax.optimization_barrier(ins))
+
+
+def _device_put(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
+    """Move each operand; of a base the codes, except where a sharding is meant for W's own axes."""
+
+    def moved(i: int, v: Value) -> Value:
+        def put(x: jax.Array) -> jax.Array:
+            return eqn.primitive.bind(x, **{name: (p[i],) for name, p in eqn.params.items()})[0]
+
+        if not isinstance(v, AdaptedWeight):
+            return put(v)
+        if isinstance(eqn.params["devices"][i], jax.sharding.NamedSharding):
+            return v.map_w(lambda n: Named(put(n.array), n.names))
+        return dataclasses.replace(v, weight=jax.tree.map(put, v.weight))
+
+    return [moved(i, v) for i, v in enumerate(ins)]
+
+
+_CASTS = ("convert_element_type", "reduce_precision", "copy", "copy_p", "sharding_constraint")
+_VIEWS: dict[str, Change] = {
+    **dict.fromkeys((*_CASTS, "pvary"), _on_w),
     **dict.fromkeys(("stop_gradient", "name"), _on_all),
     "all_gather": _all_gather,
     "neg": lambda evaluator, eqn, v: _times(v, jnp.float32(-1.0)),
@@ -234,8 +249,12 @@ ALONE: dict[str, Change] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
 }
-RULES: dict[str, PrimitiveRule] = {
-    **{name: of_one(change) for name, change in ALONE.items()},
-    **dict.fromkeys(("mul", "div"), _mul),
-    "dynamic_slice": _dynamic_slice,
+PRIMITIVES: Table = {
+    **{name: Primitive(of_one(change), view=True) for name, change in _VIEWS.items()},
+    **dict.fromkeys(("mul", "div"), Primitive(_mul, scales=True)),
+    **dict.fromkeys(("add", "add_any"), Primitive(residual=True)),
+    "select_n": Primitive(picks=True),
+    "dynamic_slice": Primitive(_dynamic_slice, lookup=True),
+    "optimization_barrier": Primitive(_barrier, each=True),
+    "device_put": Primitive(_device_put, each=True),
 }

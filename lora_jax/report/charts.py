@@ -22,17 +22,8 @@ _SHADES = mpl.colormaps["viridis"]
 
 
 def curve(lines: Sequence[metrics.Line], name: str) -> Figure:
-    """Plot one metric over the steps. The training loss also gets its running mean.
-
-    Args:
-      lines: the lines of metrics.jsonl, training steps and evaluations.
-      name: the metric to plot, such as "loss" or "accuracy".
-
-    Returns:
-      The figure.
-    """
-    with svg.style():
-        figure, axis = svg.new()
+    """Plot a metric of metrics.jsonl over the steps, and the running mean of the training loss."""
+    with svg.drawing() as (figure, axis):
         curves.plot(axis, _thinned(lines), name)
         training = axis.lines[0]
         steps, losses = training.get_xdata(), np.asarray(training.get_ydata(), float)
@@ -67,20 +58,8 @@ def by_layer(
     level: tuple[float, str] | None = None,
     top: float | None = None,
 ) -> Figure:
-    """Plot one line for each name over the layers.
-
-    Args:
-      found: name -> one number for each layer; NaN where there is none.
-      layers: the labels of the layers.
-      label: the label of the vertical axis.
-      level: a height to compare with, drawn as a dashed line, and its label.
-      top: the upper end of the vertical axis. None: matplotlib chooses it.
-
-    Returns:
-      The figure.
-    """
-    with svg.style():
-        figure, axis = svg.new()
+    """Plot a line for each name over the layers, and a dashed one at `level` (height, label)."""
+    with svg.drawing() as (figure, axis):
         for name, values in found.items():
             axis.plot(range(len(layers)), values, marker="o", markersize=4, label=name)
         if level is not None:
@@ -94,18 +73,8 @@ def by_layer(
 
 
 def values(found: NDArray[np.floating], layers: Sequence[str], title: str) -> Figure:
-    """Plot singular values: a line for each i over the layers, or for one layer over i.
-
-    Args:
-      found: singular values, float [layer, i], the largest first.
-      layers: the labels of the layers.
-      title: the title of the figure.
-
-    Returns:
-      The figure.
-    """
-    with svg.style():
-        figure, axis = svg.new()
+    """Plot singular values [layer, i]: a line for each i over the layers; of one layer, over i."""
+    with svg.drawing() as (figure, axis):
         rank = found.shape[1]
         if len(layers) > 1:
             for i in range(rank):
@@ -148,19 +117,8 @@ def _layers(axis: Any, layers: Sequence[str]) -> None:
 def heat(
     found: NDArray[np.floating], rows: Sequence[str], columns: Sequence[str], title: str
 ) -> Figure:
-    """Draw a matrix as a heat map, with the numbers written in the cells if there is room.
-
-    Args:
-      found: float [row, column]; a NaN cell stays empty.
-      rows: the labels of the rows, which are layers.
-      columns: the labels of the columns.
-      title: the title of the figure.
-
-    Returns:
-      The figure.
-    """
-    with svg.style():
-        figure, axis = svg.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
+    """Draw a matrix [layer, column] as a heat map; a NaN cell stays empty."""
+    with svg.drawing(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows)) as (figure, axis):
         _cells(figure, axis, found, _top(found))
         axis.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 4 else 0)
         every = -(-len(rows) // 32)
@@ -169,26 +127,14 @@ def heat(
     return figure
 
 
-def phi(found: NDArray[np.floating], one: str, two: str, title: str, top: float) -> Figure:
-    """Draw the subspace similarities phi(i, j) as a heat map; i grows downwards.
-
-    Args:
-      found: float [i, j]; a NaN cell stays empty.
-      one: the label of the i axis.
-      two: the label of the j axis.
-      title: the title of the figure.
-      top: the value of the lightest colour; 0 has the darkest.
-
-    Returns:
-      The figure.
-    """
+def phi(found: NDArray[np.floating], names: Sequence[str], title: str, top: float) -> Figure:
+    """Draw the subspace similarities phi(i, j) as a heat map, whose lightest colour is `top`."""
     rows, columns = found.shape
-    with svg.style():
-        figure, axis = svg.new(4.6, 1.7 + min(2.4, max(0.35 * rows, 0.35)))
+    with svg.drawing(4.6, 1.7 + min(2.4, max(0.35 * rows, 0.35))) as (figure, axis):
         _cells(figure, axis, found, top, 1)
         axis.set_xticks(range(1, columns + 1, -(-columns // 10)))
         axis.set_yticks(range(1, rows + 1, -(-rows // 8)))
-        axis.set(xlabel=f"j: {two}", ylabel=f"i: {one}", title=title)
+        axis.set(xlabel=f"j: {names[1]}", ylabel=f"i: {names[0]}", title=title)
     return figure
 
 

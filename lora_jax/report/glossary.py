@@ -97,15 +97,10 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def with_glossary(report: Report, docs: str | None) -> Report:
-    """Add a section that explains the words of a report.
+    """Add a section that explains the words of a report, and to which they link.
 
-    Args:
-      report: the report. Each such word in it becomes a link to its explanation.
-      docs: the documentation site, a folder or a URL, for links from the explanations to its
-        glossary. None: without these links, because a dead link is worse.
-
-    Raises:
-      LoraError: `docs` is a folder without a glossary, or neither a folder nor a URL.
+    `docs` is the documentation site, a folder or a URL, to whose glossary the explanations link.
+    None: without these links, because a dead link is worse.
     """
     address = None if docs is None else _address(docs)
     texts = list(_texts(report))

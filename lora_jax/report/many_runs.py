@@ -37,16 +37,7 @@ _NOTES = 4  # at most this many unfinished runs get a note; the table has them a
 
 
 def report(title: str, runs: Sequence[SavedRun], base: BaseChoice) -> Report:
-    """Compare runs: their scores, the directions that they share, and the best run's update.
-
-    Args:
-      title: the title of the report.
-      runs: the runs, finished or not.
-      base: the base model to open for the analysis of the best update.
-
-    Returns:
-      The report.
-    """
+    """Compare runs: their scores, the directions that they share, and the best run's update."""
     finished = [run for run in runs if run.summary is not None]
     if not finished:
         return Report(

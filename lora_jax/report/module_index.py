@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_jax.layout import Layout
 
+_MOST = 24  # at most this many matrices are drawn
 _NUMBERED = re.compile(r"[A-Za-z_]*?_?(\d+)")
 
 
@@ -29,45 +31,73 @@ class Place:
     matrix: str
 
 
-def places(layout: Layout) -> tuple[Place, ...]:
-    """Return every matrix of the layout, ordered by layer.
+@dataclasses.dataclass(frozen=True)
+class ModuleIndex:
+    """Every matrix of a layout, ordered by layer.
 
     The layer is the number in the path (`layer_3`, `blocks/3`), or else the index along the first
     stacked axis. Names are cut to their last segments, as many as make them unique.
     """
-    found = []
-    for target in layout.targets:
-        layer, name = _split(target.path)
-        for at in np.ndindex(target.sizes(target.stack)):
-            rest = at
-            own = layer
-            if layer is None and at:
-                own, rest = at[0], at[1:]
-            found.append(Place(target.path, at, own, name + "".join(f"[{i}]" for i in rest)))
-    short = _shortened(dict.fromkeys(place.matrix for place in found))
-    ordered = sorted(found, key=lambda place: -1 if place.layer is None else place.layer)
-    return tuple(dataclasses.replace(place, matrix=short[place.matrix]) for place in ordered)
+
+    places: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> ModuleIndex:
+        """Find the places of a layout's matrices."""
+        found = []
+        for target in layout.targets:
+            layer, name = _split(target.path)
+            for at in np.ndindex(target.sizes(target.stack)):
+                own, rest = (at[0], at[1:]) if layer is None and at else (layer, at)
+                found.append(Place(target.path, at, own, name + "".join(f"[{i}]" for i in rest)))
+        short = _shortened(dict.fromkeys(place.matrix for place in found))
+        found.sort(key=lambda place: -1 if place.layer is None else place.layer)
+        return cls(tuple(dataclasses.replace(p, matrix=short[p.matrix]) for p in found))
+
+    @property
+    def layers(self) -> list[int | None]:
+        """The distinct layers, in order."""
+        return list(dict.fromkeys(place.layer for place in self.places))
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the layers."""
+        return list(map(label, self.layers))
+
+    @property
+    def middle(self) -> int | None:
+        """The middle layer: 3 for the layers 0 to 5."""
+        return self.layers[len(self.layers) // 2]
+
+    @property
+    def names(self) -> list[str]:
+        """The distinct names of matrices, in order."""
+        return list(dict.fromkeys(place.matrix for place in self.places))
+
+    @property
+    def drawn(self) -> list[str]:
+        """The names of the matrices that are drawn: with more, their names cannot be read."""
+        return self.names[:_MOST]
+
+    @property
+    def cut(self) -> str:
+        """The sentence that a caption adds if not all matrices are drawn."""
+        names = len(self.names)
+        more = f" The first {_MOST} of {names} matrices are drawn; the table lists all."
+        return more if names > _MOST else ""
+
+    def grid(self, numbers: Iterable[float]) -> NDArray[np.float64]:
+        """Arrange a number for each matrix as an array [layer, matrix]; NaN where there is none."""
+        layers, names = self.layers, self.names
+        found = np.full((len(layers), len(names)), np.nan)
+        for place, number in zip(self.places, numbers, strict=True):
+            found[layers.index(place.layer), names.index(place.matrix)] = number
+        return found
 
 
 def label(layer: int | None) -> str:
     """Return the label of a layer."""
     return "-" if layer is None else str(layer)
-
-
-def layers(found: Iterable[Place]) -> list[int | None]:
-    """Return the distinct layers, in order."""
-    return list(dict.fromkeys(place.layer for place in found))
-
-
-def matrices(found: Iterable[Place]) -> list[str]:
-    """Return the distinct names of matrices, in order."""
-    return list(dict.fromkeys(place.matrix for place in found))
-
-
-def middle(found: Sequence[Place]) -> int | None:
-    """Return the middle layer: 3 for the layers 0 to 5."""
-    there = layers(found)
-    return there[len(there) // 2]
 
 
 def _split(path: str) -> tuple[int | None, str]:

@@ -1,7 +1,7 @@
 """Write a report as files: report.html, which needs no other file, report.md, and the figures.
 
-Jinja2 renders both from `templates/` and escapes HTML. `plain` and `markdown_table` escape
-Markdown: tabulate would not escape a `|` in a cell, which would end the cell.
+Jinja2 renders both from `templates/` and escapes HTML. `plain` escapes Markdown: a `|` in a cell
+would end the cell.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jinja2
 
 from lora_jax.report import svg
 from lora_jax.report.document import Figure, Report, Table, Term
-from lora_jax.system import whole_files
+from lora_jax.system import table, whole_files
 
 HTML, MARKDOWN = "report.html", "report.md"
 _SIGNS = re.compile(r"([\\`*|\[\]~])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
@@ -38,25 +38,17 @@ def write(
     inline: dict[str, str] = {}
     write_file = functools.partial(whole_files.write, below=below)
     for panel in report.panels:
+        write_file(folder / f"{panel.name}.png", svg.png(panel.drawing))
         drawn = svg.svg(panel.drawing)
         inline[panel.name] = svg.inline(drawn, panel.name, panel.alternative)
         write_file(folder / f"{panel.name}.svg", svg.standalone(drawn).encode())
-        write_file(folder / f"{panel.name}.png", svg.png(panel.drawing))
     write_file(folder / MARKDOWN, markdown(report).encode())
     write_file(folder / HTML, html(report, inline).encode())
     return folder / HTML
 
 
 def html(report: Report, inline: dict[str, str]) -> str:
-    """Render a report as HTML.
-
-    Args:
-      report: the report.
-      inline: panel name -> its SVG element, as `svg.inline` returns it.
-
-    Returns:
-      The page.
-    """
+    """Render a report as HTML; `inline` holds the SVG element of each panel by its name."""
     environment = _environment(autoescape=True)
     environment.filters["linked"] = lambda text, but=None: linked(text, report.terms, but)
     template = environment.get_template("report.html.j2")
@@ -66,10 +58,8 @@ def html(report: Report, inline: dict[str, str]) -> str:
 def linked(text: str, terms: Sequence[Term], but: Term | None = None) -> str:
     """Return a text as HTML in which the first of each term is a link to its explanation.
 
-    Args:
-      text: plain text.
-      terms: the explained terms. If two begin at the same place, the longer one counts.
-      but: the term that the text explains; it does not become a link.
+    If two terms begin at the same place, the longer one counts. `but` is the term that the text
+    explains; it does not become a link.
     """
     found = [(match.span(), term) for term in terms if (match := term.pattern.search(text))]
     found.sort(key=lambda one: (one[0][0], -one[0][1]))
@@ -88,15 +78,7 @@ def images(figure: Figure) -> str:
 
 
 def markdown(report: Report, images: Callable[[Figure], str] = images) -> str:
-    """Render a report as Markdown.
-
-    Args:
-      report: the report.
-      images: returns the Markdown of a figure.
-
-    Returns:
-      The text.
-    """
+    """Render a report as Markdown; `images` returns that of a figure."""
     environment = _environment(autoescape=False)
     environment.filters |= {"plain": plain, "table": markdown_table, "images": images}
     text = environment.get_template("report.md.j2").render(report=report)
@@ -125,18 +107,12 @@ def plain(text: str) -> str:
     return _SIGNS.sub(r"\\\g<0>", line)
 
 
-def markdown_table(table: Table) -> str:
+def markdown_table(found: Table) -> str:
     """Render a table with padded columns, so that it can be read as plain text, too."""
-    lines = [tuple(map(plain, line)) for line in (table.columns, *table.rows)]
-    if table.marked is not None:
-        lines[table.marked + 1] = tuple(f"**{cell}**" for cell in lines[table.marked + 1])
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.columns))]
-    left = [name in table.texts for name in table.columns]
-
-    def row(cells: tuple[str, ...]) -> str:
-        places = zip(cells, widths, left, strict=True)
-        return f"| {' | '.join(c.ljust(w) if first else c.rjust(w) for c, w, first in places)} |"
-
-    dashes = ["-" * (w - 1) for w in widths]
-    rule = (f":{d}" if first else f"{d}:" for d, first in zip(dashes, left, strict=True))
-    return "\n".join([row(lines[0]), f"| {' | '.join(rule)} |", *map(row, lines[1:])])
+    rows = [tuple(map(plain, row)) for row in found.rows]
+    if found.marked is not None:
+        rows[found.marked] = tuple(f"**{cell}**" for cell in rows[found.marked])
+    texts = [i for i, name in enumerate(found.columns) if name in found.texts]
+    rule = [":--" if i in texts else "--:" for i in range(len(found.columns))]
+    lines = table.padded([tuple(map(plain, found.columns)), rule, *rows], texts)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -74,11 +74,7 @@ class SavedRun:
 
 
 def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
-    """Read the run in `path`, or all runs in the directories inside it.
-
-    Raises:
-      LoraError: there is no run, or a file of it cannot be read.
-    """
+    """Read the run in `path`, or all runs in the directories inside it."""
     path = pathlib.Path(os.path.realpath(path.expanduser()))  # resolve() fails at a circle
     if not path.is_dir():
         around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

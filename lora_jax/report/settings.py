@@ -23,14 +23,7 @@ _ALWAYS = (
 
 
 def table(configs: Sequence[dict[str, Any]]) -> Table:
-    """List the shared settings of configs: the main ones, and any that differ from defaults.
-
-    Args:
-      configs: config.json of each run.
-
-    Returns:
-      A table with field, value and default.
-    """
+    """List the shared settings of configs: the main ones, and any that differ from defaults."""
     every = [_counting(config) for config in configs]
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
     kind = ImageConfig if "data.image_field" in common else TextConfig
@@ -51,14 +44,7 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
 
 
 def in_words(configs: Sequence[dict[str, Any]]) -> str:
-    """Describe in one line what all these runs train, on which data and how.
-
-    Args:
-      configs: config.json of each run.
-
-    Returns:
-      Phrases with commas between them, such as "minilm on reviews, rank 8, 300 steps".
-    """
+    """Describe in one line what all these runs train: "minilm on reviews, rank 8, 300 steps"."""
     every = [_counting(config) for config in configs]
 
     def common(field: str, text: str) -> str:

@@ -16,15 +16,7 @@ from lora_jax.updates.kind import kind_of
 
 
 def report(path: pathlib.Path, base: BaseChoice) -> Report:
-    """Report the origin of an adapter, its layout, and what its update is made of.
-
-    Args:
-      path: the adapter's folder.
-      base: the base model to open for the analysis of the update.
-
-    Returns:
-      The report.
-    """
+    """Report the origin of an adapter, its layout, and what its update is made of."""
     _, folder = adapter_path.find_one(str(path))
     saved = SavedAdapter.open(folder)
     layout, trainable = saved.layout, saved.trainable_shapes

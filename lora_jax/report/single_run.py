@@ -14,15 +14,7 @@ from lora_jax.training.summary import costs, in_units
 
 
 def report(run: SavedRun, base: BaseChoice) -> Report:
-    """Report the scores, curves, settings and costs of a run, and analyse its best adapter.
-
-    Args:
-      run: the files of the run.
-      base: the base model to open for the analysis of the update.
-
-    Returns:
-      The report.
-    """
+    """Report the scores, curves, settings and costs of a run, and analyse its best adapter."""
     return Report(
         kind="LoRA run",
         title=run.name,

@@ -21,7 +21,7 @@ from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting, update_analysis
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
-from lora_jax.report.module_index import Place, label, layers, matrices, middle, places
+from lora_jax.report.module_index import ModuleIndex, Place
 from lora_jax.report.run_files import SavedRun
 from lora_jax.sweeps.comparison import flat
 from lora_jax.updates.kind import kind_of
@@ -50,11 +50,7 @@ class One:
 def section(runs: Sequence[SavedRun]) -> Section:
     """Compare the smallest rank with the largest, and two seeds with each other and with chance.
 
-    Args:
-      runs: the runs; one without an adapter is left out with a note.
-
-    Returns:
-      The section.
+    A run without an adapter is left out with a note.
     """
     blocks: list[Block] = [
         Paragraph(
@@ -66,17 +62,12 @@ def section(runs: Sequence[SavedRun]) -> Section:
     ]
     found, lost = _open(runs)
     blocks += lost
-    ranks, seeds = of_ranks(found), of_seeds(found)
-    if ranks is None:
-        blocks.append(
-            Paragraph("There are no two runs with the same matrices and different ranks.")
-        )
-    else:
-        blocks += _compared(ranks, "ranks")
-    if seeds is None:
-        blocks.append(Paragraph("There are no two runs that differ only in the seed."))
-    else:
-        blocks += _compared(seeds, "seeds")
+    for what, pair, runs_that in (
+        ("ranks", of_ranks(found), "with the same matrices and different ranks"),
+        ("seeds", of_seeds(found), "that differ only in the seed"),
+    ):
+        lacking = Paragraph(f"There are no two runs {runs_that}.")
+        blocks += [lacking] if pair is None else _compared(pair, what)
     return Section(_TITLE, tuple(blocks))
 
 
@@ -144,43 +135,42 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
         found = analysis.similarity(first, second)
     except LoraError as error:
         return [Note(f"{one.name} and {two.name} cannot be compared: {error}")]
-    there = places(one.layout)
-    phis = {place: found[place.path][place.at] for place in there}
-    ones = f"rank {one.rank}" if what == "ranks" else f"seed {one.config.get('seed')}"
-    twos = f"rank {two.rank}" if what == "ranks" else f"seed {two.config.get('seed')}"
-    blocks: list[Block] = [Paragraph(f"{ones} against {twos}: {one.name} and {two.name}.")]
-    blocks.append(_maps(there, phis, (ones, twos), what, one.layout))
-    rows, names = layers(there), matrices(there)
-    top = update_analysis.grid(there, [phis[place][0, 0] for place in there])
+    there = ModuleIndex.of(one.layout)
+    phis = {place: found[place.path][place.at] for place in there.places}
+    names = tuple(
+        f"rank {x.rank}" if what == "ranks" else f"seed {x.config.get('seed')}" for x in pair
+    )
+    both = " against ".join(names)
+    blocks: list[Block] = [Paragraph(f"{both}: {one.name} and {two.name}.")]
+    blocks.append(_maps(there, phis, names, what, one.layout))
+    top = [float(phis[place][0, 0]) for place in there.places]
     widest = {t.path: t.fan_in for t in one.layout.targets}
-    chance = 1 / max(widest.values())
-    if len(rows) > 1:
-        labels = [label(row) for row in rows]
-        caption = f"φ(1, 1), for the most important direction of each adapter: {ones}, {twos}."
-        drawn = dict(zip(names[: update_analysis.MOST], top.T, strict=False))
-        panel = Panel(
-            f"top-{what}",
-            f"φ(1, 1) by layer, a line for each matrix: {formatting.span(top.ravel())}",
-            charts.by_layer(drawn, labels, "φ(1, 1)", (chance, "random"), _tenth(top)),
-        )
-        blocks.append(Figure(f"{caption}{update_analysis.cut(names)}", (panel,)))
+    blocks += update_analysis.by_layer(
+        there,
+        top,
+        f"top-{what}",
+        "φ(1, 1)",
+        f"φ(1, 1), for the most important direction of each adapter: {', '.join(names)}.",
+        level=(1 / max(widest.values()), "random"),
+        top=_tenth(top),
+    )
     sides = {"A": phis}
     if not any(kind_of(target).rescales for target in one.layout.targets):  # DoRA's needs W
         updates = analysis.similarity(first, second, of="input")
-        sides["ΔW"] = {place: updates[place.path][place.at] for place in there}
-    blocks.append(_counted(there, sides, widest, f"{ones} against {twos}"))
+        sides["ΔW"] = {place: updates[place.path][place.at] for place in there.places}
+    blocks.append(_counted(there, sides, widest, both))
     return blocks
 
 
 def _counted(
-    there: Sequence[Place],
+    there: ModuleIndex,
     sides: dict[str, dict[Place, Any]],
     widest: dict[str, int],
     what: str,
 ) -> Table:
     rows = []
-    for name in matrices(there):
-        own = [place for place in there if place.matrix == name]
+    for name in there.names:
+        own = [place for place in there.places if place.matrix == name]
         for side, phis in sides.items():
             values = np.array([phis[place][0, 0] for place in own])
             known = values[np.isfinite(values)]
@@ -200,15 +190,15 @@ def _counted(
 
 
 def _maps(
-    there: Sequence[Place],
+    there: ModuleIndex,
     phis: dict[Place, Any],
-    names: tuple[str, str],
+    names: Sequence[str],
     what: str,
     layout: Layout,
 ) -> Figure:
     """Draw the maps of two matrices of the middle layer, and either chance or enlarged corners."""
-    layer = middle(there)
-    chosen = _chosen([place for place in there if place.layer == layer])
+    layer = there.middle
+    chosen = _chosen([place for place in there.places if place.layer == layer])
     where = "" if layer is None else f", layer {layer}"
     maps = [phis[place] for place in chosen]
     if what == "seeds":
@@ -234,10 +224,10 @@ def _maps(
     return Figure(f"{caption}; then the lower left triangle of each map, larger.", tuple(panels))
 
 
-def _panel(name: str, found: Any, names: tuple[str, str], title: str, scale: float) -> Panel:
+def _panel(name: str, found: Any, names: Sequence[str], title: str, scale: float) -> Panel:
     rows, columns = found.shape
     text = f"Heat map of φ(i, j), {title}, {rows} x {columns}: {formatting.span(found.ravel())}"
-    return Panel(f"phi-{name}", text, charts.phi(found, *names, title, scale))
+    return Panel(f"phi-{name}", text, charts.phi(found, names, title, scale))
 
 
 def _tenth(values: Any) -> float:

@@ -46,34 +46,29 @@ def style() -> Iterator[None]:
         yield
 
 
-def new(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
-    """Return a new figure and its axes.
-
-    Args:
-      width: in inches.
-      height: in inches.
-
-    Returns:
-      The figure and its one set of axes.
-    """
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas is needed to measure text, which keeps labels apart
-    return figure, figure.subplots()
+@contextlib.contextmanager
+def drawing(width: float = 4.6, height: float = 3.4) -> Iterator[tuple[Figure, Any]]:
+    """Yield a new figure of this size in inches, and its one set of axes, in the report's style."""
+    with style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)  # a canvas is needed to measure text, which keeps labels apart
+        yield figure, figure.subplots()
 
 
-def png(drawing: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     """Return a figure as the bytes of a PNG file, dark on white."""
     file = io.BytesIO()
     with style():
-        drawing.savefig(file, format="png", dpi=150, facecolor="white")
+        figure.savefig(file, format="png", dpi=150, facecolor="white")
+    figure.set_layout_engine("none")  # the next file has the same layout, which takes long to make
     return file.getvalue()
 
 
-def svg(drawing: Figure) -> str:
+def svg(figure: Figure) -> str:
     """Return a figure as an SVG element without comments, metadata or document type."""
     file = io.StringIO()
     with style():
-        drawing.savefig(file, format="svg", metadata=_NOTHING)
+        figure.savefig(file, format="svg", metadata=_NOTHING)
     text = file.getvalue()
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
@@ -88,13 +83,8 @@ def standalone(element: str) -> str:
 def inline(element: str, name: str, alternative: str) -> str:
     """Return the SVG of `svg` for use inside an HTML page.
 
-    Args:
-      element: the return value of `svg`.
-      name: a prefix for every id, because all drawings of a page share one namespace.
-      alternative: the alternative text, which a screen reader reads.
-
-    Returns:
-      The element.
+    `name` is a prefix for every id, because all drawings of a page share one namespace.
+    `alternative` is the text that a screen reader reads.
     """
     text = re.sub(r'\bid="', f'id="{name}-', element)
     text = re.sub(r'href="#', f'href="#{name}-', text)

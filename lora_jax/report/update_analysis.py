@@ -14,24 +14,18 @@ from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
-from lora_jax.report.module_index import Place, label, layers, matrices, places
+from lora_jax.report.module_index import ModuleIndex, Place, label
 from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system.console import USER_ERRORS
 from lora_jax.updates.kind import kind_of
 
 _TITLE = "What the update is made of"
-MOST = 24  # at most this many matrices are drawn: with more, their names cannot be read
 
 
 def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
-    """Analyse the best adapter of a run, or the last one if there is no best.
+    """Analyse the best adapter of a run, or the last one if there is no best, or an adapter.
 
-    Args:
-      run: the run directory or the adapter's folder.
-      base: the base model to open.
-
-    Returns:
-      The sections. If the adapter or its base cannot be opened, a note says so in its place.
+    If the adapter or its base cannot be opened, a note says so in its place.
     """
     try:
         _, folder = adapter_path.find(str(run))[0]
@@ -41,7 +35,7 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
         return (Section(_TITLE, (Note(f"The adapter cannot be analysed: {error}"),)),)
     if not layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
-    there = places(layout)
+    there = ModuleIndex.of(layout)
     whose = Paragraph(
         f"This is the update of adapters/{folder.name} of {run.name}."
         if folder != run
@@ -64,15 +58,15 @@ def _needed(layout: Layout, run: pathlib.Path, base: BaseChoice) -> Any:
 
 
 def _spectra(
-    there: Sequence[Place], found: dict[str, analysis.Spectrum], layout: Layout
+    there: ModuleIndex, found: dict[str, analysis.Spectrum], layout: Layout
 ) -> tuple[Block, ...]:
-    ours = [_at(found[place.path], place) for place in there]
+    ours = [_at(found[place.path], place) for place in there.places]
     energy = sum(float(one.energy) for one in ours)
     columns = [
-        [label(place.layer) for place in there],
-        [place.matrix for place in there],
-        [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in there],
-        [str(layout[place.path].rank) for place in there],
+        [label(place.layer) for place in there.places],
+        [place.matrix for place in there.places],
+        [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in there.places],
+        [str(layout[place.path].rank) for place in there.places],
         formatting.column(one.effective_rank for one in ours),
         formatting.column(one.values[0] for one in ours),
         formatting.column(np.sqrt(one.energy) for one in ours),
@@ -98,85 +92,71 @@ def _at(found: Any, place: Place) -> Any:
     return type(found)(*(part[place.at] for part in found))
 
 
-def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> list[Figure]:
-    rows, names = layers(there), matrices(there)
-    labels = [label(row) for row in rows]
-    panels = []
-    for number, name in enumerate(names[:MOST]):
-        every = zip(there, ours, strict=True)
+def _pictures(there: ModuleIndex, ours: Sequence[Any], energy: float) -> list[Figure]:
+    rows, panels = there.layers, []
+    for number, name in enumerate(there.drawn):
+        every = zip(there.places, ours, strict=True)
         own = [(place.layer, one.values) for place, one in every if place.matrix == name]
         found = np.full((len(rows), max(len(v) for _, v in own)), np.nan)
         for layer, values in own:
             found[rows.index(layer), : len(values)] = values
-        least, most = np.nanmin(found[:, 0]), np.nanmax(found[:, 0])
-        text = (
-            f"Singular values of the update of {name}: the largest of a layer is "
-            + formatting.span([least, most])
-        )
-        panels.append(Panel(f"values-{number + 1}", text, charts.values(found, labels, name)))
-    caption = f"Singular values of the update, from dark (the largest) to light.{cut(names)}"
+        largest = formatting.span([np.nanmin(found[:, 0]), np.nanmax(found[:, 0])])
+        text = f"Singular values of the update of {name}: the largest of a layer is {largest}"
+        drawn = charts.values(found, there.labels, name)
+        panels.append(Panel(f"values-{number + 1}", text, drawn))
+    caption = f"Singular values of the update, from dark (the largest) to light.{there.cut}"
     figures = [Figure(caption, tuple(panels))]
-    if len(there) > 1:
-        shares = grid(there, [one.energy / (energy or 1) for one in ours])
-        ranks = grid(there, [one.effective_rank for one in ours])
-        drawn = [("share of the energy", shares, "energy"), ("effective rank", ranks, "ranks")]
-        heats = tuple(
-            Panel(
-                name,
-                f"Heat map of the {what} by layer and matrix: {formatting.span(shown.ravel())}",
-                charts.heat(shown[:, :MOST], labels, names[:MOST], what),
-            )
-            for what, shown, name in drawn
-        )
-        figures.append(
-            Figure(
-                f"Energy and effective rank of the update by layer and matrix.{cut(names)}", heats
-            )
-        )
+    if len(there.places) > 1:
+        shares = there.grid(one.energy / (energy or 1) for one in ours)
+        ranks = there.grid(one.effective_rank for one in ours)
+        panels = []
+        for what, shown, name in (
+            ("share of the energy", shares, "energy"),
+            ("effective rank", ranks, "ranks"),
+        ):
+            text = f"Heat map of the {what} by layer and matrix: {formatting.span(shown.ravel())}"
+            drawn = charts.heat(shown[:, : len(there.drawn)], there.labels, there.drawn, what)
+            panels.append(Panel(name, text, drawn))
+        caption = f"Energy and effective rank of the update by layer and matrix.{there.cut}"
+        figures.append(Figure(caption, tuple(panels)))
     return figures
 
 
-def cut(names: Sequence[str]) -> str:
-    """Return the sentence that a caption adds if not all matrices are drawn."""
-    more = f" The first {MOST} of {len(names)} matrices are drawn; the table lists all."
-    return more if len(names) > MOST else ""
+def by_layer(
+    there: ModuleIndex,
+    numbers: Sequence[float],
+    panel: str,
+    what: str,
+    caption: str,
+    **options: Any,
+) -> list[Figure]:
+    """Draw a number of each matrix over the layers, a line for each; nothing for one layer.
 
-
-def grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
-    """Arrange one number for each matrix as an array [layer, matrix]; NaN where there is none."""
-    rows, names = layers(there), matrices(there)
-    found = np.full((len(rows), len(names)), np.nan)
-    for place, number in zip(there, numbers, strict=True):
-        found[rows.index(place.layer), names.index(place.matrix)] = number
-    return found
+    `options` are those of `charts.by_layer`.
+    """
+    if len(there.layers) == 1:
+        return []
+    lines = dict(zip(there.drawn, there.grid(numbers).T, strict=False))
+    text = f"{what} by layer, a line for each matrix: {formatting.span(numbers)}"
+    drawn = charts.by_layer(lines, there.labels, what, **options)
+    return [Figure(f"{caption}{there.cut}", (Panel(panel, text, drawn),))]
 
 
 class AmplifiedUpdate(NamedTuple):
     """The directions of W that an adapter amplifies: an entry for each matrix, all in one order."""
 
     layout: Layout
-    there: tuple[Place, ...]
+    there: ModuleIndex
     ours: list[Any]  # an analysis.Amplification of each matrix
 
 
 def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
-    """Measure what of W the best adapter of a run amplifies.
-
-    Args:
-      run: the run directory or the adapter's folder.
-      base: the base model to open.
-
-    Returns:
-      The numbers of every matrix.
-
-    Raises:
-      console.USER_ERRORS: the adapter or its base cannot be opened.
-    """
+    """Measure what of W the best adapter of a run amplifies."""
     served = base.open([str(run)], object)
     layout, parameters = _matrices(served.members[0])
     found = analysis.amplification(layout, served.params, parameters)
-    there = places(layout)
-    return AmplifiedUpdate(layout, there, [_at(found[place.path], place) for place in there])
+    there = ModuleIndex.of(layout)
+    return AmplifiedUpdate(layout, there, [_at(found[place.path], place) for place in there.places])
 
 
 def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
@@ -197,40 +177,19 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
         f"The median amplification factor of {len(factors)} matrices is {middle}; the range is "
         f"{formatting.span(factors)}."
     )
-    return Paragraph(text), *_factors(found.there, factors), table7(found)
-
-
-def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
-    rows, names = layers(there), matrices(there)
-    if len(rows) == 1:
-        return []
-    lines = grid(there, factors.tolist()).T
-    panel = Panel(
-        "amplification",
-        f"Amplification factor by layer, a line for each matrix: {formatting.span(factors)}",
-        charts.by_layer(
-            dict(zip(names[:MOST], lines, strict=False)),
-            [label(row) for row in rows],
-            "amplification factor",
-        ),
-    )
-    return [Figure(f"Amplification factor of each layer.{cut(names)}", (panel,))]
+    caption = "Amplification factor of each layer."
+    numbers = factors.tolist()
+    lines = by_layer(found.there, numbers, "amplification", "amplification factor", caption)
+    return Paragraph(text), *lines, table7(found)
 
 
 def table7(found: AmplifiedUpdate) -> Table:
-    """Return the table of all matrices: the paper's Table 7.
-
-    Args:
-      found: the numbers of every matrix.
-
-    Returns:
-      A row for each matrix.
-    """
+    """Return the table of all matrices: the paper's Table 7."""
     there, ours = found.there, found.ours
     columns = [
-        [label(place.layer) for place in there],
-        [place.matrix for place in there],
-        [str(found.layout[place.path].rank) for place in there],
+        [label(place.layer) for place in there.places],
+        [place.matrix for place in there.places],
+        [str(found.layout[place.path].rank) for place in there.places],
         formatting.column(one.weight for one in ours),
         formatting.column(one.update for one in ours),
         formatting.column(one.along_update for one in ours),

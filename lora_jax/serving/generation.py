@@ -104,7 +104,7 @@ class Decoder:
         model = models.DecoderModel(config)
 
         def read(params: Tree, ids: Any, mask: Any, cache: Any) -> Any:
-            return model.apply({"params": params}, ids, mask, cache=cache, last=1)
+            return model.apply({"params": params}, ids, cache, mask, last=1, method=model.decode)
 
         self._read = _mixed(layout, read)
 

@@ -51,16 +51,7 @@ class JsonLine:
         return names if len(names) <= 1_000 else f"{names[:1_000]}..."
 
     def get(self, field: str, kind: type[T], default: T | None = None) -> T:
-        """Return a field. Unless `default` is given, it must be there and not null.
-
-        Args:
-          field: the name of the field.
-          kind: the type that its value must have.
-          default: the value to use if it is missing or null.
-
-        Raises:
-          LineError: the field is missing, or has another type.
-        """
+        """Return a field of this type. Unless `default` is given, it must be there and not null."""
         found = self.value.get(field)
         if found is None and default is not None:
             return default
@@ -74,15 +65,9 @@ class JsonLine:
 
 
 def read(path: str, *, keep_broken: bool = False) -> Iterator[JsonLine]:
-    """Read the objects of a file, one at a time; empty lines are skipped.
+    """Read the objects of a file, or of stdin, one at a time; empty lines are skipped.
 
-    Args:
-      path: the file, or "-" for stdin.
-      keep_broken: yield a line that is not an object, with its fault, instead of raising it.
-
-    Raises:
-      LineError: a line is not a JSON object in UTF-8.
-      OSError: the file cannot be read.
+    With `keep_broken`, a line that is not an object in UTF-8 is yielded with its fault.
     """
     with opened(path, "rb") as file:
         yield from objects(file, "stdin" if path == STANDARD else path, keep_broken)
@@ -117,16 +102,7 @@ class Writer:
     """
 
     def __init__(self, path: str, *, reading: str | None = None) -> None:
-        """Open the file.
-
-        Args:
-          path: the file, or "-".
-          reading: the file that is read at the same time.
-
-        Raises:
-          LineError: the two are the same file.
-          OSError: the file cannot be written.
-        """
+        """Open the file, or stdout, which may not be the one that is read at the same time."""
         if reading is not None and _same(path, reading):
             raise LineError(f"{path} is read and written at once; give another file as --out")
         self._stack, self.path = contextlib.ExitStack(), path

@@ -47,10 +47,6 @@ def read(path: str, *, keep_broken: bool = False) -> Iterator[JsonLine | str]:
 
     The input is JSONL if its first character, after white space, is an opening brace. Empty lines
     are skipped. With `keep_broken`, a line that cannot be read is yielded with its fault.
-
-    Raises:
-      LineError: a line of JSONL is not a JSON object, or a line is not UTF-8.
-      OSError: the file cannot be read.
     """
     name = "stdin" if path == jsonl.STANDARD else path
     with jsonl.opened(path, "rb") as file:
@@ -75,20 +71,13 @@ def read(path: str, *, keep_broken: bool = False) -> Iterator[JsonLine | str]:
 class Prompts:
     """Turns texts and lines into requests.
 
-    Attributes:
-      templates: name -> prompt template of each adapter that was trained on one with fields.
+    templates: name -> prompt template of each adapter that was trained on one with fields.
     """
 
     def __init__(self, served: Served, stop: Sequence[str] = (), base_too: bool = False) -> None:
         """Find the stop tokens of each adapter: its `eos` of training, the model's, and `stop`.
 
-        Args:
-          served: the adapters and their base.
-          stop: texts of one token each.
-          base_too: whether a plain text is also for the base.
-
-        Raises:
-          LoraError: a stop text has several tokens, or an adapter has invalid notes.
+        Each text in `stop` is one token. With `base_too`, a plain text is also for the base.
         """
         tokenizer = served.source.tokenizer()
         self._served, self._room = served, served.config.max_positions

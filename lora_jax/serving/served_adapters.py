@@ -27,7 +27,7 @@ from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.models.weights.names import table_of
+from lora_jax.models.weights.families import table_of
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree

@@ -22,7 +22,8 @@ from lora_jax.bases.placement import placed
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.roles import uses
+from lora_jax.primitives.analysis import analyse
+from lora_jax.primitives.recorder import Use
 from lora_jax.sharding import flax_partitioning
 from lora_jax.sharding.rules import ShardingRule as ShardingRule
 from lora_jax.sharding.rules import Specs as Specs
@@ -31,7 +32,6 @@ from lora_jax.sharding.rules import check_entries, covering
 from lora_jax.sharding.rules import specs as specs
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
-from lora_jax.updates.recorder import Use
 
 FSDP, TENSOR = "fsdp", "tensor"
 # Both count the elements of one slice of the stack.
@@ -201,7 +201,7 @@ def _roles(params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None)
     """Return the use that decides the roles of each parameter's axes."""
     found: Mapping[str, Sequence[Use]] = {}
     if call is not None:
-        found = uses(jaxprs.trace(call[0], params, call[1]))
+        found = analyse(jaxprs.trace(call[0], params, call[1])).uses
     return {
         path: _role(tuple(leaf.shape), found.get(path, ()))
         for path, leaf in paths.flatten(params).items()
@@ -211,7 +211,7 @@ def _roles(params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None)
 def _role(shape: tuple[int, ...], uses: Sequence[Use]) -> Use:
     complete = [u for u in uses if u.has_axes]
     if complete:
-        return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding is a table
+        return min(complete, key=lambda u: not u.lookup)  # a tied embedding is a table
     stack = max((u.stack for u in uses), key=len, default=())
     free = [i for i in range(len(shape)) if i not in stack]
     longest = sorted(sorted(free, key=lambda i: shape[i])[-2:])

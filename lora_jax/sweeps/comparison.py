@@ -20,10 +20,8 @@ _LARGEST = 1e15  # a number in a config that is compared as one
 class ComparedRun:
     """One run of a comparison.
 
-    name: the name of its directory.
     values: field -> value, for the fields in which the runs differ.
     curve: (step, `select`) of every evaluation on the validation split, including step 0.
-    summary: the values of its summary.json.
     """
 
     name: str
@@ -57,7 +55,6 @@ class ComparedRun:
 class Results:
     """The compared runs.
 
-    rows: the runs in the order they were given.
     varied: the fields in which they differ.
     tasks: whether they learn different things, so that their scores cannot be compared.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import Counter
+from typing import ClassVar
 
 import tyro
 
@@ -45,6 +46,8 @@ class Member(Checked):
 class GroupOptions(Checked):
     """The options of a group as a whole; the subclasses define its members."""
 
+    _bounds: ClassVar = {"above 0": ("memory",), "at least 1": ("at_once",)}
+
     only: tuple[str, ...] = incidental(())
     """Train only these members, and leave the others as they are. `rank=4,*` is every name that
     begins with rank=4. Empty: all members."""
@@ -63,11 +66,6 @@ class GroupOptions(Checked):
     """The device mesh."""
     processes: ProcessesConfig = dataclasses.field(default=ProcessesConfig(), metadata=INCIDENTAL)
     """The processes of the run."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.memory is None or self.memory > 0, "memory", self.memory, "above 0")
-        require(self.at_once is None or self.at_once > 0, "at_once", self.at_once, "at least 1")
 
     def expand(self) -> GroupConfig:
         """Return the group that these options describe."""

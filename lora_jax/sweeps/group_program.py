@@ -15,7 +15,6 @@ from lora_jax.sweeps.members import TX, OpenMember
 from lora_jax.sweeps.padded_state import StateShapes
 from lora_jax.sweeps.step import common_layout, group_step
 from lora_jax.training import mesh, step
-from lora_jax.training.compiled import Compiled
 from lora_jax.training.config import MeshConfig, require
 from lora_jax.training.evaluation import merged_difference
 
@@ -57,10 +56,10 @@ class GroupProgram:
         require(len(rates) == 1, "lora.dropout", sorted(rates), "the same for all at once")
         self._step = group_step(workload, self.layout, parts.pop(), at_once, rates.pop())
         loss, whole = step.evaluation_step(workload, self.layout), self.place.whole
-        self.batch_loss = Compiled(loss, report, out_shardings=whole)
+        self.batch_loss = step.Compiled(loss, report, out_shardings=whole)
         # The layout's scales are 1, because the members' scales are multiplied into their factors.
         difference = merged_difference(workload, self.layout)
-        self.difference = Compiled(difference, report, out_shardings=whole)
+        self.difference = step.Compiled(difference, report, out_shardings=whole)
 
     def step(self, *arguments: Any) -> Any:
         """Run `group_step`, compiled for each number of members and each shape of a batch."""

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
 from lora_jax.sweeps.padded_state import HostState, StateShapes
 from lora_jax.sweeps.step import Settings, is_plain
-from lora_jax.training import beginning, mesh, optimizer, step
+from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig
 from lora_jax.training.config_file import workload_of
@@ -40,11 +40,9 @@ TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
 class OpenMember:
     """A member in progress.
 
-    state_shapes: the shapes of its state, not padded.
     host: its state while it is in no group.
     example: its first batch.
     step: the number of steps it has taken.
-    paused: whether it takes no steps for now.
     error: the reason why it stopped, if it did.
     """
 
@@ -116,7 +114,7 @@ class Opener(contextlib.ExitStack):
         self._grid, self._report = grid, report
         self._workloads: dict[Any, OpenedWorkload] = {}
         self.base: SharedBase | None = None
-        self._begun: beginning.Beginning | None = None
+        self._changed: tuple[Mapping[str, Any], Tree] | None = None  # `about`, adapters
 
     def open(
         self, name: str, config: Config, path: pathlib.Path, newest: int | None = None
@@ -138,7 +136,7 @@ class Opener(contextlib.ExitStack):
             )
         layout = layouts[spec]
         step.check_apart(layout, trainable)
-        workload, begun = self._begin(config, workload, layout, place, key, trainable)
+        workload, adapters = self._changed_base(config, workload, layout, place, key, trainable)
         base = self.base
         weights = step.adapted_weights(layout, base.frozen)
         state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place, weights))
@@ -151,10 +149,10 @@ class Opener(contextlib.ExitStack):
         where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
         fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
         new = checkpoints.latest is None
-        state = run.begin(fresh(trainable, key, weights, begun) if new else state_shapes.like)
+        state = run.resume(fresh(trainable, key, weights, adapters) if new else state_shapes.like)
         return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
 
-    def _begin(
+    def _changed_base(
         self,
         config: Config,
         workload: Workload,
@@ -169,16 +167,18 @@ class Opener(contextlib.ExitStack):
         """
         assert self.base is not None
         lora, base = config.adaptation, self.base
-        if lora.changes_base and self._begun is not None:
-            about = self._begun.workload.about
-            return dataclasses.replace(workload, about=about), self._begun.adapters
+        if lora.changes_base and self._changed is not None:
+            about, adapters = self._changed
+            return dataclasses.replace(workload, about=about), adapters
         params = join(trainable, base.frozen)
-        found = beginning.begin(lora, workload, layout, params, place, key)
+        workload, params, adapters = initial.changed_base(
+            lora, workload, layout, params, place, key
+        )
         if lora.changes_base:
-            frozen = split(found.params, tuple(trainable))[1] if trainable else found.params
+            frozen = split(params, tuple(trainable))[1] if trainable else params
             self.base = dataclasses.replace(base, frozen=frozen, fingerprint=fingerprint_of(frozen))
-            self._begun = found
-        return found.workload, found.adapters
+            self._changed = workload.about, adapters
+        return workload, adapters
 
     def _opened(self, config: Config) -> OpenedWorkload:
         """Open a workload, once for members that differ only in their adapters and settings."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.system.free_memory import free_memory
+from lora_jax.system import host_memory
 from lora_jax.training.config import ConfigError
 from lora_jax.training.summary import in_units
 
@@ -94,4 +94,4 @@ def available(held: float = 0.0) -> float:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats is not None and "bytes_limit" in stats:
         return float(stats["bytes_limit"])
-    return held + free_memory() / jax.local_device_count()
+    return held + host_memory.free() / jax.local_device_count()

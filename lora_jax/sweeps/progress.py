@@ -7,42 +7,34 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-from lora_jax.system.console import Bar, Console
-from lora_jax.training.loss_curve import LossCurve
-
-_NUMBERS = "loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[live]}"
+from lora_jax.system.console import Console
+from lora_jax.training.progress import CurveBar
 
 
-class GroupDisplay(Bar):
+class GroupDisplay(CurveBar):
     """Shows the steps of all members, the mean of their losses, and evaluations as they come."""
 
     def __init__(self, console: Console, every: int) -> None:
-        """Show a curve; without a terminal, print a line every `every` ticks."""
-        self._curve = LossCurve()  # of the mean
-        columns = (self._curve, MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
-        super().__init__(console, *columns)
-        self._every = every
-        fields: dict[str, Any] = {"loss": "-", "speed": "-", "live": ""}
-        self._task = self.bar.add_task("train", total=None, **fields)
+        """Show the curve of the mean; without a terminal, print a line every `every` ticks."""
+        shown = "loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[live]}"
+        super().__init__(console, every, shown, total=None, live="")
         self.losses: dict[str, float] = {}  # member -> its newest loss
 
     def tick(self, tick: int, steps: Sequence[tuple[int, int]], live: Sequence[str]) -> None:
         """Show the progress of the group."""
         taken, total = (sum(column) for column in zip(*steps, strict=True))
-        self.bar.update(self._task, completed=taken, total=total)
+        self.bar.update(self.task, completed=taken, total=total)
         speed = self.bar.tasks[0].speed  # without the first tick, which compiles
         losses = [self.losses[name] for name in live if name in self.losses]
         mean = statistics.fmean(losses) if losses else math.nan
-        self._curve.add(taken / total, mean)
+        self.curve.add(taken / total, mean)
         numbers: dict[str, Any] = {
             "loss": f"{mean:.4f}" if losses else "-",
             "speed": f"{speed:,.1f} steps/s" if speed else "-",
             "live": f"{len(live)} of {len(steps)} members",
         }
-        self.bar.update(self._task, **numbers)
-        if not self.console.is_terminal and (tick % self._every == 0 or taken == total):
+        self.bar.update(self.task, **numbers)
+        if not self.console.is_terminal and (tick % self.every == 0 or taken == total):
             self.say(
                 f"step {taken}/{total} of all  mean loss {numbers['loss']}  {numbers['speed']}  "
                 f"{numbers['live']}"
@@ -61,6 +53,4 @@ class Lines:
 
     def evaluation(self, line: dict[str, Any], note: str = "") -> None:
         """Show an evaluation line."""
-        numbers = (f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "split"))
-        text = f"{line['split']}: {'  '.join(numbers)}{note}"
-        self._display.say(f"{self._name}  step {line['step']}  {text}")
+        self._display.say_evaluation(line, note, f"{self._name}  ")

@@ -24,6 +24,7 @@ from lora_jax.training.optimizer import Hyper, adamw
 from lora_jax.training.state import State
 from lora_jax.training.step import train_step
 from lora_jax.training.workload import Workload
+from lora_jax.updates.kind import kind_of
 
 Tree = Any  # a pytree
 # path -> alpha / rank; 0 if a member does not adapt the path. {}: the scales of the layout.
@@ -45,7 +46,7 @@ class Settings(NamedTuple):
 
 def is_plain(layout: Layout) -> bool:
     """Return whether every update is LoRA of a whole weight, whose ranks can be zero-padded."""
-    return all(target.kind == "lora" and not target.parts for target in layout.targets)
+    return all(kind_of(target).is_plain and not target.parts for target in layout.targets)
 
 
 def common_layout(layouts: Iterable[Layout]) -> Layout:

@@ -5,7 +5,7 @@
 ...     limit: float | None = None
 >>> Speed(limit="fast")
 Traceback (most recent call last):
-lora_jax.errors.LoraError: limit must be float or None, got 'fast'
+lora_jax.system.checked.ConfigError: limit must be float or None, got 'fast'
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 import types
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -21,13 +22,31 @@ import numpy as np
 from lora_jax.errors import LoraError
 
 
+class ConfigError(LoraError):
+    """A config field has a value that it cannot have; the message names the field."""
+
+
+BOUNDS: dict[str, Callable[[Any], bool]] = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "above 0": lambda x: x > 0,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "at least 1, or -1 for the rest": lambda x: x == -1 or x >= 1,
+}
+
+
 class Checked:
     """A frozen dataclass that checks its fields; lists become tuples, NumPy's scalars Python's."""
 
     _path: ClassVar[str] = ""  # of the config in that of a run, such as "lora."
+    # One of `BOUNDS`, which None satisfies -> fields; a subclass adds to those of its base.
+    _bounds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
-        """Raise `LoraError` for a value of another type; a subclass with own checks calls this."""
+        """Raise `ConfigError` for a value of another type, or beyond the bounds of its field.
+
+        A subclass with own checks calls this first.
+        """
         kind: Any = type(self)
         for name, hint in _hints(kind).items():
             value = getattr(self, name)
@@ -38,8 +57,19 @@ class Checked:
                 alone = isinstance(value, str) and get_origin(hint) is tuple
                 cure = f"; one alone is written ({value!r},)" if alone else ""
                 expected = f"{self._path}{name} must be {type_name(hint)}{size}"
-                raise LoraError(f"{expected}, got {value!r}{cure}")
+                raise ConfigError(f"{expected}, got {value!r}{cure}")
             object.__setattr__(self, name, value)
+        tables = [vars(base).get("_bounds", {}) for base in reversed(kind.__mro__)]
+        for bound, names in (row for table in tables for row in table.items()):
+            for name in names:
+                value = getattr(self, name)
+                require(value is None or BOUNDS[bound](value), f"{self._path}{name}", value, bound)
+
+
+def require(condition: bool, field: str, got: Any, expected: str) -> None:
+    """Raise a `ConfigError` that names the dotted path `field` unless `condition` is true."""
+    if not condition:
+        raise ConfigError(f"{field} must be {expected}, got {got!r}")
 
 
 @functools.cache

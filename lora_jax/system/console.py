@@ -25,7 +25,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from lora_jax.errors import LoraError, ModelError, told
-from lora_jax.system import allocator, program_cache, table
+from lora_jax.system import host_memory, program_cache, table
 
 T = TypeVar("T")
 
@@ -45,12 +45,7 @@ class Console(rich.console.Console):
 
 
 def say(console: rich.console.Console, text: str) -> None:
-    """Print plain text without markup, coloured numbers or wrapped lines.
-
-    Args:
-      console: the console to print to.
-      text: the text.
-    """
+    """Print plain text without markup, coloured numbers or wrapped lines."""
     # Before rich, which drops some control characters and does not show them.
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
@@ -95,9 +90,7 @@ def printable(text: str) -> str:
 def out_of_memory(error: BaseException, cure: str) -> str | None:
     """Return a message if an error is a lack of memory on the host or on a device, else None.
 
-    Args:
-      error: any error. XLA's type of error names its cause only in its text.
-      cure: how the user can save memory.
+    XLA's type of error names its cause only in its text.
     """
     lacking = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
     if not (lacking or isinstance(error, MemoryError)):
@@ -149,18 +142,8 @@ def read_options(
     """Return the options of a command as the dataclass `kind`, whose docstrings are its `--help`.
 
     An option that is given more than once is noted on stderr, because only the last one counts. It
-    is not an error, because scripts append options to a command to change it.
-
-    Args:
-      kind: the dataclass; its fields are the options.
-      program: the name of the command in `--help`.
-      description: the first text of `--help`.
-      arguments: the command line without the program's name. None: sys.argv.
-      adding: whether the values of a repeated option that is a tuple add up.
-
-    Raises:
-      SystemExit: after `--help`, or after the message about an option that is unknown or has a
-        wrong value.
+    is not an error, because scripts append options to a command to change it. With `adding`, the
+    values of a repeated option that is a tuple add up.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     refuse_empty(given)
@@ -193,11 +176,7 @@ _TEXTS = [
 
 
 def refuse_empty(given: Sequence[str]) -> None:
-    """End the process, with the status 2, if an argument is empty as an unset variable leaves it.
-
-    Args:
-      given: the command line.
-    """
+    """End the process, with status 2, if an argument is empty as an unset variable leaves it."""
     for before, word in zip(["the first argument", *given], given, strict=False):
         option, equals, value = word.partition("=") if word[:2] == "--" else (before, "=", word)
         if equals and not value.strip() and option.replace("_", "-") not in _TEXTS:
@@ -209,12 +188,7 @@ def refuse_empty(given: Sequence[str]) -> None:
 def command(
     kind: type[T], program: str, about: str | None, run: Callable[[T], None], adding: bool = False
 ) -> Callable[[Sequence[str] | None], int]:
-    """Return the `main` of a command: it takes its arguments and returns the exit status.
-
-    Args:
-      kind, program, about, adding: as for `read_options`.
-      run: the command, which gets its options.
-    """
+    """Return the `main` of a command: it takes its arguments and returns the exit status."""
 
     def main(arguments: Sequence[str] | None = None) -> int:
         given = read_options(kind, program, about, arguments, adding=adding)
@@ -225,17 +199,13 @@ def command(
 
 @quiet_storage()  # also while the error is shown, which holds on to the operations that failed
 def guarded(run: Callable[[], None]) -> int:
-    """Run a command.
+    """Run a command, and return its exit status.
 
-    Args:
-      run: the command.
-
-    Returns:
-      The exit status: 0 if it is done, or if the reader of stdout has closed it; 1 after an error,
-      which is printed on stderr; 130 after Ctrl-C.
+    It is 0 if the command is done, or if the reader of stdout has closed it; 1 after an error,
+    which is printed on stderr; 130 after Ctrl-C.
     """
     try:
-        allocator.keep()
+        host_memory.keep()
         program_cache.enable(note)
         run()
         sys.stdout.flush()

@@ -29,10 +29,16 @@ def require(extra: str, user: str, *modules: str) -> None:
       user: the name that the message gives to the code that needs them: "lora_jax.training".
       *modules: the modules of the extra that are needed; all of them by default.
     """
-    wanted = modules or EXTRAS[extra]
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"{user} needs {', '.join(missing)}, which the extra {extra!r} installs:\n"
-            f"    pip install 'lora-jax[{extra}]'"
-        )
+    if text := missing(extra, user, *modules):
+        raise MissingExtraError(text)
+
+
+def missing(extra: str, user: str, *modules: str) -> str:
+    """Return the message of `require`, or "" if the modules are there."""
+    found = [name for name in modules or EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    if not found:
+        return ""
+    return (
+        f"{user} needs {', '.join(found)}, which the extra {extra!r} installs:\n"
+        f"    pip install 'lora-jax[{extra}]'"
+    )

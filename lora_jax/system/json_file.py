@@ -22,13 +22,7 @@ _DEPTH = 100  # nested lists and objects
 def read(
     path: os.PathLike[str], error: MakeError, *, cure: str = "", finite: bool = True
 ) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-      path: the file.
-      error: makes the exception from its message.
-      cure: a sentence that ends each message.
-      finite: refuse NaN and Infinity, which Python's own writer writes.
+    """Read a file that holds one JSON object; `cure` ends each message.
 
     Raises:
       error: text that `parse` refuses, a value that is not an object, or a file that
@@ -56,15 +50,8 @@ def parse_object(
 def parse(data: bytes, where: str, error: MakeError, *, finite: bool = True) -> Any:
     """Read one JSON value in UTF-8, with or without a byte order mark.
 
-    Args:
-      data: the text.
-      where: its file, or its file and line: every message begins with it.
-      error: makes the exception from its message.
-      finite: refuse NaN and Infinity.
-
-    Raises:
-      error: not UTF-8, not JSON, nested too deeply, a key twice, half a character, or a number
-        that is not finite.
+    Every message begins with `where`, a file and perhaps its line. `finite` refuses NaN and
+    Infinity, which Python's own writer writes.
 
     >>> parse(b'{"a": [1, null]}', "x.json", ValueError)
     {'a': [1, None]}

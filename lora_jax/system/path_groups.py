@@ -11,14 +11,10 @@ _SIGNS = set("*?[]{},")  # a segment with one of them would be read as a pattern
 
 
 def group(alike: Mapping[str, Hashable]) -> dict[str, list[str]]:
-    """Group the paths that have equal values, in the order of their first paths.
+    """Return pattern -> its paths, which have equal values, in the order of their first paths.
 
-    Args:
-      alike: path -> value. Paths with different values are never in one group.
-
-    Returns:
-      pattern -> its paths. The pattern (`lora_jax.paths`) matches these and no other path of
-      `alike`, unless a segment of a path holds a sign of the pattern language.
+    The pattern (`lora_jax.paths`) matches these and no other path of `alike`, unless a segment of a
+    path holds a sign of the pattern language.
 
     >>> group({f"layer_{i}/{name}/kernel": 8 for i in range(3) for name in "qv"})
     {'layer_{0..2}/{q,v}/kernel': ['layer_0/q/kernel', 'layer_0/v/kernel', ...]}

@@ -34,19 +34,13 @@ _LOCK = ".lockfile"  # the name that JAX uses
 
 
 def enable(say: Callable[[str], object]) -> pathlib.Path | None:
-    """Let JAX keep compiled programs on disk.
+    """Let JAX keep compiled programs on disk; return the folder, or None if nothing is kept there.
 
     Nothing is kept if the folder cannot be written to or locked; the command runs without it. If
-    others could have changed it (`lora_jax.system.user_cache`), a line says so.
+    others could have changed it (`lora_jax.system.user_cache`), `say` prints so.
     Nothing is kept for a run of several processes either: these would wait for each other's locks
     on a shared disk, and some would load a program while others compile it. To keep programs there,
     set JAX_COMPILATION_CACHE_DIR.
-
-    Args:
-      say: prints that line.
-
-    Returns:
-      The folder; None if nothing is kept, or if the user has configured JAX's cache.
     """
     if jax.distributed.is_initialized():
         return None
@@ -73,11 +67,7 @@ def enable(say: Callable[[str], object]) -> pathlib.Path | None:
 
 
 def machine(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
-    """Return a name for the CPU's instruction set: `x86_64-` and a hash of its features.
-
-    Args:
-      cpuinfo: the file that lists the features.
-    """
+    """Return a name for the CPU's instruction set: `x86_64-` and a hash of its features."""
     facts = {platform.machine(), platform.processor()}
     with contextlib.suppress(OSError):  # not Linux
         lines = cpuinfo.read_text().splitlines()

@@ -25,15 +25,11 @@ _HOLES = 1000  # what is behind so many holes of a file does not count
 def opened(path: AnyPath, error: MakeError, *, given: bool = False) -> BinaryIO:
     """Open a file for reading.
 
-    Args:
-      path: the file.
-      error: makes the exception from its message.
-      given: the user named this file. Otherwise it is a file of a folder, and may not be a link out
-        of that folder.
+    It must be a regular file with at most `RATIO` bytes for each one on the disk. Unless the user
+    has named it (`given`), it is a file of a folder, and may not be a link out of that folder.
 
     Raises:
-      error: the file is a link out of its folder, it is not a regular file, or it has more than
-        `RATIO` bytes for each one on the disk.
+      error: it is none of that.
       OSError: it cannot be opened.
     """
     if not given and os.path.islink(path):
@@ -60,15 +56,7 @@ def check(path: AnyPath, error: MakeError) -> None:
 
 
 def read(path: AnyPath, error: MakeError, *, most: int = MOST_BYTES, given: bool = False) -> bytes:
-    """Return the contents of a file.
-
-    Args:
-      path, error, given: see `opened`.
-      most: the limit of its bytes.
-
-    Raises:
-      error, OSError: as `opened`, or the file is larger than the limit.
-    """
+    """Return the contents of a file of at most `most` bytes (see `opened`)."""
     with opened(path, error, given=given) as file:
         data = file.read(most + 1)
         if len(data) > most:
@@ -78,16 +66,7 @@ def read(path: AnyPath, error: MakeError, *, most: int = MOST_BYTES, given: bool
 
 
 def lines(file: BinaryIO, where: object, error: MakeError) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) of an open file; numbers begin at 1, and a line keeps its end.
-
-    Args:
-      file: the file.
-      where: its name for messages.
-      error: makes the exception from its message.
-
-    Raises:
-      error: a line is longer than `MOST_BYTES`.
-    """
+    """Yield (number, line) of an open file; numbers begin at 1, and a line keeps its end."""
     number = 0
     while line := file.readline(MOST_BYTES + 1):
         number += 1

@@ -13,17 +13,10 @@ from lora_jax.errors import LoraError, writing
 
 @contextlib.contextmanager
 def hold(path: pathlib.Path, busy: LoraError) -> Iterator[None]:
-    """Make the directory and lock it until the block ends.
+    """Make the directory and lock it until the block ends; raise `busy` if another process does.
 
     The operating system holds the lock and releases it when the process ends, even if it is killed.
     Folders that are made here, and stay without a file, are deleted again.
-
-    Args:
-      path: the run directory.
-      busy: the error if another process holds the lock.
-
-    Raises:
-      LoraError: `busy`, or the directory cannot be written.
     """
     lock = filelock.FileLock(path / "lock")
     with writing(path):

@@ -52,14 +52,24 @@ def blocks(
         both = enumerate(zip(row, widths, strict=True))
         cells = [wrapped(c, w, "" if i else indent) if i in texts else [c] for i, (c, w) in both]
         cells[0] += [indent] * (max(map(len, cells)) - len(cells[0]))
-        parts = itertools.zip_longest(*cells, fillvalue="")
-        found.append([_line(part, widths, texts) for part in parts])
+        lines = padded([*itertools.zip_longest(*cells, fillvalue="")], texts, widths)
+        found.append(["  ".join(line).rstrip() for line in lines])
     return found
 
 
-def _line(cells: Cells, widths: Sequence[int], texts: Collection[int]) -> str:
-    both = enumerate(zip(cells, widths, strict=True))
-    return "  ".join(c.ljust(w) if i in texts else c.rjust(w) for i, (c, w) in both if w).rstrip()
+def padded(
+    rows: Sequence[Cells], texts: Collection[int], widths: Sequence[int] | None = None
+) -> list[list[str]]:
+    """Fill the cells with spaces, so that columns are aligned; leave out columns of width 0."""
+    widths = widths or [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        [
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            if width
+        ]
+        for row in rows
+    ]
 
 
 def wrapped(text: str, width: int, indent: str = "") -> list[str]:

@@ -23,9 +23,6 @@ def folder(*names: str) -> pathlib.Path:
 
     The cache is `LORA_JAX_CACHE`, or lora_jax in `XDG_CACHE_HOME` or in `~/.cache`.
 
-    Args:
-      *names: the names below the cache that lead to the folder.
-
     Raises:
       CacheError: another user owns it or a folder above it, or can write to one of them.
       OSError: it cannot be made.
@@ -45,8 +42,7 @@ def folder(*names: str) -> pathlib.Path:
 def check(path: pathlib.Path) -> None:
     """Raise `CacheError` unless only the user can write to a folder or replace it.
 
-    Args:
-      path: the folder, with an absolute path. Links to it and in it are checked, too.
+    Its path is absolute. Links to it and in it are checked, too.
     """
     real = path.resolve()
     # In a container, the owner of / may have a number that stands for several users.

@@ -27,12 +27,7 @@ TEMPORARY = ".writing-"  # the beginning of the names of temporary files and fol
 
 
 def check_links(folder: pathlib.Path, names: Iterable[str]) -> None:
-    """Raise `LoraError` if one of the entries of a folder is a link, or holds one.
-
-    Args:
-      folder: a folder into which a library will write by name.
-      names: the entries that it writes, or writes below.
-    """
+    """Raise `LoraError` if an entry of a folder that a library will write is or holds a link."""
     found = [path for name in names if (path := folder / name).is_symlink()]
     for name in names:
         for parent, inner, files in os.walk(folder / name):
@@ -46,17 +41,24 @@ def check_links(folder: pathlib.Path, names: Iterable[str]) -> None:
         )
 
 
-def write(path: pathlib.Path, content: bytes, *, below: pathlib.Path | None = None) -> None:
-    """Write a file completely or not at all.
-
-    Args:
-      path: the file. If it is a link, the link is replaced.
-      content: its bytes.
-      below: the folder that the user named, in which `path` is. Folders between the two are made,
-        and may not be links. None: the folder of the file.
+def check_place(path: pathlib.Path) -> None:
+    """Make the folder of a file that a long computation will write; raise if it cannot be written.
 
     Raises:
-      LoraError: it cannot be written; an earlier file is unchanged.
+      LoraError: the folder cannot be made or written, or the file is a folder.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = errno.EISDIR if path.is_dir() else errno.EACCES
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError(kind, os.strerror(kind))
+
+
+def write(path: pathlib.Path, content: bytes, *, below: pathlib.Path | None = None) -> None:
+    """Write a file completely or not at all. If it is a link, the link is replaced.
+
+    `below` is the folder that the user named, in which `path` is: folders between the two are made,
+    and may not be links. None: the folder of the file.
     """
     with writing(path), _folder(path.parent, path.parent if below is None else below) as folder:
         for name in os.listdir(folder):
@@ -67,7 +69,9 @@ def write(path: pathlib.Path, content: bytes, *, below: pathlib.Path | None = No
             with _created(name, folder) as file:
                 file.write(content)
                 file.flush()
+                os.fsync(file.fileno())  # before the rename: the power may fail
                 os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            _sync(folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
@@ -75,25 +79,12 @@ def write(path: pathlib.Path, content: bytes, *, below: pathlib.Path | None = No
 
 
 def write_json(path: pathlib.Path, value: object, *, below: pathlib.Path | None = None) -> None:
-    """Write a JSON file with `write`.
-
-    Args:
-      path, below: see `write`.
-      value: JSON values.
-
-    Raises:
-      LoraError: it cannot be written; an earlier file is unchanged.
-    """
+    """Write a JSON file with `write`."""
     write(path, (json.dumps(value, indent=2) + "\n").encode(), below=below)
 
 
 def append(path: pathlib.Path) -> BinaryIO:
-    """Open a file to append to it; it is made if it does not exist.
-
-    Raises:
-      LoraError: it is a link, another name of some other file, or not a regular file.
-      OSError: it cannot be opened.
-    """
+    """Open a file of its own to append to it; it is made if it does not exist."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -139,16 +130,17 @@ def _created(name: str, folder: int) -> BinaryIO:
     return file
 
 
+def _sync(folder: int) -> None:
+    """Write the names in an open folder to the disk; some file systems cannot, or need not."""
+    with contextlib.suppress(OSError):
+        os.fsync(folder)
+
+
 def write_together(folder: pathlib.Path, writers: Mapping[str, FileWriter]) -> None:
     """Write several files so that either all of them appear or none (see `whole_folder`).
 
-    Args:
-      folder: the folder to write to; it is created if it does not exist.
-      writers: `{file name: function that writes the file to a given path}`. The last one is moved
-        last.
-
-    Raises:
-      LoraError: the folder cannot be written.
+    `writers` is `{file name: function that writes the file to a given path}`; the last one is moved
+    last.
     """
     with whole_folder(folder, last=list(writers)[-1]) as aside:
         for name, write_file in writers.items():
@@ -161,20 +153,18 @@ def whole_folder(folder: pathlib.Path, last: str = "") -> Iterator[pathlib.Path]
 
     If `folder` does not exist or is empty, the temporary folder is renamed to it: even if the
     process is killed, `folder` is complete or unchanged. If it already holds files, is a mount
-    point or is in a folder that cannot be written, the files are moved into it one by one.
-
-    Args:
-      folder: the folder to write to; it is created if it does not exist.
-      last: the name of the file that is moved last, if they are moved one by one.
-
-    Raises:
-      LoraError: the folder cannot be written, or another process wrote to it at the same time.
+    point or is in a folder that cannot be written, the files are moved into it one by one, the one
+    named `last` at the end.
     """
     folder = pathlib.Path(os.path.realpath(folder))
     with writing(folder):
         aside, lock = _make_aside(folder)
         try:
             yield aside
+            for path in filter(pathlib.Path.is_file, aside.rglob("*")):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            _sync(lock)
             if aside.parent == folder:
                 for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
                     os.replace(path, folder / path.name)

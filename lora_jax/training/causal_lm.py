@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import models, paths
-from lora_jax.bases.recipe import STORED
+from lora_jax import models
 from lora_jax.data.language_modelling import language_modelling as batches_of
-from lora_jax.models import placement
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.method import LORA, Method
+from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
-from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
+from lora_jax.training.workload import Batch, Loss, Workload, check_select
 
 Tree = Any  # a pytree
 
@@ -34,42 +33,24 @@ def causal_lm(config: TextConfig) -> Workload:
     model_config = config.model.apply_to(source.config)
     method = config.method_for(model_config, config.data.max_length)
 
-    def load(shardings: Tree) -> Tree:
-        stored = config.model.quantize == STORED
-        base = source.load(model_config, shardings=shardings, keep_quantised=stored)
-        return {**base, **method.fresh(config.seed)}
-
     select = config.select or "loss"
     check_select(select, scores.names(scores.token_scores))
-    about = text.about(config, method, prompt=config.data.prompt, eos=config.data.eos)
-    workload = Workload(
-        apply=apply_of(
-            models.DecoderModel(model_config),
-            config.model.loss_chunk,
-            method,
-            config.label_smoothing,
-        ),
+    model = models.DecoderModel(model_config)
+    return pretrained.workload(
+        config,
+        Pretrained(source, model_config, method=method),
+        data,
+        text.about(config, method, prompt=config.data.prompt, eos=config.data.eos),
+        functools.partial(method.fresh, config.seed),
+        apply=apply_of(model, config.model.loss_chunk, method, config.label_smoothing),
         loss=token_loss,
-        params={**pretrained.base_shapes(config, source, model_config), **method.shapes()},
-        load=load,
-        placement=(*placement.rules(model_config), *method.placement()),
-        trainable=method.trained,
         example=batch_shapes(config.data.batch_size, config.data.max_length),
-        train=data.train.iterator,
-        evaluation=data.passes(),
         scores=scores.token_scores,
         select=select,
         better="lower" if select in ("loss", "perplexity") else "higher",
         size=real_tokens,
         unit="tokens",
-        facts=data.facts,
-        about=about,
-        common=Common(
-            json.dumps(about["model"]),
-            lambda: paths.flatten(method.fresh(config.seed)),
-        ),
     )
-    return pretrained.quantised_as_said(config, workload)
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -90,17 +71,15 @@ def apply_of(
     With a chunk (tokens whose cross entropy is computed at a time), and in training with label
     smoothing, it gives the cross entropy of each token, float32 [B, T].
     """
-    drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
-        dropping, smoothed = train and drops, smoothing if train else 0.0
+        smoothed = smoothing if train else 0.0
         inputs = {name: batch[name] for name in _PACKING}
         if chunk is not None:
             inputs |= {"targets": batch["targets"], "chunk": chunk, "smoothing": smoothed}
-        rngs = {"dropout": key} if dropping else None
-        outputs = method.apply(
-            model, params, batch["input_ids"], **inputs, deterministic=not dropping, rngs=rngs
-        )
+            inputs |= {"method": model.loss}
+        inputs |= pretrained.dropout(model.config, train, key)
+        outputs = method.apply(model, params, batch["input_ids"], **inputs)
         if chunk is not None or not smoothed:
             return outputs
         return cross_entropy(outputs, batch["targets"], smoothed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +13,15 @@ import numpy as np
 import optax
 
 from lora_jax import models, paths
-from lora_jax.bases.recipe import STORED
 from lora_jax.checkpoint.saved_adapter import EXTRA
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
-from lora_jax.models import placement
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
-from lora_jax.training.method import HEAD, LORA, Method
+from lora_jax.training.method import LORA, Method
+from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
-from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
+from lora_jax.training.workload import Batch, Loss, Workload, check_select
 
 Tree = Any  # a pytree
 
@@ -45,47 +43,24 @@ def classification(config: TextConfig) -> Workload:
     head = models.Head(config.model.pooling, labels.outputs)
     method = config.method_for(model_config, config.data.lengths[-1])
 
-    def fresh() -> Tree:
-        drawn = new_head(model, jax.random.fold_in(jax.random.key(config.seed), 1))
-        return {"classifier": drawn, **method.fresh(config.seed)}
+    def draw() -> Tree:
+        drawn = pretrained.new_head(model, (1, 1), jnp.int32, config.seed)
+        return {**drawn, **method.fresh(config.seed)}
 
-    def load(shardings: Tree) -> Tree:
-        stored = config.model.quantize == STORED
-        bert = source.load(model_config, shardings=shardings["bert"], keep_quantised=stored)
-        return {"bert": bert, **fresh()}
-
-    about = text.about(
+    fields = {"text_fields": config.data.text_fields, "lengths": config.data.lengths}
+    return pretrained.workload(
         config,
-        method,
-        labels=labels.names,
-        text_fields=config.data.text_fields,
-        lengths=config.data.lengths,
-    )
-    workload = Workload(
-        apply=apply_of(model, method),
+        Pretrained(source, model_config, "bert", head, method),
+        data,
+        text.about(config, method, labels=labels.names, **fields),
+        draw,
+        functools.partial(_joined, model, method),
+        {} if labels.regression else {"classes": np.int32(labels.outputs)},
         **judged(labels, config.select),
-        params={
-            **models.shapes(model_config, head),
-            "bert": pretrained.base_shapes(config, source, model_config),
-            **method.shapes(),
-        },
-        load=load,
-        placement=(*placement.rules(model_config, head), *method.placement()),
-        trainable=(HEAD, *method.trained),
-        train=data.train.iterator,
-        evaluation=data.passes(),
+        apply=apply_of(model, method),
         size=real_tokens,
         unit="tokens",
-        facts=data.facts,
-        about=about,
-        common=Common(
-            json.dumps(about["model"]),
-            lambda: paths.flatten(fresh()),
-            functools.partial(_joined, model, method),
-            {} if labels.regression else {"classes": np.int32(labels.outputs)},
-        ),
     )
-    return pretrained.quantised_as_said(config, workload)
 
 
 def judged(labels: Labels, select: str | None) -> dict[str, Any]:
@@ -133,22 +108,13 @@ def _joined(
 
 def apply_of(model: models.BertClassifier, method: Method = LORA) -> Any:
     """Return the model as a `Workload.apply`, which returns logits [B, C]."""
-    settings = model.config
-    drops = any((settings.dropout, settings.attention_dropout, settings.head_dropout))
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
-        dropping = train and drops
-        rngs = {"dropout": key} if dropping else None
         inputs = (batch["input_ids"], batch["mask"], batch.get("token_types"))
-        return method.apply(model, params, *inputs, deterministic=not dropping, rngs=rngs)
+        dropping = pretrained.dropout(model.config, train, key, model.config.head_dropout)
+        return method.apply(model, params, *inputs, **dropping)
 
     return apply
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def new_head(model: models.BertClassifier, key: jax.Array) -> Tree:
-    """Draw fresh parameters of the head. XLA leaves out the encoder's, which nothing uses."""
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]["classifier"]
 
 
 def class_loss(logits: jax.Array, batch: Any) -> Loss:

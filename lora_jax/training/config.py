@@ -10,25 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from lora_jax.errors import LoraError
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.system.checked import Checked
+from lora_jax.system.checked import ConfigError as ConfigError
+from lora_jax.system.checked import require as require
 from lora_jax.training.workload import Workload
-
-
-class ConfigError(LoraError):
-    """A config field has a value that it cannot have; the message names the field."""
-
-
-def require(condition: bool, field: str, got: Any, expected: str) -> None:
-    """Raise a `ConfigError` that names `field` unless `condition` is true."""
-    if not condition:
-        raise ConfigError(f"{field} must be {expected}, got {got!r}")
-
+from lora_jax.updates.kind import kind_named
 
 INCIDENTAL = {"incidental": True}
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
@@ -42,14 +33,14 @@ def incidental(default: Any) -> Any:
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
-InitMethod = Literal["gaussian", "uniform", "orthogonal", "eva", "pissa", "olora", "loftq"]
-
-
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Checked):
     """The adapters: h = W0 x + (alpha / rank) B A x."""
 
     _path = "lora."
+    _bounds: ClassVar = {
+        "at least 1": ("rank",), "above 0": ("alpha",), "in [0, 1)": ("dropout",)
+    }  # fmt: skip
 
     rank: int = 8
     """Rank r of the update."""
@@ -83,9 +74,6 @@ class LoraConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.rank > 0, "lora.rank", self.rank, "at least 1")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for target in self.targets:
             _rule(target)
 
@@ -99,7 +87,9 @@ class LoraConfig(Checked):
     def is_plain(self) -> bool:
         """Whether every update is LoRA of a whole weight, which members of a group can share."""
         rules = self.spec.rules
-        return all(rule.kind == "lora" and not rule.parts for rule in rules)
+        return all(
+            kind_named(rule.kind or "", rule.pattern).is_plain and not rule.parts for rule in rules
+        )
 
     @property
     def changes_base(self) -> bool:
@@ -144,6 +134,11 @@ class OptimizerConfig(Checked):
     """AdamW for the adapters and the head."""
 
     _path = "optimizer."
+    _bounds: ClassVar = {
+        "above 0": ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "clip", "eps"),
+        "in [0, 1)": ("warmup", "b1", "b2"),
+        "at least 0": ("weight_decay",),
+    }
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -169,25 +164,13 @@ class OptimizerConfig(Checked):
     """Parameters without weight decay: biases and norms that are trained in full, DoRA's
     magnitudes."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "clip"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"optimizer.{name}", value, "above 0")
-        require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "in [0, 1)")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
-        for name in ("b1", "b2"):
-            require(
-                0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)"
-            )
-        require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
-
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
     """The device mesh: data x fsdp x tensor devices, over all processes."""
 
     _path = "mesh."
+    _bounds: ClassVar = {"at least 1, or -1 for the rest": ("data", "fsdp", "tensor")}
 
     data: int = -1
     """Copies of the frozen weights, each with its part of the batch. -1: all remaining devices."""
@@ -202,10 +185,7 @@ class MeshConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-        for name, size in sizes.items():
-            require(size == -1 or size > 0, f"mesh.{name}", size, "at least 1, or -1 for the rest")
-        free = [name for name, size in sizes.items() if size == -1]
+        free = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
         require(len(free) <= 1, "mesh", " and ".join(free), "-1 (the rest) on one axis only")
 
 
@@ -215,6 +195,9 @@ class ProcessesConfig(Checked):
     SLURM, Open MPI, Cloud TPU and Kubernetes are detected from the environment (docs/pods.md)."""
 
     _path = "processes."
+    _bounds: ClassVar = {
+        "above 0": ("connect_timeout", "heartbeat_timeout"), "at least 1": ("count",)
+    }  # fmt: skip
 
     coordinator: str | None = None
     """host:port of process 0, at an address that all processes can reach."""
@@ -233,13 +216,10 @@ class ProcessesConfig(Checked):
         alone = self.count == 1 and self.coordinator is None and self.index is None
         expected = "given together: coordinator, count and index (or count 1 alone)"
         require(alone or given.count(None) in (0, 3), "processes", given, expected)
-        for name in ("connect_timeout", "heartbeat_timeout"):
-            require(getattr(self, name) > 0, f"processes.{name}", getattr(self, name), "above 0")
         if self.coordinator is not None and self.count is not None and self.index is not None:
             host, _, port = self.coordinator.rpartition(":")
             readable = bool(host) and port.isdecimal()
             require(readable, "processes.coordinator", self.coordinator, "host:port")
-            require(self.count > 0, "processes.count", self.count, "at least 1")
             known = 0 <= self.index < self.count
             require(known, "processes.index", self.index, f"from 0 to {self.count - 1}")
 
@@ -247,6 +227,11 @@ class ProcessesConfig(Checked):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Checked):
     """One training run."""
+
+    _bounds: ClassVar = {
+        "at least 1": ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"),
+        "at least 0": ("seed",),
+    }
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]
     """A function that returns the `Workload` of this config; set in the config file."""
@@ -287,9 +272,6 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
         if self.start_from is None:
             kinds = [str(rule.kind) for rule in self.lora.spec.rules]
             check_loraplus(self.optimizer.loraplus_lr_ratio, kinds)
@@ -323,7 +305,7 @@ class Config(Checked):
 
 def check_loraplus(ratio: float, kinds: Iterable[str]) -> None:
     """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero."""
-    without = sorted({*kinds} & {"vera", "loha", "lokr", "bias"})
+    without = sorted(k for k in {*kinds} if kind_named(k, "lora.kind").zero_at_first != "b")
     one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
     require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 

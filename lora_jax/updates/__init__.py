@@ -12,9 +12,8 @@
 derive a class from `Kind` and pass an object of it to `register`.
 
 A kind says which arrays are trained and saved. An `Update` (`update.py`) is the object that runs
-through a program together with W. Every kind runs as plain factors (`lowrank.py`), with an output
-gain if it rescales W. The other updates wrap these; `recorder.py` is the one by which
-`lora_jax.resolve` finds the roles of the axes.
+through a program together with W. Every kind runs as plain factors (`lowrank.py`), with gains if it
+rescales W. The other updates wrap these.
 """
 
 from lora_jax.updates.bias import Bias as Bias
@@ -22,6 +21,7 @@ from lora_jax.updates.bias import Shift as Shift
 from lora_jax.updates.dora import Directed as Directed
 from lora_jax.updates.dora import Dora as Dora
 from lora_jax.updates.kind import Factors as Factors
+from lora_jax.updates.kind import Gains as Gains
 from lora_jax.updates.kind import Kind as Kind
 from lora_jax.updates.kind import kind_of as kind_of
 from lora_jax.updates.kind import register as register

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.target import Target
-from lora_jax.updates.kind import Kind, TargetInitializer, check_no_parts
+from lora_jax.updates.kind import Kind, TargetInitializer
 
 
 class Shift(NamedTuple):
@@ -34,12 +34,18 @@ class Bias(Kind):
 
     name = "bias"
     fields = Shift
+    zero_at_first = "delta"
 
     def axes(self, target: Target) -> Shift:
         return Shift(tuple(range(len(target.shape))))
 
-    def check(self, target: Target) -> None:
-        check_no_parts(self, target)
+    def roles(
+        self, shape: tuple[int, ...], stack: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (), tuple(i for i in range(len(shape)) if i not in stack)
+
+    def rank_limit(self, target: Target) -> None:
+        return None
 
     def init(
         self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None

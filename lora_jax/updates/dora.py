@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax.base import Base, dense, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, in_w_order
+from lora_jax.updates.kind import Factors, Gains, Kind, TargetInitializer, in_w_order
 
 
 class Directed(NamedTuple):
@@ -37,7 +37,7 @@ class Dora(Kind):
     constant in the backward pass (section 4.3 of the paper; PEFT does the same). `b` starts at zero
     and the magnitude at ||W||, so the first W' is W. An output whose V is zero is not rescaled.
 
-    `output_gain` is magnitude / ||V|| by the factored formula, which never forms a @ b:
+    `gains` has magnitude / ||V|| by the factored formula, which never forms a @ b:
 
         ||V_j||^2 = ||W_j||^2 + 2 scale sum_k b_kj (W^T a)_jk + scale^2 sum_kl b_kj (a^T a)_kl b_lj
 
@@ -78,25 +78,26 @@ class Dora(Kind):
         norms = jnp.sqrt(_squared_norms(target, w, jnp.zeros_like(a), b, 1.0))
         return Directed(a, b, norms.astype(dtype))
 
-    def begin_with(self, target: Target, factors: Factors, w: Any) -> Directed:
+    def from_factors(self, target: Target, factors: Factors, w: Any) -> Directed:
         squares = _squared_norms(target, w, *factors, self.scale(target))
         return Directed(*factors, jnp.sqrt(squares).astype(factors.b.dtype))
 
     def factors(self, target: Target, parameters: Directed) -> Factors:
         return Factors(parameters.a, parameters.b)
 
-    def output_gain(self, target: Target, parameters: Directed, w: Any, scale: Any = None) -> Any:
+    def gains(self, target: Target, parameters: Directed, w: Any, scale: Any = None) -> Gains:
         w, a, b = jax.lax.stop_gradient((w, parameters.a, parameters.b))
         scale = self.scale(target) if scale is None else scale
         norms = jnp.sqrt(_squared_norms(target, w, a, b, scale))
-        return _ratio(jnp.asarray(parameters.magnitude, norms.dtype), norms)
+        return Gains(_ratio(jnp.asarray(parameters.magnitude, norms.dtype), norms))
 
     def merged(self, target: Target, parameters: Directed, w: Any) -> Any:
         w = jnp.asarray(dense(w))
         wide = wide_dtype(w.dtype)
         v = w.astype(wide) + self.delta(target, parameters, wide)
         norms = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(v)), axis=target.inputs, keepdims=True))
-        magnitude = in_w_order(target, jnp.asarray(parameters.magnitude, norms.dtype))
+        magnitude = jnp.asarray(parameters.magnitude, norms.dtype)
+        magnitude = in_w_order(target, magnitude, target.outputs)
         return (_ratio(magnitude, jax.lax.stop_gradient(norms)) * v).astype(w.dtype)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.updates.named import TALLY, Named, Names
-from lora_jax.updates.update import Operation, Update, Wrapper
+from lora_jax.updates.lowrank import Gained
+from lora_jax.updates.named import EXTRA, Named, Names
+from lora_jax.updates.update import Operation, Update, Wrapper, Zero
 
 
 @jax.tree_util.register_dataclass
@@ -33,11 +34,18 @@ class Dropped(Wrapper):
     @staticmethod
     def start(
         inner: Update, path: str, key: Any, rate: float, stack: Names, sizes: tuple[int, ...]
-    ) -> Dropped:
+    ) -> Update:
         """Return the update of the weight at `path`; its stack axes have these names and sizes."""
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         data = jax.random.key_data(jax.random.split(own, sizes) if sizes else own)
-        return Dropped(inner, Named(data, (*stack, TALLY)), rate, jax.random.key_impl(key))
+        keys = Named(data, (*stack, EXTRA))
+        return Dropped(Zero(), keys, rate, jax.random.key_impl(key)).around(inner)
+
+    def around(self, inner: Update) -> Update:
+        """Return the inner update with dropout; a gain of the whole sum stays outermost."""
+        if isinstance(inner, Gained):
+            return inner.around(self.around(inner.inner))
+        return dataclasses.replace(self, inner=inner)
 
     def product(self, p: Operation) -> Any:
         return self.inner.product(dataclasses.replace(p, drop=lambda x: self._drop(x, p.use)))

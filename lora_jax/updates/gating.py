@@ -1,7 +1,4 @@
-"""Gates from a router's logits: weights that sum to 1, over all experts or the best few.
-
-This module only knows arrays; `lora_jax.moe.router` says what the weights are for.
-"""
+"""Gates from a router's logits, and the experts of a mixture as one update weighted by gates."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.updates.named import Named, without
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.named import MEMBER, RANK, Named, without
 
 
 def gates(logits: Any, top: int | None = None) -> Any:
@@ -36,17 +34,17 @@ def gates(logits: Any, top: int | None = None) -> Any:
     """
     logits = jnp.asarray(logits, jnp.float32)
     if top is not None:
-        logits = jnp.where(_chosen(logits, top), logits, -jnp.inf)
+        logits = jnp.where(_best(logits, top), logits, -jnp.inf)
     return jax.nn.softmax(logits, axis=-1)
 
 
 def tally(gates: Any, top: int | None) -> Any:
     """Map [..., rows, n] to [..., 2, n]: sums over rows of the choices / top, and of the gates."""
-    chosen = _chosen(gates, top or 1).astype(gates.dtype) / (top or 1)
-    return jnp.stack([chosen.sum(-2), gates.sum(-2)], axis=-2)
+    best = _best(gates, top or 1).astype(gates.dtype) / (top or 1)
+    return jnp.stack([best.sum(-2), gates.sum(-2)], axis=-2)
 
 
-def _chosen(values: Any, top: int) -> Any:
+def _best(values: Any, top: int) -> Any:
     """Return whether each entry is among the `top` largest of its row; ties go to the first."""
     _, best = lax.top_k(lax.stop_gradient(values), top)
     return jax.nn.one_hot(best, values.shape[-1], dtype=jnp.bool_).any(-2)
@@ -87,17 +85,34 @@ _counted.defvjp(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Gate:
-    """A router per token in an adapted weight: the last `n` columns of its `a` give the logits.
+class Gated(LowRank):
+    """All experts of a mixture as one low-rank update, weighted for each token by a router.
 
-    So one product multiplies x with the factors of all experts and with the router, and a program
-    applies to the router all that it applies to `a`.
+    The router's logits are x times the last `experts` columns of `a`, so one product multiplies x
+    with the factors of all experts and with the router, and a program applies to the router all
+    that it applies to `a`. Such an update depends on x, so it needs products with all of x's
+    inputs.
 
-    n: the number of experts.
     top: the number of experts for each token; None: all of them.
-    probe: None, or a `Named` array of zeros to count with (see `counted`).
+    probe: None, or zeros to count with (see `counted`).
     """
 
-    n: int = dataclasses.field(metadata={"static": True})
-    top: int | None = dataclasses.field(metadata={"static": True})
-    probe: Any = None
+    experts: int = dataclasses.field(default=1, metadata={"static": True})
+    top: int | None = dataclasses.field(default=None, metadata={"static": True})
+    probe: Named | None = None
+
+    needs_input = (
+        "where a router per token has no whole input to route by. Leave it out of the targets, or "
+        "use weights per example: moe.mix"
+    )
+
+    def scaled(self, h: Named) -> Named:
+        """Return `x a` for all experts, each weighted by its gate from the router's columns."""
+        h = h.moved((*without(h.names, (RANK,)), RANK))
+        rank = h.array.shape[-1] - self.experts
+        weights = Named(gates(h.array[..., rank:], self.top), (*h.names[:-1], MEMBER))
+        if self.probe is not None:
+            weights = counted(weights, MEMBER, self.probe, lambda rows: tally(rows, self.top))
+        parts = h.array[..., :rank].reshape(*weights.array.shape, rank // self.experts)
+        weighted = parts * weights.array[..., None].astype(parts.dtype)
+        return super().scaled(Named(weighted.reshape(*h.array.shape[:-1], rank), h.names))

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from lora_jax.base import dense, wide_dtype
 from lora_jax.errors import LoraError, listed
 from lora_jax.target import Target
+from lora_jax.updates.lowrank import Gained, LowRank
+from lora_jax.updates.named import RANK, Named, Names
+from lora_jax.updates.update import Update
 
 TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
 
@@ -28,21 +31,61 @@ class Factors(NamedTuple):
     b: Any
 
 
+class Gains(NamedTuple):
+    """The numbers that multiply each output and each input of `W + scale * a @ b`; None is 1.
+
+    Attributes:
+      outputs: [*stack, *outputs].
+      inputs: [*stack, *inputs].
+    """
+
+    outputs: Any = None
+    inputs: Any = None
+
+    def sides(self, target: Target) -> list[tuple[Any, tuple[int, ...]]]:
+        """Return the gains that are not 1, each with its axes of W without the stack.
+
+        Args:
+          target: from the layout.
+        """
+        both = zip(self, (target.outputs, target.inputs), strict=True)
+        return [(gain, side) for gain, side in both if gain is not None]
+
+
 class Kind(abc.ABC):
     """A kind of update. It has no state: one object stands for the kind.
 
     A new kind is one class in one file, and `register(MyKind())`. No other code has to know it:
-    `lora_jax.adapt` runs `factors` and `output_gain`, `lora_jax.merge` runs `merged`, and a test
+    `lora_jax.adapt` runs `factors` and the gains, `lora_jax.merge` runs `merged`, and a test
     compares the two. In the adapter tree a target has one NamedTuple of arrays, of the type
-    `fields`; the methods call it `parameters`.
+    `fields`; the methods call it `parameters`. In a stack of adapters an array is padded with
+    zeros along its rank, and must mean the same update then.
 
     Attributes:
       name: the name that `Target.kind` and `Rule.kind` give.
       fields: the NamedTuple type for the arrays of one target.
+      has_parts: whether it adapts slices of an output axis (`Target.parts`).
+      zero_at_first: the array that is zero at the start, so that the update is.
     """
 
     name: ClassVar[str]
     fields: ClassVar[Any]
+    has_parts: ClassVar[bool] = False
+    zero_at_first: ClassVar[str] = "b"
+
+    def roles(
+        self, shape: tuple[int, ...], stack: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the input axes and the output axes of a weight, if the kind decides them.
+
+        A kind for biases and other vectors does. None, the default: the products that read the
+        weight decide.
+
+        Args:
+          shape: the shape of the weight.
+          stack: its stack axes.
+        """
+        return None
 
     @abc.abstractmethod
     def axes(self, target: Target) -> Any:
@@ -98,7 +141,7 @@ class Kind(abc.ABC):
           LoraError: the first values depend on W, and `w` is None.
         """
 
-    def begin_with(self, target: Target, factors: Factors, w: Any) -> Any:
+    def from_factors(self, target: Target, factors: Factors, w: Any) -> Any:
         """Return arrays whose update gives `W + scale * a @ b` with the given factors.
 
         For methods that move a part of W into the factors; `w` is the rest.
@@ -144,12 +187,17 @@ class Kind(abc.ABC):
         return target.scale
 
     @property
-    def rescales(self) -> bool:
-        """Whether the kind has an output gain, so that its update depends on W."""
-        return type(self).output_gain is not Kind.output_gain
+    def is_plain(self) -> bool:
+        """Whether its arrays are the factors of `scale * a @ b`, which is the whole update."""
+        return self.fields is Factors and not self.rescales
 
-    def output_gain(self, target: Target, parameters: Any, w: Any, scale: Any = None) -> Any:
-        """Return the factor of each output of `W + scale * a @ b`, or None for 1.
+    @property
+    def rescales(self) -> bool:
+        """Whether the kind has gains: its factors alone are not the update, which depends on W."""
+        return type(self).gains is not Kind.gains
+
+    def gains(self, target: Target, parameters: Any, w: Any, scale: Any = None) -> Gains:
+        """Return the factors of the outputs and of the inputs of `W + scale * a @ b`; None is 1.
 
         Args:
           target: from the layout.
@@ -158,9 +206,25 @@ class Kind(abc.ABC):
           scale: the scale to use, which may be traced; None for the target's own.
 
         Returns:
-          [*stack, *outputs] in float32 (float64 if W is).
+          `Gains(outputs [*stack, *outputs], inputs [*stack, *inputs])` in float32 (float64 if W
+          is).
         """
-        return None
+        return Gains()
+
+    def update(self, target: Target, parameters: Any, w: Any, names: Names) -> Update | jax.Array:
+        """Return the update on its way through a program, or W' itself if it has no low rank.
+
+        Args:
+          target: from the layout.
+          parameters: the arrays of the target.
+          w: W, an array or a `Base`.
+          names: the names of W's axes.
+        """
+        factors = self.factors(target, parameters)
+        if factors is None:
+            return self.merged(target, parameters, w)
+        update = LowRank(*named(target, factors, names), self.scale(target))
+        return gained(update, target, gains_of(target, parameters, w), names)
 
     def merged(self, target: Target, parameters: Any, w: Any) -> Any:
         """Return W with its update, in W's dtype: the definition that the fast path must equal.
@@ -174,7 +238,10 @@ class Kind(abc.ABC):
         """
         w = jnp.asarray(dense(w))
         wide = wide_dtype(w.dtype)
-        return (w.astype(wide) + self.delta(target, parameters, wide)).astype(w.dtype)
+        whole = w.astype(wide) + self.delta(target, parameters, wide)
+        for gain, side in self.gains(target, parameters, w).sides(target):
+            whole = whole * in_w_order(target, gain, side)
+        return whole.astype(w.dtype)
 
     def delta(self, target: Target, parameters: Any, dtype: Any = jnp.float32) -> Any:
         """Return `scale * a @ b` with its axes in W's order.
@@ -200,14 +267,33 @@ class Kind(abc.ABC):
             precision="highest",
         )
 
+    def rank_limit(self, target: Target) -> tuple[int, str] | None:
+        """Return the largest useful rank and what it is in words; None: there is none.
+
+        Args:
+          target: from the layout.
+        """
+        least = min(target.fan_in, target.fan_out)
+        name = f"min(in, out) = min({target.fan_in}, {target.fan_out})"
+        return (least, name) if target.inputs else None
+
     def check(self, target: Target) -> None:
         """Raise `LoraError` if the target has a rank or axes that this kind does not allow.
 
         Args:
           target: from the layout.
         """
-        check_no_parts(self, target)
-        check_rank_limit(target, min(target.fan_in, target.fan_out), "min(in, out)")
+        if target.parts and not self.has_parts:
+            raise LoraError(
+                f"{target.path!r}: the kind {self.name!r} has no parts; only kind='lora' takes "
+                "slices of an output axis"
+            )
+        limit = self.rank_limit(target)
+        if limit is not None and target.rank > limit[0]:
+            raise LoraError(
+                f"{target.path!r}: rank {target.rank} is above {limit[1]} = {limit[0]}; lower the "
+                f"rank, or give this target its own: Rule({target.path!r}, rank={limit[0]})"
+            )
 
     def check_parameters(self, target: Target, parameters: Any) -> None:
         """Raise `LoraError` unless `parameters` are `fields` of arrays in the target's shapes.
@@ -255,13 +341,18 @@ def kind_of(target: Target) -> Kind:
     Raises:
       LoraError: a kind that is not registered.
     """
-    if target.kind not in _KINDS:
+    return kind_named(target.kind, target.path)
+
+
+def kind_named(name: str, path: str) -> Kind:
+    """Return a kind by its name; the path is for the message."""
+    if name not in _KINDS:
         raise LoraError(
-            f"{target.path!r} has the kind of update {target.kind!r}, which is not registered; "
+            f"{path!r} has the kind of update {name!r}, which is not registered; "
             f"known are:\n{listed(sorted(_KINDS), 20)}\n"
             "A kind of your own is made known by lora_jax.updates.register before it is used."
         )
-    return _KINDS[target.kind]
+    return _KINDS[name]
 
 
 def is_parameters(x: Any) -> bool:
@@ -269,29 +360,40 @@ def is_parameters(x: Any) -> bool:
     return isinstance(x, tuple(kind.fields for kind in _KINDS.values()))
 
 
-def check_rank_limit(target: Target, limit: int, meaning: str) -> None:
-    """Raise `LoraError` for a rank above the largest useful one."""
-    if target.rank > limit:
-        sizes = f" = min({target.fan_in}, {target.fan_out})" if meaning == "min(in, out)" else ""
-        raise LoraError(
-            f"{target.path!r}: rank {target.rank} is above {meaning}{sizes} = {limit}; lower the "
-            f"rank, or give this target its own: Rule({target.path!r}, rank={limit})"
-        )
+def named(
+    target: Target, factors: Factors, names: Names, several: Names = ()
+) -> tuple[Named, Named]:
+    """Return the factors with the names of W's axes; `several` are axes that come before these."""
+    stack, inputs, outputs = (
+        tuple(names[i] for i in axes) for axes in (target.stack, target.inputs, target.outputs)
+    )
+    a = Named(factors.a, (*several, *stack, *inputs, RANK))
+    return a, Named(factors.b, (*several, *stack, RANK, *outputs))
 
 
-def check_no_parts(kind: Kind, target: Target) -> None:
-    if target.parts:
-        raise LoraError(
-            f"{target.path!r}: the kind {kind.name!r} has no parts; only kind='lora' takes slices "
-            "of an output axis"
-        )
+def gains_of(target: Target, parameters: Any, w: Any, scale: Any = None) -> Gains:
+    """Return `Kind.gains` for the target's kind, under a name that the planner knows."""
+    # The planner counts the scope "lora" as adapters; JAX writes the outermost scope as
+    # `jvp(output_gain)`, so "lora" is the inner one.
+    with jax.named_scope("output_gain"), jax.named_scope("lora"):
+        return kind_of(target).gains(target, parameters, w, scale)
 
 
-def in_w_order(target: Target, values: Any) -> Any:
-    """Return [*stack, *outputs] values with axes in W's order, and size 1 along the inputs."""
-    axes = (*target.stack, *target.outputs)
+def gained(
+    update: Update, target: Target, gains: Gains, names: Names, several: Names = ()
+) -> Update:
+    """Return the update with gains, whose leading axes are `several`."""
+    for gain, side in gains.sides(target):
+        own = (*several, *(names[i] for i in (*target.stack, *side)))
+        update = Gained(update, Named(gain, own))
+    return update
+
+
+def in_w_order(target: Target, values: Any, side: tuple[int, ...]) -> Any:
+    """Return [*stack, *side] values with axes in W's order, and size 1 along the other axes."""
+    axes = (*target.stack, *side)
     ordered = jnp.transpose(values, [axes.index(i) for i in sorted(axes)])
-    return jnp.expand_dims(ordered, sorted(target.inputs))
+    return jnp.expand_dims(ordered, [i for i in range(len(target.shape)) if i not in axes])
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> jax.Array:

@@ -51,6 +51,7 @@ class Loha(Kind):
 
     name = "loha"
     fields = HadamardFactors
+    zero_at_first = "a2"
 
     def axes(self, target: Target) -> HadamardFactors:
         a, b = (*target.stack, *target.inputs, None), (*target.stack, None, *target.outputs)

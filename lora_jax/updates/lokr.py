@@ -10,14 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import (
-    Factors,
-    Kind,
-    TargetInitializer,
-    check_no_parts,
-    check_rank_limit,
-    uniform,
-)
+from lora_jax.updates.kind import Factors, Kind, TargetInitializer, uniform
 
 LARGEST = 2**36  # of a size that is split: its divisors are looked for one by one
 
@@ -68,6 +61,7 @@ class Lokr(Kind):
 
     name = "lokr"
     fields = KroneckerFactors
+    zero_at_first = "left"
 
     def axes(self, target: Target) -> KroneckerFactors:
         # A piece of a flattened axis is not an axis of W. These arrays are small: not sharded.
@@ -79,8 +73,7 @@ class Lokr(Kind):
         stack, rank = target.sizes(target.stack), target.rank
         return KroneckerFactors((*stack, m, left_out), (*stack, n, rank), (*stack, rank, k))
 
-    def check(self, target: Target) -> None:
-        check_no_parts(self, target)
+    def rank_limit(self, target: Target) -> tuple[int, str]:
         for size in (target.fan_in, target.fan_out):
             if not 1 <= size <= LARGEST:
                 raise LoraError(
@@ -88,7 +81,7 @@ class Lokr(Kind):
                     f"{size:,}"
                 )
         n, k = split(target.fan_in)[1], split(target.fan_out)[1]
-        check_rank_limit(target, min(n, k), f"the smaller of the larger divisors {n} and {k}")
+        return min(n, k), f"the smaller of the larger divisors {n} and {k}"
 
     def init(
         self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None

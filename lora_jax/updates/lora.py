@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, check_rank_limit
+from lora_jax.updates.kind import Factors, Kind, TargetInitializer
 
 
 class Lora(Kind):
@@ -42,6 +42,7 @@ class Lora(Kind):
 
     name = "lora"
     fields = Factors
+    has_parts = True
 
     def axes(self, target: Target) -> Factors:
         parts: tuple[None, ...] = (None,) if target.parts else ()
@@ -59,13 +60,12 @@ class Lora(Kind):
         b[_part_position(target)] = sum(size for _, size in target.parts)
         return Factors((*above, len(target.parts), rank), tuple(b))
 
-    def check(self, target: Target) -> None:
+    def rank_limit(self, target: Target) -> tuple[int, str] | None:
         _check_parts(target)
-        whole = min(target.fan_in, target.fan_out)
-        parts = (target.fan_out // target.shape[_part_axis(target)] * n for _, n in target.parts)
-        limit = min((whole, *parts))
-        narrow = limit < whole
-        check_rank_limit(target, limit, "min(in, part)" if narrow else "min(in, out)")
+        whole = super().rank_limit(target)
+        parts = [target.fan_out // target.shape[_part_axis(target)] * n for _, n in target.parts]
+        narrow = whole is not None and parts and min(parts) < whole[0]
+        return (min(parts), "min(in, part)") if narrow else whole
 
     def init(
         self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
@@ -77,8 +77,8 @@ class Lora(Kind):
             a = a_init(key, target, dtype)
         return Factors(a, jnp.zeros(self.shapes(target).b, dtype))
 
-    def begin_with(self, target: Target, factors: Factors, w: Any) -> Factors:
-        return super().begin_with(target, factors, w) if target.parts else factors
+    def from_factors(self, target: Target, factors: Factors, w: Any) -> Factors:
+        return super().from_factors(target, factors, w) if target.parts else factors
 
     def factors(self, target: Target, parameters: Factors) -> Factors:
         if not target.parts:

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.base import wide_dtype
-from lora_jax.updates.named import RANK, ROWS, Named, Names, einsum
-from lora_jax.updates.update import Operation, Part, Update
+from lora_jax.errors import LoraError
+from lora_jax.updates.named import RANK, ROWS, Named, Names, einsum, wider
+from lora_jax.updates.update import Operation, Piece, Update, Wrapper, join
 
 
 @jax.tree_util.register_dataclass
@@ -50,11 +51,11 @@ class LowRank(Update):
         in_a, in_b = name in self.a.names, name in self.b.names
         return "stack" if in_a and in_b else "input" if in_a else "output" if in_b else None
 
-    def middle(self, h: Named) -> Named:
+    def scaled(self, h: Named) -> Named:
         """Return `h`, the product `x a`, times the scale and the gain. `h` has the gain's axes."""
         array = h.array * self.scale
         if self.gain is not None:
-            array = array * self.gain.astype(array.dtype).among(h.names)
+            array = array * self.gain.astype(array.dtype).aligned(h.names)
         return Named(array, h.names)
 
     def product(self, p: Operation) -> Any:
@@ -63,9 +64,9 @@ class LowRank(Update):
     def merged(self, w: Named) -> Any:
         wide = wide_dtype(w.array.dtype)
         present = tuple(n for n in w.names if self.role(n))
-        a = self.middle(self.a.astype(wide))
+        a = self.scaled(self.a.astype(wide))
         delta = Named(einsum(a, self.b.astype(wide), present, precision="highest"), present)
-        return (w.array.astype(wide) + delta.among(w.names)).astype(w.array.dtype)
+        return (w.array.astype(wide) + delta.aligned(w.names)).astype(w.array.dtype)
 
     def times(self, factor: Named) -> Update | None:
         real = tuple(n for n in factor.names if factor.size(n) > 1)
@@ -74,9 +75,9 @@ class LowRank(Update):
             return dataclasses.replace(self, b=self.b.times(factor))
         if set(real) <= set(self.a.names):
             return dataclasses.replace(self, a=self.a.times(factor))
-        return None
+        return super().times(factor)
 
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
         """Return the parts' factors, each padded with zeros outside its place.
 
         If one factor has the axis, the ranks are concatenated. If both or neither have it, no two
@@ -84,30 +85,25 @@ class LowRank(Update):
         """
         roles = {p.update.role(name) for p in parts}
         apart = len(roles) == 1 and bool(roles & {"input", "output"})
-        if any(type(p.update) is not LowRank for p in parts) or (
-            not apart and roles & {"input", "output"}
-        ):
-            return None
+        plain = all(type(p.update) is LowRank for p in parts)
+        if not plain or (not apart and roles & {"input", "output"}):
+            return super().join(parts, name, size)
         rank = max(p.update.a.size(RANK) for p in parts)
 
-        def factors(p: Part) -> tuple[Named, Named]:
+        def factors(p: Piece) -> tuple[Named, Named]:
             ends, pair = {name: (p.start, size - p.start - p.size)}, (p.update.a, p.update.b)
             if not apart:
                 ends[RANK] = (0, rank - pair[0].size(RANK))
                 pair = (pair[0].along(name, p.size), pair[1].along(name, p.size))
-            return p.update.middle(pair[0]).padded(ends), pair[1].padded(ends)
+            return p.update.scaled(pair[0]).padded(ends), pair[1].padded(ends)
 
         a, b = (_put_together(ns, apart) for ns in zip(*map(factors, parts), strict=True))
-        return None if a is None or b is None else LowRank(a, b)
+        return super().join(parts, name, size) if a is None or b is None else LowRank(a, b)
 
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        parts: list[tuple[Any, Update]] = [
-            (dw, dataclasses.replace(self, a=tangent.a)),
-            (none, dataclasses.replace(self, b=tangent.b)),
-        ]
-        if self.gain is not None:
-            parts.append((none, dataclasses.replace(self, gain=tangent.gain)))
-        return parts
+    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        names = ("a", "b") if self.gain is None else ("a", "b", "gain")
+        along = [dataclasses.replace(self, **{n: getattr(tangent, n)}) for n in names]
+        return list(zip((dw, *[none] * (len(names) - 1)), along, strict=True))
 
 
 def _put_together(factors: Sequence[Named], apart: bool) -> Named | None:
@@ -184,7 +180,7 @@ def _matrix_form(
     left, right = x.matrix(stack, rows, inputs), first.matrix(stack, (RANK,), inputs)
     h = jnp.einsum("...ni,...ri->...nr", left, right * update.scale, precision=precision)
     unscaled = dataclasses.replace(update, scale=1.0)
-    h = unscaled.middle(Named(h, (*stack, ROWS, RANK))).array
+    h = unscaled.scaled(Named(h, (*stack, ROWS, RANK))).array
     y = jnp.matmul(h, second.matrix(stack, (RANK,), outputs), precision=precision)
     sizes = [*map(x.size, (*stack, *rows)), *map(second.size, outputs)]
     return Named(y.reshape(sizes), (*stack, *rows, *outputs))
@@ -196,7 +192,75 @@ def _einsum_form(
     """Compute any other product: over inputs and outputs, with an input axis kept, and so on."""
     later = {*second.names, *out}
     kept = tuple(n for n in dict.fromkeys((*x.names, *first.names)) if n in later)
-    h = update.middle(Named(einsum(x, first, kept, precision), kept))
+    h = update.scaled(Named(einsum(x, first, kept, precision), kept))
     both = {*kept, *second.names}
     names = tuple(n for n in out if n in both)
     return Named(einsum(h, second, names, precision), names)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gained(Wrapper):
+    """`gain * (W + update)`: one number for each output (DoRA's magnitude / norm), or each input.
+
+    gain: has all axes of W with the role stack and those with the role input or output, no others.
+    """
+
+    gain: Named
+
+    additive = False
+
+    def product(self, p: Operation) -> Any:
+        """Multiply x by the gain along contracted axes, or the result along the others.
+
+        The product and the gain are in float32. A trained gain is within a few thousandths of 1,
+        and multiplying a bfloat16 number by it would round back to the same number.
+        """
+        x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
+        if x is not None and any(n not in p.out for n in gain.names):
+            if any(n not in x.names for n in gain.names):
+                raise LoraError(
+                    "a product sums over some axes of a weight that its adapter rescales (DoRA's "
+                    "magnitude), and not over others, or over places that share no input; the "
+                    "gain cannot follow. Use another kind of update for this weight"
+                )
+            wide = x.astype(wider(x.array.dtype, jnp.float32)).times(gain)
+            scaled = Named(wide.array.astype(x.array.dtype), x.names)
+            return self.inner.product(dataclasses.replace(p, x=scaled))
+        dtype: Any = None
+
+        def base(x: Any) -> Any:
+            nonlocal dtype
+            dtype = jax.eval_shape(p.base, x).dtype
+            wide = wider(dtype, jnp.float32)
+            return p.base(x, wide) if p.sums else p.base(x).astype(wide)
+
+        y = self.inner.product(dataclasses.replace(p, base=base))
+        return Named(y, p.out).times(gain).array.astype(dtype)
+
+    def merged(self, w: Named) -> Any:
+        whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)
+        return whole.times(self.gain).array.astype(w.array.dtype)
+
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+        gained = [p for p in parts if isinstance(p.update, Gained)]
+        bare = lambda u: u.inner if isinstance(u, Gained) else u  # noqa: E731
+        whole = join([dataclasses.replace(p, update=bare(p.update)) for p in parts], name, size)
+        sides = {p.update.role(name) for p in parts} & {"input", "output"}
+        if whole is None or (sides and any(name not in p.update.gain.names for p in gained)):
+            return None
+        one = {n: self.gain.size(n) for n in self.gain.names if n != name}
+        if any({*p.update.gain.names} - {name} != {*one} for p in gained):
+            return None
+        ones = Named(jnp.ones((*one.values(), size), self.gain.array.dtype), (*one, name))
+        for p in gained:
+            gain = p.update.gain.aligned(ones.names)
+            ones = Named(ones.array.at[..., p.start : p.start + p.size].set(gain), ones.names)
+        return Gained(whole, ones)
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)
+
+    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        along = super().tangents(w, dw, tangent, none)
+        return [*along, (w, Gained(self.inner, tangent.gain))]

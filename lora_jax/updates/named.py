@@ -17,7 +17,7 @@ import jax.numpy as jnp
 Names = tuple[int, ...]
 
 # These names mean the same in all weights. Names from OTHER downwards are free for local use.
-RANK, ROWS, MEMBER, TALLY, OTHER = -1, -2, -3, -4, -5
+RANK, ROWS, MEMBER, EXTRA, OTHER = -1, -2, -3, -4, -5
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class Named:
     def to_front(self, names: Names) -> Named:
         return self.moved((*names, *(n for n in self.names if n not in names)))
 
-    def among(self, names: Names) -> Any:
+    def aligned(self, names: Names) -> Any:
         """Return the array with the axes `names`, ready to broadcast: a missing axis has size 1."""
         moved = self.moved(tuple(n for n in names if n in self.names))
         return jnp.expand_dims(moved.array, [i for i, n in enumerate(names) if n not in self.names])
@@ -74,7 +74,7 @@ class Named:
 
     def times(self, factor: Named) -> Named:
         """Return the product with a factor that has some of these axes, in this array's dtype."""
-        return Named(self.array * factor.astype(self.array.dtype).among(self.names), self.names)
+        return Named(self.array * factor.astype(self.array.dtype).aligned(self.names), self.names)
 
 
 def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.base import wide_dtype
+from lora_jax.errors import LoraError
 from lora_jax.updates.named import Named, Names
 
 
@@ -52,7 +55,7 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Piece:
     """The update of one of several weights that are concatenated, and its place along the axis."""
 
     update: Any
@@ -70,6 +73,9 @@ class Update(abc.ABC):
         the role output   if its second factor has it
         no role           if the update is constant along it (mostly an axis of size 1)
     """
+
+    additive = True  # whether it is added to W, so that it is zero where its arrays are zero
+    needs_input = ""  # for an update that depends on the x that W is multiplied with: the cure
 
     def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
         """Return the update with `fn` applied to each array, as the program applies it to W."""
@@ -90,36 +96,40 @@ class Update(abc.ABC):
     def merged(self, w: Named) -> Any:
         """Return `W + update` as an array with the axes of `w`, in w's dtype."""
 
-    def chosen(self) -> Update:
-        """Return the update of the one adapter that was chosen, if there are several."""
-        return self
+    @abc.abstractmethod
+    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        """Return the derivative of `W + update` as a sum of weights: pairs of a W and an update.
+
+        w, dw and none are W, its tangent and an absent W (`Absent`), all of the same shape;
+        tangent is an update like this one, holding the tangents of its arrays.
+        """
 
     def times(self, factor: Named) -> Update | None:
         """Return the update of `factor * W`, or None if that has another form."""
-        return None
+        real = tuple(n for n in factor.names if factor.size(n) > 1)
+        roles = {self.role(n) for n in real}
+        if not additive(self) or None in roles or roles >= {"input", "output"}:
+            return None
+        return Times(self, factor.reduced({*factor.names} - {*real}, lax.squeeze))
 
-    def renamed(self, new: dict[int, int]) -> Update:
-        """Return the same update for a weight whose axes have other names."""
-        return self.map(lambda n: n.renamed(new))
-
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
         """Return the update of several weights concatenated along the axis `name`, or None.
 
         All parts have the same names, and `size` is the whole size of the axis. A weight without a
-        part has no update.
+        part has no update. By default it is the sum of the parts, each with zeros outside of its
+        place.
         """
-        return None
+        roles = {p.update.role(name) for p in parts}
+        if len(roles) > 1 or not all(additive(p.update) for p in parts):
+            return None
 
-    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
-        """Return whether these axes have these roles, or none."""
-        groups = (("stack", stack), ("input", inputs), ("output", outputs))
-        return all(self.role(n) in (None, role) for role, names in groups for n in names)
+        def in_place(p: Piece) -> Update:
+            ends = {name: (p.start, size - p.start - p.size)}
+            spread = lambda n: n.along(name, p.size) if None in roles else n  # noqa: E731
+            placed: Update = p.update.map(lambda n: spread(n).padded(ends))
+            return placed
 
-    def chooses(self, taken: Names, rest: Names) -> bool:
-        """Return whether indexing the axes `taken` chooses parts of W (or else looks up rows)."""
-        roles = {self.role(n) for n in taken}
-        row = roles == {"input"} and all(self.role(n) in ("output", None) for n in rest)
-        return len(roles) == 1 and not row
+        return Sum(tuple(map(in_place, parts)))
 
     def sums(self, sizes: dict[int, int]) -> bool:
         """Return whether the update of `W.sum(names)` is the update with each of its arrays summed.
@@ -128,36 +138,6 @@ class Update(abc.ABC):
         """
         roles = {n: self.role(n) for n in sizes}
         return all(r != "stack" and (r or sizes[n] == 1) for n, r in roles.items())
-
-    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
-        """Return the update with the axes `old`, in this order, reshaped into axes `new`, or None.
-
-        `new` maps names to sizes. `units` are axes of size 1 among the old ones, which are
-        dropped. The other old axes must all have the same role.
-        """
-
-        def one(n: Named) -> Named:
-            n = n.reduced(units, lax.squeeze)
-            if not any(x in n.names for x in old):
-                return n
-            n = n.to_front(old)
-            rest = n.array.shape[len(old) :]
-            return Named(n.array.reshape((*new.values(), *rest)), (*new, *n.names[len(old) :]))
-
-        return self.map(one) if len({self.role(n) for n in old}) <= 1 else None
-
-    def check_linear(self, path: str, where: str) -> None:
-        """Raise `LoraError` if the update depends on the operand that W is multiplied with."""
-        del path, where
-
-    @abc.abstractmethod
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        """Return the derivative of `W + update` as a sum of weights: pairs of a W and an update.
-
-        Args:
-          w, dw, none: W, its tangent, and an absent W (`Absent`), all of the same shape.
-          tangent: an update like this one, holding the tangents of its arrays.
-        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,14 +153,18 @@ class Wrapper(Update):
         """Return the same wrapper around another update."""
         return dataclasses.replace(self, inner=inner)
 
+    def selected(self) -> Update:
+        """Return the update of the one adapter that was selected, if there are several."""
+        return self.around(selected(self.inner))
+
     def role(self, name: int) -> str | None:
         return self.inner.role(name)
 
+    def product(self, p: Operation) -> Any:
+        return self.inner.product(p)
+
     def merged(self, w: Named) -> Any:
         return self.inner.merged(w)
-
-    def chosen(self) -> Update:
-        return self.around(self.inner.chosen())
 
     def times(self, factor: Named) -> Update | None:
         inner = self.inner.times(factor)
@@ -189,12 +173,34 @@ class Wrapper(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes)
 
-    def check_linear(self, path: str, where: str) -> None:
-        self.inner.check_linear(path, where)
-
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        parts = self.inner.derivatives(w, dw, tangent.inner, none)
+    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        parts = self.inner.tangents(w, dw, tangent.inner, none)
         return [(w, self.around(update)) for w, update in parts]
+
+
+def layers(update: Update) -> Iterator[Update]:
+    """Yield an update and all updates inside of it."""
+    yield update
+    inner = (update.inner,) if isinstance(update, Wrapper) else getattr(update, "updates", ())
+    for one in inner:
+        yield from layers(one)
+
+
+def additive(update: Update) -> bool:
+    """Return whether the update is only added to W, so that several of them can be added up."""
+    return all(one.additive for one in layers(update))
+
+
+def selected(update: Update) -> Update:
+    """Return the update of the one adapter that was selected, if there are several."""
+    return update.selected() if isinstance(update, Wrapper) else update
+
+
+def join(parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    """See `Update.join`. A part that rescales W, if there is one, does it for all."""
+    if not parts:
+        return Zero()
+    return min(parts, key=lambda p: additive(p.update)).update.join(parts, name, size)
 
 
 @jax.tree_util.register_dataclass
@@ -214,11 +220,85 @@ class Zero(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return True
 
-    def chooses(self, taken: Names, rest: Names) -> bool:
-        return len(rest) > 1
-
     def times(self, factor: Named) -> Update | None:
         return self
 
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
         return [(dw, self)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum(Update):
+    """Several updates of one weight, added up."""
+
+    updates: tuple[Update, ...]
+
+    def role(self, name: int) -> str | None:
+        return self.updates[0].role(name)
+
+    def product(self, p: Operation) -> Any:
+        y = self.updates[0].product(p)
+        for update in self.updates[1:]:
+            y = update.product(dataclasses.replace(p, base=_result(y)))
+        return y
+
+    def merged(self, w: Named) -> Any:
+        whole = w.astype(wide_dtype(w.array.dtype))
+        for update in self.updates:
+            whole = Named(update.merged(whole), w.names)
+        return whole.array.astype(w.array.dtype)
+
+    def times(self, factor: Named) -> Update | None:
+        every = [update.times(factor) for update in self.updates]
+        known = tuple(update for update in every if update is not None)
+        return Sum(known) if len(known) == len(every) else None
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        return all(update.sums(sizes) for update in self.updates)
+
+    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        first, *rest = zip(self.updates, tangent.updates, strict=True)
+        found = first[0].tangents(w, dw, first[1], none)
+        return [*found, *(x for u, t in rest for x in u.tangents(w, none, t, none))]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Times(Wrapper):
+    """`factor * update`; the factor has axes of W with the roles stack and either input or output.
+
+    The default of `Update.times`, for an update whose arrays cannot take the factor up.
+    """
+
+    factor: Named
+
+    def product(self, p: Operation) -> Any:
+        names, y = {*self.factor.names}, p.base(None if p.x is None else p.x.array)
+        if names <= {*p.out}:
+            nothing = dataclasses.replace(p, base=_result(jnp.zeros_like(y)))
+            return y + Named(self.inner.product(nothing), p.out).times(self.factor).array
+        if p.x is None or not names <= {*p.x.names}:
+            raise LoraError(
+                f"a product sums over some axes of the factor of a {type(self.inner).__name__}, "
+                "and not over others; give the update a `times` of its own"
+            )
+        return self.inner.product(dataclasses.replace(p, x=p.x.times(self.factor), base=_result(y)))
+
+    def merged(self, w: Named) -> Any:
+        wide = wide_dtype(w.array.dtype)
+        delta = Named(self.inner.merged(Named(jnp.zeros(w.array.shape, wide), w.names)), w.names)
+        whole = w.array.astype(wide) + delta.times(self.factor).array
+        return whole.astype(w.array.dtype)
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        return self.inner.sums(sizes) and not any(n in self.factor.names for n in sizes)
+
+    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        along = super().tangents(w, dw, tangent, none)
+        return [*along, (none, Times(self.inner, tangent.factor))]
+
+
+def _result(y: Any) -> Callable[..., Any]:
+    """Return the `base` of an operation whose result is known."""
+    return lambda x, dtype=None: y if dtype is None else y.astype(dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, check_no_parts
+from lora_jax.updates.kind import Factors, Kind, TargetInitializer
 
 FIRST_RANK_VALUE = 0.1  # first value of lambda_d, as in PEFT
 
@@ -50,12 +50,13 @@ class Vera(Kind):
 
     name = "vera"
     fields = Vectors
+    zero_at_first = "lambda_b"
 
     def axes(self, target: Target) -> Vectors:
         return Vectors((*target.stack, None), (*target.stack, *target.outputs))
 
-    def check(self, target: Target) -> None:
-        check_no_parts(self, target)  # the rank has no limit: each adds one trained number
+    def rank_limit(self, target: Target) -> None:
+        return None  # each rank adds one trained number
 
     def init(
         self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None

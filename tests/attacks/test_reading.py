@@ -50,10 +50,7 @@ def test_reading_does_no_harm(name: str, attack: str, tmp_path: pathlib.Path) ->
 
 
 def test_the_cache_of_the_model_hub_is_read(tmp_path: pathlib.Path) -> None:
-    """Its files are links to blobs of the same model, and to nothing else.
-
-    Red without the exception for `snapshots`, or if the link from blobs is followed.
-    """
+    """Its files are links to blobs of the same model, and to nothing else."""
     model, blobs = tmp_path / "models--a--b", tmp_path / "models--a--b" / "blobs"
     kind.write(blobs, INPUTS["base"].files())
     snapshot = model / "snapshots" / "0123"

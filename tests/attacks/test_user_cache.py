@@ -75,7 +75,7 @@ ATTACKS += ("group", "parent", "link")
 def test_no_program_comes_from_others(
     attack: str, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is kept, and one line says why. Red without the check of owner, mode or parents."""
+    """Nothing is kept, and one line says why."""
     others(cache, monkeypatch, attack)
     said: list[str] = []
     assert program_cache.enable(said.append) is None
@@ -103,7 +103,7 @@ def test_no_package_and_no_data_comes_from_others(
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o777])
 def test_it_is_private_whatever_the_umask(umask: int, cache: pathlib.Path) -> None:
-    """Every folder that is made has the mode 0700. Red without `chmod`."""
+    """Every folder that is made has the mode 0700."""
     old = os.umask(umask)
     try:
         folder = user_cache.folder("programs", "x")

@@ -89,7 +89,7 @@ def test_a_whole_file_replaces_a_link(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_whole_file_enters_no_link(depth: int, tmp_path: pathlib.Path) -> None:
-    """A link between the user's folder and the file is an error. Red without `O_NOFOLLOW`."""
+    """A link between the user's folder and the file is an error."""
     outside = tmp_path / "outside"
     outside.mkdir()
     link = tmp_path / "run" / "/".join("ab"[:depth])
@@ -130,7 +130,7 @@ def test_what_a_killed_write_left_is_deleted(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "fifo", "folder"])
 def test_append_opens_only_a_file_of_its_own(kind: str, tmp_path: pathlib.Path) -> None:
-    """A file with two names is somebody else's, too. Red without the check of `st_nlink`."""
+    """A file with two names is somebody else's, too."""
     mine, path = tmp_path / "mine", tmp_path / "metrics.jsonl"
     mine.write_text("mine")
     if kind == "link":
@@ -147,7 +147,7 @@ def test_append_opens_only_a_file_of_its_own(kind: str, tmp_path: pathlib.Path) 
 
 
 def test_the_umask_counts(tmp_path: pathlib.Path) -> None:
-    """A written file has the permissions that the user's umask leaves. Red with a mode of 0o600."""
+    """A written file has the permissions that the user's umask leaves."""
     old = os.umask(0o027)
     try:
         whole_files.write(tmp_path / "file", b"new")

@@ -62,7 +62,6 @@ def test_a_careless_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red for a traceback, another status, a missing phrase, or a file in the working directory."""
 
     def nothing(*_: object) -> None:
         raise PackageError("there is no network")

@@ -75,7 +75,6 @@ def test_a_missing_library_names_its_extra(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red for a traceback, and for a command whose library is missing from `EXTRAS`."""
     monkeypatch.chdir(tmp_path)
     forget(monkeypatch, *ASKING.get(extra, ()), f"{module}.")
     monkeypatch.setitem(sys.modules, module, None)

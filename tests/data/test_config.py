@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 from lora_jax.data import DataConfig, DataError, ImageDataConfig
-from lora_jax.data.examples_config import ExamplesConfig
+from lora_jax.data.config import ExamplesConfig
 from lora_jax.models.text.templates import Template
 
 

@@ -21,7 +21,8 @@ from tests import npz
 
 GOLDEN = npz.read(Path(__file__).parents[1] / "golden/golden_images.npz")
 CASES = json.loads(str(GOLDEN["settings"]))
-SMALL = VitConfig((16, 20), (4, 4), 8, 1, 2, 8)
+SIZES = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 8}
+SMALL = VitConfig(image_size=(16, 20), patch_size=(4, 4), **SIZES)
 HOW = Preprocessing((4, 4), 3, 2, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -41,7 +42,7 @@ def test_pixels_are_those_of_transformers(number: int, tmp_path: Path) -> None:
 def test_an_old_file_says_the_size_as_one_number(tmp_path: Path) -> None:
     old = {"do_normalize": True, "do_resize": True, "image_mean": 0.5, "image_std": [0.5] * 3}
     old |= {"feature_extractor_type": "ViTFeatureExtractor", "resample": 2, "size": 16}
-    how = preprocessing.read(said(tmp_path, old), VitConfig((16, 16), (4, 4), 8, 1, 2, 8))
+    how = preprocessing.read(said(tmp_path, old), dataclasses.replace(SMALL, image_size=(16, 16)))
     assert how == Preprocessing((16, 16), 3, 2, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
 

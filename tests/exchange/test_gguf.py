@@ -16,7 +16,7 @@ import lora_jax
 from lora_jax import LoraSpec, Rule, models
 from lora_jax.exchange import gguf
 from lora_jax.exchange.gguf_base import GgufBase
-from lora_jax.models.weights.names import LLAMA
+from lora_jax.models.weights.decoder_names import LLAMA
 from tests.exchange.test_peft_round_trip import drawn, flat, merged
 from tests.exchange.tiny import GOLDEN, Model, built_in, toy
 from tests.models.weights.test_gguf_models import write_gguf

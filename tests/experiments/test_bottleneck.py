@@ -17,7 +17,7 @@ from tests.experiments.test_method import BERT, IDS, LLAMA, MASK, model_of, nois
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_layer_is_the_formula(norm: bool) -> None:
-    """A layer is x + up(relu(down(norm(x)))). Red: no residual, another activation, no norm."""
+    """A layer is x + up(relu(down(norm(x))))."""
     made = methods.Bottleneck(("site",), 4, 3, norm=norm)
     random = np.random.default_rng(0)
     shapes = made.init(jax.random.key(0))["site"]
@@ -41,10 +41,7 @@ def test_a_layer_is_the_formula(norm: bool) -> None:
     ids=["encoder", "decoder"],
 )
 def test_it_stands_before_the_residual(config: Any, layer: str, biases: dict[str, str]) -> None:
-    """An adapter layer that adds a constant equals a bias of the module's last product.
-
-    Red: a site one level higher (the layer) or lower (its first product), or one of another layer.
-    """
+    """An adapter layer that adds a constant equals a bias of the module's last product."""
     model, params = model_of(config)
     method = methods.houlsby(config, 2)
     shift = np.random.default_rng(3).normal(0.0, 0.5, 16).astype(np.float32)
@@ -69,8 +66,6 @@ def at(tree: Any, path: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["houlsby", "prefix_layer"])
 def test_rematerialised_layers_are_the_same(kind: str) -> None:
-    """Rematerialised layers give the same outputs and gradients. Red: `stop_gradient` on what is
-    put in; or a Flax that intercepts rematerialised modules under another path, or twice."""
 
     def gradient(remat: str) -> Any:
         config = dataclasses.replace(BERT, num_layers=1, remat=remat)
@@ -95,8 +90,7 @@ def test_rematerialised_layers_are_the_same(kind: str) -> None:
 
 
 def test_it_computes_in_the_models_dtype() -> None:
-    """Float32 adapter layers compute in the base's bfloat16. Red: the casts in `_dense` taken
-    out."""
+    """Float32 adapter layers compute in the base's bfloat16."""
     config = dataclasses.replace(BERT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     method = methods.lin(config, 3)
     extra = method.extra

@@ -1,7 +1,4 @@
-"""The formulae give the article's numbers of trained parameters, in millions as in the article.
-
-Red: any factor of a formula changed in experiments/paper/counts.py.
-"""
+"""The formulae give the article's numbers of trained parameters, in millions as in the article."""
 
 from __future__ import annotations
 

@@ -43,14 +43,11 @@ def programs(made: dict[str, forward.Variant]) -> dict[str, Any]:
 
 
 def test_the_model_has_the_size_of_gpt2_medium() -> None:
-    """The model has the number of parameters of GPT-2 medium. Red: `num_token_types=0` left out of
-    MEDIUM."""
     assert lora_jax.count(models.shapes(MEDIUM)) == 354_823_168
 
 
 def test_the_numbers_are_those_of_the_trees(made: dict[str, forward.Variant]) -> None:
-    """The numbers of added parameters are counted on the trees. Red: `norms=layers` left out of LIN
-    in `added`, or `2 *` of HOULSBY."""
+    """The numbers of added parameters are counted on the trees."""
     found = forward.added(TINY, SIZES)
     lin, houlsby = methods.lin(TINY, SIZES.lin), methods.houlsby(TINY, SIZES.houlsby)
     _, factors = made[UNMERGED].weights
@@ -62,8 +59,6 @@ def test_the_numbers_are_those_of_the_trees(made: dict[str, forward.Variant]) ->
 
 
 def test_the_adapter_layers_are_as_large_as_the_papers() -> None:
-    """The adapter layers are within a tenth of the paper's sizes. Red: a width that is one larger
-    in SMALL, or a fifth larger in LARGE."""
     for sizes, shape in ((latency.SMALL, (32, 512)), (latency.LARGE, (1, 128))):
         found = forward.added(MEDIUM, sizes)
         paper = LATENCY_MILLIONS[shape]
@@ -72,8 +67,6 @@ def test_the_adapter_layers_are_as_large_as_the_papers() -> None:
 
 
 def test_merged_is_the_bases_own_program(programs: dict[str, Any]) -> None:
-    """Merged weights run in the base's own program. Red: `base` of MERGED in `variants` wrapped in
-    a function that adds 0 * weights to it."""
     forward.check_merged(programs)
     assert forward.text(programs[MERGED]) == forward.text(programs[BASE])
     with pytest.raises(LoraError, match=r"base's own program: \d+ lines of HLO and \d+"):
@@ -81,8 +74,7 @@ def test_merged_is_the_bases_own_program(programs: dict[str, Any]) -> None:
 
 
 def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) -> None:
-    """The text of a program does not depend on the place of its source. Red: `_METADATA` or
-    `_TABLES` left out of `text`; or a `_TABLES` that eats instructions."""
+    """The text of a program does not depend on the place of its source."""
 
     def one(x: Any) -> Any:
         return x * 2 + 1
@@ -104,8 +96,7 @@ def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) ->
 def test_merged_does_what_unmerged_does(
     made: dict[str, forward.Variant], programs: dict[str, Any]
 ) -> None:
-    """Merged and unmerged give the same outputs, and each method changes the base's. Red: params in
-    place of `merge(...)` in `variants`; adapters that begin at zero."""
+    """Merged and unmerged give the same outputs, and each method changes the base's."""
     ids = jax.random.randint(jax.random.key(3), (BATCH, LENGTH), 0, TINY.vocab_size, np.int32)
     found = {name: np.asarray(programs[name](one.weights, ids)) for name, one in made.items()}
     scale = np.abs(found[BASE]).max()
@@ -115,10 +106,7 @@ def test_merged_does_what_unmerged_does(
 
 
 def test_flops_are_more_by_those_of_what_is_added(programs: dict[str, Any]) -> None:
-    """A method adds exactly its own FLOPs of products, and at most 15 % more by XLA's count.
-
-    Red: a site fewer in `lin` or `houlsby`; query alone in QUERY_VALUE.
-    """
+    """A method adds exactly its own FLOPs of products, and at most 15 % more by XLA's count."""
     tokens = BATCH * LENGTH
     more = {
         BASE: 0,
@@ -146,8 +134,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command follows its options and writes a file that can be read. Red: `options.layers` not
-    read; a field of JSON that `read` does not know."""
+    """The command follows its options and writes a file that can be read."""
     out = tmp_path / "a" / "latency.json"
     given = ["--layers", "1", "--repeats", "3", "--shapes", "2x8"]
     assert latency.main(["--out", str(out), *given]) == 0
@@ -183,8 +170,7 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
 def test_errors_of_the_command_line(
     given: list[str], said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong option is an error that names it, and no file is written. Red: any check of `run`,
-    `_shape` or `prepared` left out."""
+    """A wrong option is an error that names it, and no file is written."""
     out = [] if "--out" in given else ["--out", str(tmp_path / "x.json")]
     assert latency.main([*out, *given]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
@@ -201,8 +187,6 @@ def by_hand(shape: tuple[int, int] = (32, 512)) -> Latencies:
 
 
 def test_the_table_has_the_papers_numbers_beside_ours() -> None:
-    """The table shows the paper's numbers next to ours. Red: a mean in place of the median; the
-    paper's LoRA in the row of LoRA not merged."""
     rows = {row[1]: row for row in table(by_hand()).rows}
     assert rows["Adapter^L"][4:] == ("3,000.0", "+50.0%", "+0.00%", "1,482.0 ± 1.0", "+2.2%")
     assert rows["LoRA, merged"][4:] == (
@@ -215,8 +199,6 @@ def test_the_table_has_the_papers_numbers_beside_ours() -> None:
 
 
 def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
-    """A measurement is read as it was written. Red: a field left out of `asdict`, or no tuple made
-    of a list in `_as`."""
     found = by_hand()
     measurement_file.write(tmp_path / "latency.json", found)
     assert measurement_file.read(tmp_path / "latency.json", Latencies, "") == found
@@ -229,8 +211,7 @@ def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """Without a measurement there is no section; page.py names the missing parts. Red:
-    `if found is None` deleted in `sections`."""
+    """Without a measurement there is no section; page.py names the missing parts."""
     assert latency.sections(tmp_path / "none") == ()
 
 
@@ -249,8 +230,6 @@ def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path) -> None:
-    """A damaged file is an error that names it and its command. Red: any check of `_as` or of the
-    dataclasses left out."""
     file = tmp_path / "latency.json"
     measurement_file.write(file, by_hand())
     found = json.loads(file.read_text())
@@ -264,8 +243,7 @@ def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path)
 
 
 def test_half_a_file_is_named(tmp_path: pathlib.Path) -> None:
-    """A file that is cut short is an error that names it. Red: no `except ValueError` in
-    `measurement_file.read`."""
+    """A file that is cut short is an error that names it."""
     file = tmp_path / "latency.json"
     file.write_text('{"machine": {')
     with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it again"):

@@ -79,8 +79,7 @@ def trained(params: Any, method: methods.Method) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_counts_of_an_encoder(name: str) -> None:
-    """The parameters that are trained in an encoder are as many as the formula says. Red: a pattern
-    of experiments/methods/sites.py that takes more or less, a shape in `init`."""
+    """The parameters that are trained in an encoder are as many as the formula says."""
     make, count, _ = METHODS[name]
     found = trained(models.shapes(BERT, HEAD), make(BERT))
     own = {path: x for path, x in found.items() if not path.startswith("classifier/")}
@@ -90,17 +89,13 @@ def test_counts_of_an_encoder(name: str) -> None:
 
 @pytest.mark.parametrize("name", DECODER)
 def test_counts_of_a_decoder(name: str) -> None:
-    """The parameters that are trained in a decoder are as many as the formula says. Red: as above,
-    in the decoder's branches."""
+    """The parameters that are trained in a decoder are as many as the formula says."""
     make, _, count = METHODS[name]
     assert size_of(trained(models.shapes(LLAMA), make(LLAMA))) == count
 
 
 def test_counts_of_a_real_model() -> None:
-    """RoBERTa base, by shape, has the article's 0.1M with BitFit, and adapters of width 64.
-
-    Red: `**/bias` narrowed to the biases of products.
-    """
+    """RoBERTa base, by shape, has the article's 0.1M with BitFit, and adapters of width 64."""
     config = dataclasses.replace(
         BERT, hidden_size=768, num_layers=12, num_heads=12, mlp_size=3072, vocab_size=50265
     )
@@ -111,8 +106,7 @@ def test_counts_of_a_real_model() -> None:
 
 
 def test_which_parameters() -> None:
-    """Each method trains the right layers and parameters. Red: the lowest layers for the top ones,
-    `layers()[:drop]` for `layers()[drop:]`."""
+    """Each method trains the right layers and parameters."""
     params = models.shapes(BERT, HEAD)
     folders = {p.split("/")[2] for p in trained(params, methods.top_layers(BERT, 2))}
     assert folders == {"layer_1", "layer_2"}
@@ -160,10 +154,7 @@ MASK = jnp.arange(8)[None] < jnp.array([[8], [5]])
     ids=["encoder", "decoder"],
 )
 def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:
-    """A method begins with the outputs of the base, and changes them once `up` is not zero.
-
-    Red: `up` drawn like `down`; for the second part, an interceptor that meets no module.
-    """
+    """A method begins with the outputs of the base, and changes them once `up` is not zero."""
     model, params = model_of(config)
     base = run(methods.LORA, model)(params, IDS, MASK)
     for name in names:
@@ -175,8 +166,7 @@ def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:
 
 
 def test_patterns_put_nothing_into_the_model() -> None:
-    """A method of patterns adds nothing to the model, so its step 0 is the base's. Red: a method of
-    patterns with something in `extra`."""
+    """A method of patterns adds nothing to the model, so its step 0 is the base's."""
     for name in ("full", "top_layers", "bitfit", "head"):
         assert METHODS[name][0](BERT).extra is None
 
@@ -197,15 +187,14 @@ def test_patterns_put_nothing_into_the_model() -> None:
     ],
 )
 def test_what_does_not_go_is_said(make: Callable[[], Any], says: str) -> None:
-    """A method that does not go with the model is an error. Red: any of the checks in
-    experiments/methods/method.py taken out."""
+    """A method that does not go with the model is an error."""
     with pytest.raises(lora_jax.LoraError, match=f"(?s){says}"):
         make()
 
 
 @pytest.mark.parametrize("name", ["top_layers", "houlsby", "adapter_drop", "lin", "prefix_layer"])
 def test_scanned_layers_are_refused(name: str) -> None:
-    """A method that chooses layers refuses a stack. Red: the check in `sites.layers` taken out."""
+    """A method that chooses layers refuses a stack."""
     config = dataclasses.replace(BERT, scan_layers=True)
     with pytest.raises(lora_jax.LoraError, match=r"model\.scan_layers"):
         METHODS[name][0](config)
@@ -213,8 +202,6 @@ def test_scanned_layers_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["full", "bitfit"])
 def test_patterns_go_with_scanned_layers(name: str) -> None:
-    """A method of patterns works on scanned layers. Red: `bert/encoder/layer_*/**` in the pattern
-    of the biases."""
     config = dataclasses.replace(BERT, scan_layers=True)
     found = trained(models.shapes(config, HEAD), METHODS[name][0](config))
     own = [x for path, x in found.items() if not path.startswith("classifier/")]

@@ -55,37 +55,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     ],
 )
 def test_settings_of_another_method_are_refused(settings: dict[str, Any], says: str) -> None:
-    """A setting of another method is an error. Red: `__post_init__` of MethodConfig taken out."""
     with pytest.raises(ConfigError, match=says):
         MethodConfig(**settings)
 
 
 def test_what_a_method_trains_is_not_said_twice() -> None:
-    """A method decides alone what it trains, so `lora.trainable` is an error. Red: the check in
-    TextConfig taken out; the method's own patterns would be lost."""
+    """A method decides alone what it trains, so `lora.trainable` is an error."""
     lora = LoraConfig(trainable=("classifier/**",))
     with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' decides"):
         dataclasses.replace(BITFIT, lora=lora)
 
 
 def test_nothing_of_lora_counts_beside_another_method() -> None:
-    """The settings of LoRA have no effect with another method. Red: `adaptation` of TextConfig
-    taken out: LoRA would be trained too."""
     assert LORA.adaptation == LORA.lora
     assert LORA.lora.targets
     assert (BITFIT.adaptation.targets, BITFIT.adaptation.trainable) == ((), None)
 
 
 def test_another_method_is_another_run() -> None:
-    """The method is one of the fields that name a run."""
     assert changes(to_dict(LORA), LORA) == []
     assert identity(BITFIT)["method"]["name"] == "bitfit"
     assert "method.name: 'bitfit' -> 'lora'" in changes(to_dict(BITFIT), LORA)
 
 
 def test_the_command_line() -> None:
-    """The command line sets the method and its settings. Red: the field has a type or docstrings
-    that tyro cannot read."""
+    """The command line sets the method and its settings."""
     line = ["--method.name", "adapter_drop", "--method.drop", "2", "--method.size", "16"]
     config: Any = command_line.parse(line, "experiments/paper/configs/method.py", ROOT)[1]
     assert config.method == MethodConfig("adapter_drop", size=16, drop=2)
@@ -106,8 +100,6 @@ def test_the_command_line() -> None:
 def test_what_does_not_go_with_the_model(
     method: MethodConfig, changes: dict[str, bool], says: str, folder: pathlib.Path
 ) -> None:
-    """A method that does not go with the model is a ConfigError. Red: the error of
-    `experiments.methods` not turned into a ConfigError in `MethodConfig.on`."""
     kind = "llama" if changes.get("decoder") else "roberta"
     model = ModelConfig(str(folder / kind), scan_layers=changes.get("scan_layers", False))
     config = config_of(folder, method, model=model)
@@ -118,10 +110,7 @@ def test_what_does_not_go_with_the_model(
 
 
 def test_lora_settings_beside_another_method_are_refused() -> None:
-    """A config file may have `lora.*`, but on the command line or in a sweep it would be lost.
-
-    Red: `check_lora_counts` not called in command_line.py, or in sweep.py.
-    """
+    """A config file may have `lora.*`, but on the command line or in a sweep it would be lost."""
     line = ["--method.name", "bitfit", "--lora.rank", "2"]
     with pytest.raises(ConfigError, match="the command line sets a field of lora"):
         command_line.parse(line, "experiments/paper/configs/method.py", ROOT)
@@ -142,10 +131,7 @@ def together(path: pathlib.Path, group: GroupConfig) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_sweep_is_its_members_alone(folder: pathlib.Path) -> None:
-    """A sweep of a method's rates and seeds is one program, and each member trains as alone.
-
-    Red: `Common.fresh` without what the method draws (all members would begin with the first's).
-    """
+    """A sweep of a method's rates and seeds is one program, and each member trains as alone."""
     base = config_of(folder, MethodConfig("pfeiffer", size=4))
     cases = tuple({"optimizer.learning_rate": 1e-2 / (1 + seed), "seed": seed} for seed in (0, 1))
     group = SweepConfig(base=base, cases=cases).expand()
@@ -187,7 +173,6 @@ def pair(folder: pathlib.Path, one: MethodConfig, two: MethodConfig) -> GroupCon
 def test_other_methods_do_not_go_together(
     one: MethodConfig, two: MethodConfig, says: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Members with different methods or settings do not share a program. Red: the comparison of the
-    methods' own shapes in `_joined` taken out."""
+    """Members with different methods or settings do not share a program."""
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         together(tmp_path / "group", pair(folder, one, two))

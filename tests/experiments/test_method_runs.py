@@ -174,12 +174,7 @@ def steps(folder: pathlib.Path) -> Callable[[str], Stepped]:
 def test_only_its_own_parameters_change(
     name: str, steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """A run changes and exports its method's parameters alone, as many as the formula says.
-
-    Red: a pattern in experiments/methods/method.py that takes more, `extra` left out of one, a
-    method that trains LoRA's targets too, any shape in `Bottleneck.init` or `Prefix.init`, no
-    placement of `extra/**`.
-    """
+    """A run changes and exports its method's parameters alone, as many as the formula says."""
     found = steps(name)
     check_moved(found)
     own = [x for path, x in found.trained["base"].items() if extra(path)]
@@ -200,8 +195,6 @@ def test_only_its_own_parameters_change(
 
 
 def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
-    """At the same seed all methods have the same head. Red: another key for the head if a method
-    has parameters of its own."""
 
     def head(method: MethodConfig) -> Any:
         common = classification(config_of(folder, method)).common
@@ -214,8 +207,7 @@ def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
 
 
 def test_a_decoder(folder: pathlib.Path) -> None:
-    """A method trains a decoder too. Red: `workload.trainable` not set in
-    lora_jax/training/causal_lm.py."""
+    """A method trains a decoder too."""
     model = ModelConfig(reference=str(folder / "llama"))
     found = stepped(config_of(folder, method_of("houlsby"), workload=causal_lm, model=model))
     check_moved(found)
@@ -231,11 +223,8 @@ def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
 
 
 def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run learns, its checkpoint holds the trained parameters and their Adam moments, and
-    `lora-jax predict` refuses the export.
-
-    Red: `trainable=("**",)` in the workload; the check in lora_jax/serving/served_adapters.py taken
-    out, and predict would leave the adapter layers out without a word.
+    """A run learns, its checkpoint holds the trained parameters and their Adam moments, and `lora-
+    jax predict` refuses the export.
     """
     path = folder / "houlsby"
     config = config_of(folder, method_of("houlsby"), steps=12, evaluate_every=12)
@@ -262,10 +251,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
 def test_exports_of_base_parameters_are_served(
     steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """`predict` gives the outputs of the workload with the trained parameters.
-
-    Red: parameters trained in full left out in lora_jax/serving/classifier.py.
-    """
+    """`predict` gives the outputs of the workload with the trained parameters."""
     found = steps("bitfit")
     frozen = lora_jax.fingerprint(found.frozen)
     about = found.workload.about

@@ -64,8 +64,7 @@ def trained(method: str, **changes: int) -> int:
 
 
 def test_every_method_has_a_grid_of_nine() -> None:
-    """Each method has three learning rates and three seeds. Red: a method that is left out, or has
-    more learning rates than another."""
+    """Each method has three learning rates and three seeds."""
     assert {n for n, v in vars(config).items() if isinstance(v, SweepConfig)} == {
         "config",
         *methods.METHODS,
@@ -94,8 +93,6 @@ def test_methods_differ_in_nothing_but_method_and_rate() -> None:
 
 @pytest.mark.parametrize("method", MATCHED)
 def test_sizes_are_the_nearest_to_loras_numbers(method: str) -> None:
-    """No size is closer to LoRA's number. Red: a size of one more or one less, or a formula without
-    its norms."""
     here = trained(method)
     assert abs(here - BUDGET) <= MATCHED[method] * BUDGET
     sizes = sweep(config, method).base.method.settings
@@ -111,8 +108,6 @@ def test_the_docstring_has_the_counts() -> None:
 
 
 def test_samples_are_the_same_methods_on_three_sizes() -> None:
-    """The runs on fewer samples are the same methods on three sizes. Red: another learning rate for
-    one of the sizes, or another number of steps."""
     names = {n for n, v in vars(few).items() if isinstance(v, SweepConfig)}
     assert names == {"config", *samples.METHODS}
     assert few.config is few.lora
@@ -200,8 +195,6 @@ def texts(found: Sequence[Section], kind: type[Paragraph | Note]) -> list[str]:
 
 
 def test_validation_picks_the_learning_rate(folder: pathlib.Path) -> None:
-    """Validation picks the learning rate, by the mean over seeds. Red: to pick by test, by the best
-    run, or without the seeds' mean."""
     first, *_ = tables(methods.sections(folder))
     assert first["lora"]["learning rate"] == "2e-3"
     assert first["lora"]["trained"] == "8,001"
@@ -238,7 +231,6 @@ def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
 
 
 def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
-    """A single seed gives no error. Red: a difference without an error counts as one within it."""
     group(folder, "head", {1e-3: [(0.6, 0.5)]})
     found = methods.sections(folder)
     _, second, _ = tables(found)
@@ -260,8 +252,6 @@ def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> Non
 
 
 def test_unfinished_runs_are_not_counted(tmp_path: pathlib.Path) -> None:
-    """Unfinished runs are not counted. Red: one lucky seed decides the learning rate, or the edge
-    is that of the finished runs."""
     base = sweep(config, "lora").base
     group(tmp_path, "lora", {1e-3: LORA[1e-3], 2e-3: LORA[2e-3]})
     for seed, scores in enumerate([(0.99, 0.99), None, None]):

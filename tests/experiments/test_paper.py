@@ -59,10 +59,7 @@ def tables(path: pathlib.Path, *columns: str) -> list[list[list[str]]]:
 
 
 def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None:
-    """Seeds are one line of a table, with the mean and deviation of their summaries.
-
-    Red: `pstdev` for `stdev` in `spread` of settings.py; the seed left in the config.
-    """
+    """Seeds are one line of a table, with the mean and deviation of their summaries."""
     rows = {row[0]: row for row in tables(written, "matrices", "paper: MNLI")[0]}
     assert len(rows) == 10
     for member in runs.members(matrices.config):
@@ -78,8 +75,7 @@ def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None
 
 
 def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
-    """The paper's numbers are shown next to ours for each rank. Red:
-    `RANKS.get(matrices(setting), {}).get(1, ())` in ranks.py."""
+    """The paper's numbers are shown next to ours for each rank."""
     found, losses = tables(written, "r", "paper: WikiSQL", "seeds")[-1], tables(
         written, "paper: GPT-2 M loss"
     )[0]  # fmt: skip
@@ -91,8 +87,6 @@ def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
 
 
 def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> None:
-    """The runs of a decoder at one budget have their own table. Red: `alike = list(found)` in
-    `_definitions` of questions.py."""
     columns = ["matrices", "r", "trained", "validation", "test", "seeds"]
     (own,) = [t[1:] for t in saved_runs.page(written / "report.html").tables if t[0] == columns]
     assert [row[0] for row in own] == ["q", "v", "q+v", "q+k+v+o"]
@@ -100,8 +94,6 @@ def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> N
 
 
 def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
-    """A difference has the standard error of two means. Red: no `/ len(x)` in `difference` of
-    methods.py, or the two exchanged."""
     found = settings(there(folder / "rank"))
     one, two = found[0], found[1]
     first, second = (np.array(x.scores("test")) * 100 for x in (one, two))
@@ -111,14 +103,13 @@ def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
 
 
 def test_claims_have_the_papers_difference(written: pathlib.Path) -> None:
-    """Each claim is shown with the paper's difference. Red: `one[0] - two[1]` in `_two`."""
     rows = {row[0]: row[1] for row in tables(written, "difference", "paper", "ours")[0]}
     assert rows["q+v over q, one budget"] == "+3.3 WikiSQL, +0.3 MNLI"
     assert rows["rank 1 over rank 8, on q+v"] == "-0.4 WikiSQL, -0.3 MNLI"
 
 
 def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> None:
-    """An experiment without runs is a note with its command. Red: `notes=()` in page.py."""
+    """An experiment without runs is a note with its command."""
     text = (written / "report.md").read_text()
     for name in ("directions", "methods", "samples", "latency", "benefits"):
         assert f"python -m experiments.paper {name}" in text.replace("\\", ""), name
@@ -126,8 +117,7 @@ def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> No
 
 
 def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
-    """HTML and Markdown have the same tables. Red: `table.rows[1:]` in `markdown_table` of
-    render.py."""
+    """HTML and Markdown have the same tables."""
     found = saved_runs.page(written / "report.html")
     assert found.tables == saved_runs.Markdown((written / "report.md").read_text()).tables
 
@@ -135,14 +125,12 @@ def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
 def test_nothing_at_all_is_an_error(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder without any run is an error. Red: no `if not found` in `_report`."""
+    """A folder without any run is an error."""
     assert main(["--report-only", "--runs", str(tmp_path)]) == 1
     assert "holds no run of any experiment" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_name_is_an_error_with_the_nearest() -> None:
-    """An unknown name is an error with the nearest name. Red: `continue` in the place of the
-    `raise` in `chosen`."""
     with pytest.raises(LoraError, match="nearest:\n  matrices"):
         questions.chosen(["matrixes"], BaseChoice())
     assert [one.name for one in questions.chosen(["rank"], BaseChoice())] == ["rank"]
@@ -151,7 +139,6 @@ def test_another_name_is_an_error_with_the_nearest() -> None:
 def test_outside_of_a_checkout_it_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command is an error outside of a checkout. Red: no `_check(root)` in `run`."""
     monkeypatch.chdir(tmp_path)
     assert main(["matrices"]) == 1
     err = " ".join(capsys.readouterr().err.split())
@@ -160,7 +147,6 @@ def test_outside_of_a_checkout_it_says_so(
 
 
 def test_every_sweep_is_a_config_that_is_there() -> None:
-    """The config of every sweep exists. Red: `configs/{name}.py` in `_swept`."""
     for experiment in questions.experiments(BaseChoice()):
         for task in experiment.tasks(pathlib.Path("runs/x")):
             if task.arguments[0] == "train.py":
@@ -168,8 +154,6 @@ def test_every_sweep_is_a_config_that_is_there() -> None:
 
 
 def test_two_models_have_titles_and_pictures_of_their_own() -> None:
-    """Two models have their own titles and names of pictures. Red: `name=p.name` in `_of` of
-    directions.py."""
     section = Section(
         "Shared", (Figure("maps", (Panel("phi-ranks-1", "a map", None),)), Paragraph(""))
     )
@@ -180,10 +164,6 @@ def test_two_models_have_titles_and_pictures_of_their_own() -> None:
 
 
 def test_a_model_that_has_not_run_is_a_note(tmp_path: pathlib.Path) -> None:
-    """A model without runs is a note, and so are the other model's runs without adapters.
-
-    Red: no `sweeps.notes` in `sections` of directions.py.
-    """
     assert directions.sections(tmp_path, BaseChoice()) == []
     for member in runs.members(directions_config.encoder):
         runs.finished(tmp_path / "encoder" / member.name, to_dict(member.config), 0.7, 0.7)
@@ -211,8 +191,6 @@ def counting(tmp_path: pathlib.Path) -> Task:
 def test_what_failed_runs_again_and_what_finished_does_not(
     counting: Task, tmp_path: pathlib.Path
 ) -> None:
-    """A failed command runs again, and a finished one does not. Red: `finished=True`, or the
-    earlier seconds left out of the sum in `costs.run`."""
     with pytest.raises(LoraError, match="ended with status 3"):
         costs.run(counting, tmp_path)
     first = costs.read(counting.folder)
@@ -229,8 +207,6 @@ def test_what_failed_runs_again_and_what_finished_does_not(
 def test_another_command_runs_and_starts_from_nothing(
     counting: Task, tmp_path: pathlib.Path
 ) -> None:
-    """Another command runs, and its costs start from nothing. Red: no comparison of the arguments
-    in `costs.run`."""
     (tmp_path / "times").write_text("x")
     costs.run(counting, tmp_path)
     other = dataclasses.replace(counting, arguments=(*counting.arguments, "more"))
@@ -241,7 +217,6 @@ def test_another_command_runs_and_starts_from_nothing(
 
 
 def test_a_damaged_cost_is_an_error(counting: Task, tmp_path: pathlib.Path) -> None:
-    """A damaged file of costs is an error with a cure. Red: no `except` in `costs.read`."""
     counting.folder.mkdir()
     (counting.folder / costs.FILE).write_text("{")
     with pytest.raises(LoraError, match="delete it"):
@@ -249,8 +224,6 @@ def test_a_damaged_cost_is_an_error(counting: Task, tmp_path: pathlib.Path) -> N
 
 
 def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--list` shows what is done, and its cost. Red: `done = len(found)` and a cost that is not
-    finished."""
     cost = costs.Cost(("train.py",), 120.0, 200.0, 1, "a machine", True, "2026-01-01")
     costs._write(folder / "rank", cost)
     assert main(["rank", "--list", "--runs", str(folder)]) == 0
@@ -267,10 +240,7 @@ def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None:
-    """docs/paper/report.html is drawn whole and loads nothing, on a phone's and a screen's width.
-
-    Red: a figure of no size, or a table that is wider than the page.
-    """
+    """docs/paper/report.html is drawn whole and loads nothing, on a phone and on a screen."""
     found = browser.measured(COMMITTED / "report.html", width, tmp_path)
     assert found["width"] == width
     assert found["scrolls"] <= width
@@ -285,7 +255,6 @@ def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None
 @pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
-    """The committed page makes no request. Red: `<img src="https://...">` in the page."""
     assert (COMMITTED / "report.html").is_file()  # the browser's error page asks for nothing
     said, asked, _ = browser.opened(COMMITTED / "report.html", tmp_path)
     assert "CONSOLE" not in said
@@ -293,8 +262,7 @@ def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_committed_formats_hold_the_same() -> None:
-    """The committed HTML and Markdown have the same tables. Red: a table that is edited by hand in
-    one of the two."""
+    """The committed HTML and Markdown have the same tables."""
     found = saved_runs.page(COMMITTED / "report.html")
     plain = saved_runs.Markdown((COMMITTED / "report.md").read_text())
     assert found.tables == plain.tables

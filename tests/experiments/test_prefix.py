@@ -23,8 +23,6 @@ LP, LI = 3, 2
 
 @pytest.mark.parametrize(("before", "behind"), [(3, 2), (0, 2), (3, 0)])
 def test_places_are_those_of_a_loop(before: int, behind: int) -> None:
-    """Places are computed as by a plain loop. Red: `>` for `>=` where the infix begins, or its end
-    left out of `real`."""
     lengths = [4, 2, 0]
     mask = jnp.arange(4)[None] < jnp.array(lengths)[:, None]
     found = prefix.places(mask, before, behind)
@@ -55,8 +53,6 @@ def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
 def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> None:
-    """Prefix embeddings equal tokens of a larger vocabulary. Red: the mask not extended,
-    `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
     model, params = model_of(config)
     method = methods.prefix_embedding(config, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 5)
@@ -71,8 +67,7 @@ def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> Non
 
 
 def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
-    """The outputs equal layers that run one by one. Red: one layer left out, or a layer's output
-    replaced."""
+    """The outputs equal layers that run one by one."""
     model, params = model_of(BERT)
     method = methods.prefix_layer(BERT, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 6)
@@ -93,8 +88,7 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
 def test_padding_changes_nothing(pooling: str) -> None:
-    """A row gives the same outputs alone and padded. Red: the infix behind the padding (`length`
-    for `own` in `places`)."""
+    """A row gives the same outputs alone and padded."""
     model = models.BertClassifier(BERT, 2, pooling)
     method = methods.prefix_layer(BERT, LP, LI, 12)
     params = noisy(models.shapes(BERT, models.Head(pooling, 2)), 0)
@@ -105,7 +99,7 @@ def test_padding_changes_nothing(pooling: str) -> None:
 
 
 def test_token_types_stay_with_their_tokens() -> None:
-    """Each token keeps its token type. Red: `token_types` passed on as they are, or dropped."""
+    """Each token keeps its token type."""
     model, params = model_of(BERT)
     method = methods.prefix_embedding(BERT, LP, 0, 8)
     whole, f = {**params, **noisy(method.shapes(), 1)}, run(method, model)

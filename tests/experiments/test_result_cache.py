@@ -38,10 +38,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 def test_without_the_runs_the_report_is_the_same(
     folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the runs every file of the report stays the same; the command says what it kept.
-
-    Red: `panel.name` left out of the panel's id in report.html.j2, or `claims=()` in `_answer`.
-    """
+    """Without the runs every file of the report stays the same; the command says what it kept."""
     shutil.copytree(folder / "whole", tmp_path / "out")
     (tmp_path / "none").mkdir()
     arguments = ["--report-only", "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
@@ -51,10 +48,7 @@ def test_without_the_runs_the_report_is_the_same(
 
 
 def test_runs_go_before_what_is_kept(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """New runs of one experiment give a new section, and the other section stays as it was.
-
-    Red: `gather` takes `before[one.name]` even if there are runs.
-    """
+    """New runs of one experiment give a new section, and the other section stays as it was."""
     shutil.copytree(folder / "whole", tmp_path / "out")
     found = runs.members(matrices.config)
     runs.write(tmp_path / "runs/matrices", found, {m.name: (0.9, 0.9) for m in found})
@@ -76,8 +70,6 @@ def test_runs_go_before_what_is_kept(folder: pathlib.Path, tmp_path: pathlib.Pat
 def test_what_cannot_be_read_is_an_error_and_stays(
     damage: str, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cache that cannot be read is an error, and no file changes. Red: `return {}` in the
-    `except` of `read`: the next report would say nothing of it."""
     shutil.copytree(folder / "whole", tmp_path / "out")
     (tmp_path / "out" / result_cache.FILE).write_text(damage)
     before = files(tmp_path / "out")
@@ -90,8 +82,6 @@ def test_what_cannot_be_read_is_an_error_and_stays(
 def test_a_figure_or_a_page_that_is_gone_is_an_error(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """A figure or page that is missing is an error with a cure. Red: no `KeyError` or no `OSError`
-    in the `except` of `read`."""
     shutil.copytree(folder / "whole", tmp_path / "out")
     page = tmp_path / "out/report.html"
     page.write_text(page.read_text().replace('id="ranks-ours"', 'id="ranks"'))
@@ -103,10 +93,7 @@ def test_a_figure_or_a_page_that_is_gone_is_an_error(
 
 
 def test_the_committed_page_is_what_is_kept_of_it(tmp_path: pathlib.Path) -> None:
-    """docs/paper is made again, byte for byte, from its own report.json and its page's figures.
-
-    Red: a page that is edited by hand, or a template that is changed without the page.
-    """
+    """docs/paper is made again, byte for byte, from its own report.json and its page's figures."""
     found = result_cache.read(COMMITTED)
     assert set(found) == set(questions.NAMES)
     made = page.make(questions.experiments(BaseChoice()), found)

@@ -44,6 +44,13 @@ class Outcome:
     states: list[Any] = dataclasses.field(default_factory=list)
     failures: list[str] = dataclasses.field(default_factory=list)
 
+    def __str__(self) -> str:
+        failed = "".join(f"\n  {failure}" for failure in self.failures)
+        return (
+            f"{self.kills} kills {self.moments}, {self.torn} half-written, {self.ends} ends "
+            f"compared, {len(self.failures)} failed, {self.seconds} s{failed}"
+        )
+
 
 class Kills:
     """The kills of one scenario."""
@@ -63,17 +70,14 @@ class Kills:
         self._changes = int(next(scenario.folder.glob("killed*.changes")).read_text())
         self._end()
 
-    def run(self, kills: int, told: Callable[[], None] = lambda: None) -> Outcome:
+    def run(self, kills: int) -> Outcome:
         """Kill the command `kills` times, over as many runs as that needs.
 
-        `told` is called after each kill. Ctrl-C ends the kills early, with the results so far.
+        Ctrl-C ends the kills early, with the results so far.
         """
         with contextlib.suppress(KeyboardInterrupt):  # then there are fewer kills
             while self.outcome.kills < kills:
-                before = self.outcome.kills
                 self._try(self._kill)
-                if self.outcome.kills > before:
-                    told()
         self._try(self._finish)
         self.outcome.seconds = round(time.monotonic() - self._began, 1)
         return self.outcome

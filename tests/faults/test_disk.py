@@ -95,10 +95,7 @@ WRITERS: dict[str, Callable[[pathlib.Path], None]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_read_only_folder(name: str, small_disk: pathlib.Path) -> None:
-    """A read-only folder gives an error with the file and the cure.
-
-    Red without the writer's `writing`: the system's error has no cure, and Orbax's names no file.
-    """
+    """A read-only folder gives an error with the file and the cure."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(LoraError, match=rf"(?s){name}.*Read-only file system.*Make the folder"):
         WRITERS[name](small_disk)
@@ -135,10 +132,7 @@ def _again_and_again(write: Callable[[pathlib.Path], None], folder: pathlib.Path
 def test_a_file_system_without_locks(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system without locks gives an error with the folder and the cure.
-
-    Red without `writing` around the lock.
-    """
+    """A file system without locks gives an error with the folder and the cure."""
 
     def acquire(self: Any, timeout: float) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -1,12 +1,14 @@
 """A command stopped by a full disk says so, and goes on when there is room.
 
 Two stand-ins need no right to mount: a hook refuses a file or folder that Python makes, and a limit
-for the size of files stops writes of every library. `tests.faults.full_disk` fills real disks.
+for the size of files stops writes of every library. POINTS is the number of full disks for each
+command.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import random
 import resource
@@ -22,7 +24,7 @@ from tests.faults.commands import assert_same_adapter, assert_same_files
 from tests.training.hooks import FullDisk
 
 pytestmark = pytest.mark.standard_promotion
-POINTS = 2
+POINTS = int(os.environ.get("POINTS", "2"))
 COMMANDS = ("hf", "peft", "gguf", "mlx", "orbax", "import")
 
 

@@ -20,17 +20,16 @@ import sys
 import tempfile
 import time
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
 from lora_jax.system.console import say
-from tests.fuzz.processes import Ended, Runner, run_one, start_process
+from tests.fuzz.kinds import KINDS
+from tests.fuzz.processes import Ended, run_all, run_one, start_process
 
 
 def main() -> int:
     """Run the command line and return its exit status."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from tests.fuzz.kinds import KINDS
-
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -56,13 +55,12 @@ def main() -> int:
     bar = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
     with bar, contextlib.suppress(KeyboardInterrupt):  # faults found until then are shown
         task = bar.add_task("", total=len(tasks))
-        for end in Runner(tasks, options.seed, options.jobs, folder).ends():
+        for end in run_all(tasks, options.seed, options.jobs, folder):
             counts[end.kind, end.end] += 1
             bar.advance(task)
             if end.found:
-                first = end.place not in found
                 found.setdefault(end.place, []).append(end)
-                if first:
+                if len(found[end.place]) == 1:
                     said = end.found.strip().splitlines()[-1][:300]
                     say(bar.console, f"{end.kind} {end.number}: {end.place}\n  {said}")
     for name in names:

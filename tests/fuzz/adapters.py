@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import pathlib
 import tempfile
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -92,27 +92,14 @@ def check_layout(layout: Layout) -> None:
 @functools.cache
 def checkpoints_files() -> tuple[Files, ...]:
     """Return adapters with a trained bias, of every kind, and of a text classifier, as files."""
-    about = {
-        "labels": ["no", "yes"],
-        "text_fields": ["text"],
-        "lengths": [8, 16],
-        "prompt": "{text}",
-        "eos": "</s>",
-        "model": {
-            "reference": str(GOLDEN / "golden_models" / "bert"),
-            "pooling": "mean",
-            "dtype": "float32",
-            "param_dtype": "float32",
-            "scan_layers": False,
-        },
-    }
+    model = {"reference": str(GOLDEN / "golden_models" / "bert"), "pooling": "mean"}
+    model |= {"dtype": "float32", "param_dtype": "float32", "scan_layers": False}
+    about = {"labels": ["no", "yes"], "text_fields": ["text"], "lengths": [8, 16], "model": model}
+    about |= {"prompt": "{text}", "eos": "</s>"}
     layout, adapters, _ = _adapter("{q,v}")
     head = {"classifier/out/kernel": jnp.ones((4, 2)), "classifier/out/bias": jnp.zeros(2)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "adapter"
-        frozen = lora_jax.fingerprint(PARAMS)
-        lora_jax.save(path, (layout, adapters, head), fingerprint=frozen, about=about)
-        made = dict(stored(path))
+    three, frozen = (layout, adapters, head), lora_jax.fingerprint(PARAMS)
+    made = _saved(lambda path: lora_jax.save(path, three, fingerprint=frozen, about=about))
     return (dict(stored(FORMATS / "v1" / "adapter")), dict(stored(FORMATS / "v1" / "kinds")), made)
 
 
@@ -126,27 +113,20 @@ def make_manifest(random: Random) -> Files:
     """Draw an adapter whose manifest was changed, and mostly sealed again."""
     files = dict(random.choice(checkpoints_files()))
     if random.random() < 0.15:
-        files[MANIFEST] = mutate.json_text(random, files[MANIFEST])
-        return files
+        return files | {MANIFEST: mutate.json_text(random, files[MANIFEST])}
     data = json.loads(json.loads(files[MANIFEST])["text"])
     part = random.choice(("all", "layout", "notes", "about", "arrays"))
     if part == "layout":
         made = mutate.json_text(random, data["notes"]["layout"])
         data["notes"]["layout"] = made.decode("utf-8", "surrogateescape")
-        text = json.dumps(data)
-    else:
-        inner = {"all": data, "about": data["notes"].get("about")}.get(part, data.get(part))
-        marked = copy.deepcopy(data)
-        if part == "all":
-            marked = "@"
-        elif part == "about":
-            marked["notes"]["about"] = "@"
-        else:
-            marked[part] = "@"
-        made = mutate.json_text(random, json.dumps(inner)).decode("utf-8", "surrogateescape")
-        text = json.dumps(marked).replace('"@"', made)
-    files[MANIFEST] = sealed(text)
-    return files
+        return files | {MANIFEST: sealed(json.dumps(data))}
+    holder = {"all": [data], "about": data["notes"]}.get(part, data)
+    key: Any = 0 if part == "all" else part
+    made = mutate.json_text(random, json.dumps(holder.get(key) if key else data))
+    holder[key] = "@"
+    text = json.dumps("@" if part == "all" else data)
+    text = text.replace('"@"', made.decode("utf-8", "surrogateescape"))
+    return files | {MANIFEST: sealed(text)}
 
 
 def read_checkpoint(random: Random, folder: pathlib.Path) -> None:
@@ -179,22 +159,17 @@ def make_orbax(random: Random) -> Files:
     """Draw an adapter in which one of Orbax's own files was changed or deleted."""
     files = dict(random.choice(checkpoints_files()))
     name = random.choice(sorted(set(files) - {MANIFEST, "orbax.checkpoint"}))
-    data = files[name]
-    match random.randrange(14):
-        case 8 | 9:
-            return databases.with_value(random, files)
-        case 10 | 11:
-            return databases.with_node(random, files)
-        case 12 | 13:
-            return databases.with_special_file(random, files)
-        case 0:
-            del files[name]
-        case 1:
-            files[random.choice((f"{name}x", "arrays/x", "other/_METADATA", "meta/x"))] = data
-        case _ if data[:1] == b"{":
-            files[name] = mutate.json_text(random, data)
-        case _:
-            files[name] = mutate.bytes_of(random, data)
+    data, change = files[name], random.randrange(14)
+    if change >= 8:
+        changes = (databases.with_value, databases.with_node, databases.with_special_file)
+        return changes[(change - 8) // 2](random, files)
+    if change == 0:
+        del files[name]
+    elif change == 1:
+        files[random.choice((f"{name}x", "arrays/x", "other/_METADATA", "meta/x"))] = data
+    else:
+        changed = mutate.json_text if data[:1] == b"{" else mutate.bytes_of
+        files[name] = changed(random, data)
     return files
 
 
@@ -206,60 +181,47 @@ def read_orbax(random: Random, folder: pathlib.Path) -> None:
 # ---- PEFT and MLX ----------------------------------------------------------------------------
 
 
+def _saved(save: Callable[[pathlib.Path], object]) -> Files:
+    """Return the files that `save` writes into an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(pathlib.Path(folder, "adapter"))
+        return dict(stored(pathlib.Path(folder, "adapter")))
+
+
 @functools.cache
 def peft_folders() -> tuple[Files, ...]:
     """Return a PEFT folder for each kind of adapter that is fuzzed."""
     layout, parameters, _ = _adapter("{q,v}")
-    bias = {"bias": jnp.ones(4)}
+    about = {"labels": ["a", "b"], "model": {"pooling": "mean"}}
+    write = functools.partial(peft.save, base="org/name", params=PARAMS, about=about)
     adapters = (
-        lora_jax.Adapter(layout, parameters, bias),
+        lora_jax.Adapter(layout, parameters, {"bias": jnp.ones(4)}),
         _adapter("{q,v}", kind="dora"),
         _adapter("{embed,v}", scaling="alpha/sqrt(r)"),
     )
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, adapter in enumerate(adapters):
-            path = pathlib.Path(folder) / str(number)
-            about = {"labels": ["a", "b"], "model": {"pooling": "mean"}}
-            peft.save(path, NAMES, adapter, base="org/name", params=PARAMS, about=about)
-            found.append(dict(stored(path)))
-    return tuple(found)
+    return tuple(_saved(lambda path: write(path, NAMES, each)) for each in adapters)  # noqa: B023
 
 
 @functools.cache
 def mlx_folders() -> tuple[Files, ...]:
     """Return folders of mlx-lm's LoRA and DoRA."""
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("lora", "dora"):
-            path = pathlib.Path(folder) / kind
-            mlx.save(path, NAMES, _adapter("{q,v}", kind=kind))
-            found.append(dict(stored(path)))
-    return tuple(found)
+    adapters = [_adapter("{q,v}", kind=kind) for kind in ("lora", "dora")]
+    return tuple(_saved(lambda path: mlx.save(path, NAMES, each)) for each in adapters)  # noqa: B023
 
 
 def _folder(random: Random, folders: tuple[Files, ...], weights: str) -> Files:
     files = dict(random.choice(folders))
-    match random.randrange(4):
-        case 0 | 1:
-            config = mutate.read(files[peft.CONFIG])
-            values = [pair for pair in config if pair[1] not in (None, False)]
-            for _ in range(random.randint(1, 2)):  # a setting that has an effect
-                pair = random.choice(values if random.random() < 0.7 else config)
-                pair[1] = random.choice((mutate.near, lambda r, _: mutate.some_value(r)))(
-                    random, pair[1]
-                )
-            text = mutate.dump(config)
-            files[peft.CONFIG] = text.encode("utf-8", "surrogatepass")
-            if random.random() < 0.3:
-                files[peft.CONFIG] = mutate.json_text(
-                    random, dict(random.choice(folders))[peft.CONFIG]
-                )
-        case 2:
-            files[weights] = tensors.renamed(random, files[weights])
-        case _:
-            files[weights] = tensors.changed(random, files[weights])
-    return files
+    changed = random.choice((None, None, tensors.renamed, tensors.changed))
+    if changed is not None:
+        return files | {weights: changed(random, files[weights])}
+    if random.random() < 0.3:
+        return files | {peft.CONFIG: mutate.json_text(random, files[peft.CONFIG])}
+    config = mutate.read(files[peft.CONFIG])
+    values = [pair for pair in config if pair[1] not in (None, False)]
+    for _ in range(random.randint(1, 2)):  # mostly a setting that has an effect
+        pair = random.choice(values if random.random() < 0.7 else config)
+        pair[1] = random.choice((mutate.near(random, pair[1]), mutate.some_value(random)))
+    return files | {peft.CONFIG: mutate.dump(config).encode("utf-8", "surrogatepass")}
 
 
 def make_peft(random: Random) -> Files:

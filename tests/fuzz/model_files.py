@@ -32,17 +32,13 @@ LARGEST = 10**6  # numbers in all tensors of a case that is loaded
 
 # ---- config.json -----------------------------------------------------------------------------
 
+# fmt: off
 IMAGES = {
-    "size": {"height": 8, "width": 8},
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "resample": 2,
-    "rescale_factor": 0.00392156862745098,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "resample": 2, "rescale_factor": 0.00392156862745098, "do_resize": True, "do_rescale": True,
+    "do_normalize": True, "image_processor_type": "ViTImageProcessor",
 }
+# fmt: on
 
 
 @functools.cache
@@ -149,68 +145,64 @@ def read_model(random: Random, source: models.Source) -> None:
 
 # ---- GGUF ------------------------------------------------------------------------------------
 
-_UINT, _FLOAT, _INTS = 4, 6, 5
+_UINT, _INTS, _FLOAT, _BOOL = 4, 5, 6, 7
 _TOKENS = ["<s>", "</s>", *"abcdefgh", "ab", "cd", "abcd", "Ġ", "Ġa", "gh"]
-_FIELDS: tuple[tuple[str, int, Any], ...] = (
-    ("general.architecture", STRING, "llama"),
-    ("llama.block_count", _UINT, 1),
-    ("llama.context_length", _UINT, 64),
-    ("llama.embedding_length", _UINT, 32),
-    ("llama.feed_forward_length", _UINT, 32),
-    ("llama.attention.head_count", _UINT, 4),
-    ("llama.attention.head_count_kv", _UINT, 2),
-    ("llama.attention.key_length", _UINT, 8),
-    ("llama.attention.layer_norm_rms_epsilon", _FLOAT, 1e-5),
-    ("llama.rope.freq_base", _FLOAT, 1e4),
-    ("llama.rope.dimension_count", _UINT, 8),
-    ("llama.rope.scaling.type", STRING, "linear"),
-    ("llama.rope.scaling.factor", _FLOAT, 2.0),
-    ("tokenizer.ggml.model", STRING, "gpt2"),
-    ("tokenizer.ggml.pre", STRING, "smollm"),
-    ("tokenizer.ggml.tokens", STRING, _TOKENS),
-    ("tokenizer.ggml.token_type", _INTS, [3, 3, *[1] * (len(_TOKENS) - 2)]),
-    ("tokenizer.ggml.merges", STRING, ["a b", "c d", "ab cd", "Ġ a", "g h"]),
-    ("tokenizer.ggml.bos_token_id", _UINT, 0),
-    ("tokenizer.ggml.eos_token_id", _UINT, 1),
-    ("tokenizer.ggml.add_bos_token", 7, True),
-    ("tokenizer.chat_template", STRING, "{{ messages }}"),
-    ("general.alignment", _UINT, 32),
-)
-_SHAPES = {
-    "token_embd.weight": (len(_TOKENS), 32),
-    "output_norm.weight": (32,),
-    "blk.0.attn_norm.weight": (32,),
-    "blk.0.attn_q.weight": (32, 32),
-    "blk.0.attn_k.weight": (16, 32),
-    "blk.0.attn_v.weight": (16, 32),
-    "blk.0.attn_output.weight": (32, 32),
-    "blk.0.ffn_norm.weight": (32,),
-    "blk.0.ffn_gate.weight": (32, 32),
-    "blk.0.ffn_up.weight": (32, 32),
-    "blk.0.ffn_down.weight": (32, 32),
+_FIELDS: dict[int, dict[str, Any]] = {
+    STRING: {
+        "general.architecture": "llama",
+        "llama.rope.scaling.type": "linear",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": _TOKENS,
+        "tokenizer.ggml.merges": ["a b", "c d", "ab cd", "Ġ a", "g h"],
+        "tokenizer.chat_template": "{{ messages }}",
+    },
+    _UINT: {
+        "llama.block_count": 1,
+        "llama.context_length": 64,
+        "llama.embedding_length": 32,
+        "llama.feed_forward_length": 32,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8,
+        "llama.rope.dimension_count": 8,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "general.alignment": 32,
+    },
+    _FLOAT: {
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 1e4,
+        "llama.rope.scaling.factor": 2.0,
+    },
+    _INTS: {"tokenizer.ggml.token_type": [3, 3, *[1] * (len(_TOKENS) - 2)]},
+    _BOOL: {"tokenizer.ggml.add_bos_token": True},
 }
-_Q8, _Q4 = (8, 34), (2, 18)  # type, and bytes of a block of 32
+_MATRICES = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32}
+_MATRICES |= {"ffn_gate": 32, "ffn_up": 32, "ffn_down": 32}
+_BLOCKS = ((0, 128), (8, 34), (2, 18))  # type, and bytes of 32 numbers: float32, Q8_0, Q4_0
+
+
+def _of(kind: int, name: str, *shape: int) -> Tensor:
+    number, size = _BLOCKS[kind]
+    return Tensor(name, shape, number, bytes(int(np.prod(shape)) * size // 32))
 
 
 @functools.cache
 def ggufs() -> tuple[Gguf, Gguf]:
     """Return a model of one layer, some of it quantised, and an adapter for it."""
-    fields = [Field(*each) for each in _FIELDS]
-    rows = []
-    for number, (name, shape) in enumerate(_SHAPES.items()):
-        kind, size = ((0, 128), _Q8, _Q4)[number % 3 if len(shape) == 2 else 0]
-        rows.append(Tensor(name, shape, kind, bytes(int(np.prod(shape)) // 32 * size)))
-    adapter = [
-        Field("general.type", STRING, "adapter"),
-        Field("general.architecture", STRING, "llama"),
-        Field("adapter.type", STRING, "lora"),
-        Field("adapter.lora.alpha", _FLOAT, 4.0),
-    ]
-    names = (("blk.0.attn_q.weight", 32), ("blk.0.attn_v.weight", 16))
+    fields = [Field(name, kind, x) for kind, many in _FIELDS.items() for name, x in many.items()]
+    rows = [_of(1, "token_embd.weight", len(_TOKENS), 32)]
+    rows += [_of(0, f"{n}norm.weight", 32) for n in ("output_", "blk.0.attn_", "blk.0.ffn_")]
+    for number, (name, out) in enumerate(_MATRICES.items()):
+        rows.append(_of(number % 3, f"blk.0.{name}.weight", out, 32))
+    texts = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    adapter = [Field(name, STRING, text) for name, text in texts.items()]
+    adapter.append(Field("adapter.lora.alpha", _FLOAT, 4.0))
     factors = []
-    for name, out in names:
-        factors.append(Tensor(f"{name}.lora_a", (2, 32), 0, bytes(256)))
-        factors.append(Tensor(f"{name}.lora_b", (out, 2), 0, bytes(out * 8)))
+    for name in ("attn_q", "attn_v"):
+        factors.append(_of(0, f"blk.0.{name}.weight.lora_a", 2, 32))
+        factors.append(_of(0, f"blk.0.{name}.weight.lora_b", _MATRICES[name], 2))
     return Gguf(fields, rows), Gguf(adapter, factors)
 
 
@@ -264,14 +256,10 @@ def tokenizer_files() -> tuple[bytes, ...]:
     unigram = tokenizers.models.Unigram([(n, -float(i)) for i, n in enumerate(names)], 1, False)
     cut = pre_tokenizers.Split(tokenizers.Regex(r"\w+|\s+|[^\s\w]+"), behavior="isolated")
     growing = normalizers.Sequence([normalizers.Replace("a", "aa"), normalizers.Lowercase()])
+    bert = (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece())
     parts: list[tuple[Any, Any, Any, Any]] = [
         (bpe, normalizers.NFC(), pre_tokenizers.ByteLevel(), decoders.ByteLevel()),
-        (
-            piece,
-            normalizers.BertNormalizer(),
-            pre_tokenizers.BertPreTokenizer(),
-            decoders.WordPiece(),
-        ),
+        (piece, *bert),
         (word, normalizers.Replace("x", "y"), pre_tokenizers.Sequence([cut]), None),
         (unigram, growing, pre_tokenizers.Metaspace(), decoders.Metaspace()),
     ]

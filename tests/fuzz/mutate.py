@@ -12,59 +12,21 @@ from random import Random
 from typing import Any
 
 SECRET = "../secret.safetensors"  # a valid file outside the case's folder, which no case may open
+# fmt: off
 TEXTS = (
-    *(
-        "",
-        " ",
-        "a",
-        "\0",
-        "\x1b[2J",
-        "\u202e",
-        "\ud800",
-        "\u00e9\U0001f600",
-        "null",
-        "NaN",
-        "1e999",
-    ),
-    *(
-        "..",
-        ".",
-        "/",
-        "../x",
-        SECRET,
-        "/etc/passwd",
-        "a/b",
-        "a.b",
-        "a\\b",
-        "C:\\x",
-        "{a}",
-        "{",
-        "%s",
-    ),
-    *("(a+)+$", "[", "*", "(?=a)", "x" * 3_000, "__class__", "__metadata__", "base", "default"),
+    "", " ", "a", "\0", "\x1b[2J", "\u202e", "\ud800", "\u00e9\U0001f600", "null", "NaN", "1e999",
+    "..", ".", "/", "../x", SECRET, "/etc/passwd", "a/b", "a.b", "a\\b", "C:\\x", "{a}", "{", "%s",
+    "(a+)+$", "[", "*", "(?=a)", "x" * 3_000, "__class__", "__metadata__", "base", "default",
 )
 NUMBERS = (
-    *(0, -1, 1, 2, 3, 255, 256, 1_000, 65_536, 10**9, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63),
-    *(2**64, 10**30, -(2**31), -(2**63), 10**400, 0.0, -0.0, 0.5, 1e-320, 1e30, 1e308, -1.5),
+    0, -1, 1, 2, 3, 255, 256, 1_000, 65_536, 10**9, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63,
+    2**64, 10**30, -(2**31), -(2**63), 10**400, 0.0, -0.0, 0.5, 1e-320, 1e30, 1e308, -1.5,
 )
 RAW = (
-    *(
-        "NaN",
-        "Infinity",
-        "-Infinity",
-        "1e999",
-        "01",
-        "+1",
-        ".5",
-        "tru",
-        "'a'",
-        "",
-        ",",
-        "//",
-        '"\t"',
-    ),
-    *('"\\ud800"', '"\\udc00\\ud800"', '"\\x"', "9" * 5_000, "-", "1.", '{"a":1,"a":2}', "\ufeff1"),
+    "NaN", "Infinity", "-Infinity", "1e999", "01", "+1", ".5", "tru", "'a'", "", ",", "//", '"\t"',
+    '"\\ud800"', '"\\udc00\\ud800"', '"\\x"', "9" * 5_000, "-", "1.", '{"a":1,"a":2}', "\ufeff1",
 )
+# fmt: on
 
 
 class Pairs(list[list[Any]]):
@@ -91,29 +53,28 @@ def dump(value: Any) -> str:
     return json.dumps(value)
 
 
+def nested(random: Random) -> Any:
+    """Draw a list or an object of many levels."""
+    deep = random.choice((3, 40, 101, 2_000, 100_000))
+    return Literal(random.choice(("[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep)))
+
+
+_VALUES: tuple[Callable[[Random], Any], ...] = (
+    *(lambda r: r.choice(NUMBERS),) * 3,
+    *(lambda r: r.choice(TEXTS),) * 2,
+    lambda r: r.choice((None, True, False)),
+    lambda r: r.choice(([], Pairs(), [[]], [None], Pairs([["", None]]), [0] * 40)),
+    lambda r: r.choices(NUMBERS, k=r.randrange(1, 5)),
+    lambda r: r.choices(TEXTS, k=r.randrange(1, 5)),
+    lambda r: Pairs([[r.choice(TEXTS), r.choice(NUMBERS)]]),
+    lambda r: Literal(r.choice(RAW)),
+    nested,
+)
+
+
 def some_value(random: Random) -> Any:
     """Draw a value that is unusual for any field."""
-    match random.randrange(12):
-        case 0 | 1 | 2:
-            return random.choice(NUMBERS)
-        case 3 | 4:
-            return random.choice(TEXTS)
-        case 5:
-            return random.choice((None, True, False))
-        case 6:
-            return random.choice(([], Pairs(), [[]], [None], Pairs([["", None]]), [0] * 40))
-        case 7:
-            return [random.choice(NUMBERS) for _ in range(random.randrange(1, 5))]
-        case 8:
-            return [random.choice(TEXTS) for _ in range(random.randrange(1, 5))]
-        case 9:
-            return Pairs([[random.choice(TEXTS), random.choice(NUMBERS)]])
-        case 10:
-            return Literal(random.choice(RAW))
-        case _:
-            deep = random.choice((3, 40, 101, 2_000, 100_000))
-            start, end = random.choice((("[", "]"), ('{"a":', "}")))
-            return Literal(start * deep + ("1" if start != "[" else "") + end * deep)
+    return random.choice(_VALUES)(random)
 
 
 def near(random: Random, old: Any) -> Any:
@@ -144,54 +105,37 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _replace(random: Random, tree: Any) -> None:
-    container, i = random.choice(_places(tree))
-    container[i] = some_value(random)
-
-
-def _near(random: Random, tree: Any) -> None:
-    container, i = random.choice(_places(tree))
-    container[i] = near(random, container[i])
-
-
-def _swap(random: Random, tree: Any) -> None:
-    (one, i), (two, j) = random.choice(_places(tree)), random.choice(_places(tree))
-    one[i], two[j] = copy.deepcopy(two[j]), copy.deepcopy(one[i])
-
-
 def _containers(tree: Any, kind: type[Any]) -> list[Any]:
+    """Return the lists or objects of a tree that are not empty."""
     found = [tree, *(container[i] for container, i in _places(tree))]
     return [x for x in found if isinstance(x, kind) and x]
 
 
-def _remove(random: Random, tree: Any) -> None:
-    container = random.choice(_containers(tree, list) or [[0]])
-    del container[random.randrange(len(container))]
-
-
-def _repeat(random: Random, tree: Any) -> None:
-    container = random.choice(_containers(tree, list) or [[0]])
-    one = container[random.randrange(len(container))]
-    container += [copy.deepcopy(one) for _ in range(random.choice((1, 1, 2, 40)))]
-
-
-def _rename(random: Random, tree: Any) -> None:
-    pairs = random.choice(_containers(tree, Pairs) or [Pairs([["a", 0]])])
-    pair = random.choice(pairs)
-    others = [key for found in _containers(tree, Pairs) for key, _ in found]
-    options = (random.choice(TEXTS), random.choice(others or ["a"]), str(near(random, pair[0])))
-    pair[0] = random.choice(options)
-
-
-def _add(random: Random, tree: Any) -> None:
-    pairs = random.choice(_containers(tree, Pairs) or [Pairs()])
-    others = [key for found in _containers(tree, Pairs) for key, _ in found]
-    pairs.append([random.choice([*TEXTS, *others]), some_value(random)])
-
-
-_CHANGES: tuple[Callable[[Random, Any], None], ...] = (
-    *(_replace, _replace, _near, _near, _near, _swap, _remove, _remove, _repeat, _rename, _add),
-)
+def _change(random: Random, tree: Any) -> None:
+    """Make one change in place."""
+    container, i = random.choice(_places(tree))
+    some = random.choice(_containers(tree, list))  # `tree` itself is a list
+    objects = _containers(tree, Pairs) or [Pairs([["a", 0]])]
+    keys = [key for pairs in objects for key, _ in pairs]
+    match random.randrange(11):
+        case 0 | 1:
+            container[i] = some_value(random)
+        case 2 | 3 | 4:
+            container[i] = near(random, container[i])
+        case 5:
+            other, j = random.choice(_places(tree))
+            container[i], other[j] = copy.deepcopy(other[j]), copy.deepcopy(container[i])
+        case 6 | 7:
+            del some[random.randrange(len(some))]
+        case 8:
+            one = random.choice(some)
+            some += [copy.deepcopy(one) for _ in range(random.choice((1, 1, 2, 40)))]
+        case 9:
+            pair = random.choice(random.choice(objects))
+            names = (random.choice(TEXTS), random.choice(keys), str(near(random, pair[0])))
+            pair[0] = random.choice(names)
+        case _:
+            random.choice(objects).append([random.choice([*TEXTS, *keys]), some_value(random)])
 
 
 def json_text(random: Random, text: str | bytes, most: int = 3) -> bytes:
@@ -205,7 +149,7 @@ def tree_of(random: Random, value: Any, most: int) -> Any:
     tree = [value]  # in a list, so that the whole tree may be replaced too
     for _ in range(random.randint(1, most)):
         if _places(tree):
-            random.choice(_CHANGES)(random, tree)
+            _change(random, tree)
     return tree[0] if tree else None
 
 
@@ -213,21 +157,19 @@ def bytes_of(random: Random, data: bytes) -> bytes:
     """Return the bytes with a few of them flipped, cut, inserted, repeated or removed."""
     made = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 8))):
-        at = random.randrange(len(made) + 1)
-        size = random.choice((1, 1, 2, 4, 8, 64))
-        match random.randrange(8):
-            case 0 | 1 | 2:
-                if at < len(made):
-                    made[at] ^= 1 << random.randrange(8)
-            case 3:
-                del made[at:]
-            case 4:
-                del made[at : at + size]
-            case 5:
-                made[at:at] = random.choice((b"\0", b"\xff", b"\xed\xa0\x80", b"[", b'"')) * size
-            case 6:
-                made[at:at] = made[at : at + size]
-            case _:
-                big = random.choice((0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
-                made[at : at + 8] = big.to_bytes(8, "little")
+        at, size = random.randrange(len(made) + 1), random.choice((1, 1, 2, 4, 8, 64))
+        odd = random.choice((b"\0", b"\xff", b"\xed\xa0\x80", b"[", b'"')) * size
+        big = random.choice((0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)).to_bytes(8, "little")
+        flipped = bytes(x ^ 1 << random.randrange(8) for x in made[at : at + 1])
+        start, end, new = random.choice(
+            (
+                *((at, at + 1, flipped),) * 3,
+                (at, len(made), b""),
+                (at, at + size, b""),
+                (at, at, odd),
+                (at, at, made[at : at + size]),
+                (at, at + 8, big),
+            )
+        )
+        made[start:end] = new
     return bytes(made)

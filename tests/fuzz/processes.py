@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import logging
 import multiprocessing
 import os
 import pathlib
+import queue
 import shutil
 import tempfile
-import time
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-WALL = 60  # a process that sends nothing for so many seconds hangs
+WALL = 60  # a process that does not end its case within so many seconds hangs
+STARTED = 2 * WALL  # the first case waits for the import of JAX
 
 
 class Ended(NamedTuple):
@@ -37,18 +39,13 @@ def run_one(kind: str, seed: int, number: int, root: pathlib.Path) -> Ended:
         raise
     except BaseException as error:  # noqa: BLE001  any error is a fault
         frames = traceback.extract_tb(error.__traceback__)
-        ours = [f for f in frames if "/lora_jax/" in f.filename] or frames
-        place = (
-            f"{type(error).__name__} at {pathlib.Path(ours[-1].filename).name}:{ours[-1].lineno}"
-        )
+        last = ([f for f in frames if "/lora_jax/" in f.filename] or frames)[-1]
+        place = f"{type(error).__name__} at {pathlib.Path(last.filename).name}:{last.lineno}"
         return Ended(kind, number, "found", place, traceback.format_exc())
 
 
 def start_process() -> None:
     """Apply the settings of a process that runs cases."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    import logging
-
     import jax
 
     for name in ("absl", "asyncio", "jax"):
@@ -56,90 +53,50 @@ def start_process() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def work(tasks: Any, ends: Any, seed: int, folder: str) -> None:
-    """Run the cases of a queue until it gives None."""
+def work(cases: Any, seed: int, folder: str) -> None:
+    """Run the cases that come through a pipe, and send how each ended."""
     start_process()
     log = os.open(f"{folder}/stderr-{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 2)  # libraries print panics and the reason why they end the process there
     root = pathlib.Path(tempfile.mkdtemp(dir=folder))
-    while (task := tasks.get()) is not None:
-        ends.put(Ended(*task, "begun"))
-        end = run_one(task[0], seed, task[1], root)
+    while True:
+        kind, number = cases.recv()
+        end = run_one(kind, seed, number, root)
         if end.found:
-            kept = pathlib.Path(folder) / "found" / f"{end.kind}-{end.number}"
+            kept = pathlib.Path(folder, "found", f"{kind}-{number}")
             shutil.copytree(root / "case", kept, dirs_exist_ok=True)
             (kept / "traceback.txt").write_text(end.found, errors="backslashreplace")
-        ends.put(end)
-    ends.put(None)
+        cases.send(end)
 
 
-@dataclasses.dataclass
-class _Worker:
-    """A process, the queues to it and from it, its cases, and the time of its last message."""
+def run_all(tasks: list[tuple[str, int]], seed: int, jobs: int, folder: str) -> Iterator[Ended]:
+    """Run the (kind, number) of `tasks` in `jobs` processes; yield how each case ended."""
+    left, ends = collections.deque(tasks), queue.SimpleQueue[Ended]()
+    context = multiprocessing.get_context("spawn")
 
-    process: Any
-    tasks: Any
-    ends: Any
-    given: collections.deque[tuple[str, int]]
-    begun: Ended | None = None
-    heard: float = 0.0
-
-
-class Runner:
-    """Start processes, and replace one that hangs or dies."""
-
-    def __init__(self, tasks: list[tuple[str, int]], seed: int, jobs: int, folder: str) -> None:
-        """Start `jobs` processes, which share the (kind, number) of `tasks`."""
-        self.left, self.seed, self.folder = collections.deque(tasks), seed, folder
-        self.context = multiprocessing.get_context("spawn")
-        self.workers = [self._start() for _ in range(jobs)]
-
-    def _start(self) -> _Worker:
-        tasks, ends = self.context.SimpleQueue(), self.context.Queue()
-        arguments = (tasks, ends, self.seed, self.folder)
-        process = self.context.Process(target=work, args=arguments, daemon=True)
+    def one_process() -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, seed, folder), daemon=True)
         process.start()
-        worker = _Worker(process, tasks, ends, collections.deque())
-        worker.heard = time.monotonic() + WALL  # it imports JAX first
-        for _ in range(20):
-            self._give(worker)
-        return worker
+        theirs.close()  # so that the end of the process is the end of the pipe
+        wait, what = STARTED, ""
+        while left and not what:
+            task = left.popleft()
+            ours.send(task)
+            try:
+                end = ours.recv() if ours.poll(wait) else None
+                what = "" if end else "the process hangs"
+            except EOFError:
+                what = "the process died"
+            ends.put(Ended(*task, "found", what, what) if what else end)
+            wait = WALL
+        process.kill()
 
-    def _give(self, worker: _Worker) -> None:
-        if self.left:
-            worker.given.append(self.left.popleft())
-            worker.tasks.put(worker.given[-1])
-        else:
-            worker.tasks.put(None)
+    def processes() -> None:
+        while left:
+            one_process()
 
-    def ends(self) -> Iterator[Ended]:
-        """Yield how each case ended."""
-        while self.workers:
-            for worker in list(self.workers):
-                yield from self._hear(worker)
-            time.sleep(0.02)
-
-    def _hear(self, worker: _Worker) -> Iterator[Ended]:
-        # This is asked first, so that all messages of a dead process are read below.
-        alive = worker.process.is_alive()
-        while not worker.ends.empty():
-            end, worker.heard = worker.ends.get(), time.monotonic()
-            if end is None:
-                self.workers.remove(worker)
-                return
-            worker.begun = end if end.end == "begun" else None
-            if worker.begun is None:
-                yield end
-            else:
-                worker.given.popleft()
-                self._give(worker)
-        if alive and time.monotonic() - worker.heard < WALL:
-            return
-        what = "hangs" if alive else f"died with {worker.process.exitcode}"
-        worker.process.kill()
-        self.workers.remove(worker)
-        self.left.extendleft(reversed(worker.given))
-        if worker.begun is not None:
-            yield worker.begun._replace(end="found", place=f"the process {what}", found=what)
-        if self.left:
-            self.workers.append(self._start())
+    for _ in range(jobs):
+        threading.Thread(target=processes, daemon=True).start()
+    for _ in tasks:
+        yield ends.get()

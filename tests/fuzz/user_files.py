@@ -44,8 +44,8 @@ def make_data(random: Random) -> Files:
         return {"a.csv": _csv(random)}
     lines = [json.dumps(row).encode() for row in _ROWS * random.choice((1, 1, 3))]
     for _ in range(random.randint(1, 2)):
-        at = random.randrange(len(lines))
-        lines[at] = mutate.json_text(random, json.dumps(random.choice(_ROWS)))
+        changed = mutate.json_text(random, json.dumps(random.choice(_ROWS)))
+        lines[random.randrange(len(lines))] = changed
     made = b"\n".join(lines)
     return {"a.jsonl": mutate.bytes_of(random, made) if random.random() < 0.1 else made}
 
@@ -59,11 +59,12 @@ def _csv(random: Random) -> bytes:
             case 0:
                 row.append(value)
             case 1:
-                del row[0]
+                row[:1] = []
             case 2:
                 rows.append(list(row))
-            case _ if row:
-                row[random.randrange(len(row))] = value
+            case _:
+                at = random.randrange(len(row) + 1)
+                row[at : at + 1] = [value]
     made = b"\n".join(b",".join(row) for row in rows)
     return mutate.bytes_of(random, made) if random.random() < 0.4 else made
 
@@ -78,12 +79,12 @@ def tokenizer() -> Any:
 
 def read_data(random: Random, folder: pathlib.Path) -> None:
     """Read the data as training does, or as predict and generate do."""
-    name = next(path.name for path in folder.iterdir())
-    path, field = str(folder / name), random.choice(("label", "label", "score", "text", "other"))
+    (file,) = folder.iterdir()
+    name, path = file.name, str(file)
     config = data.DataConfig(
         path,
         text_fields=random.choice((("text",), ("text", "label"))),
-        label_field=field,
+        label_field=random.choice(("label", "label", "score", "text", "other")),
         regression=random.random() < 0.2,
         prompt=random.choice(("{text}", "{text} {label}", "a {other}")),
         answer=random.choice(("", "{label}")),
@@ -111,17 +112,13 @@ _NAMES = ("config.json", "metrics.jsonl", "summary.json")
 
 
 def make_run(random: Random) -> Files:
-    """Draw a run directory in which one file was changed."""
+    """Draw a run directory in which one file, of metrics one line, was changed."""
     files = {name: stored(RUN)[name] for name in _NAMES}
     name = random.choice(_NAMES)
-    if name == "metrics.jsonl":
-        lines = files[name].splitlines(keepends=True)
-        at = random.randrange(len(lines))
-        lines[at] = mutate.json_text(random, lines[at]) + b"\n"
-        files[name] = b"".join(lines)
-    else:
-        files[name] = mutate.json_text(random, files[name])
-    return files
+    lines = files[name].splitlines() if name == "metrics.jsonl" else [files[name]]
+    at = random.randrange(len(lines))
+    lines[at] = mutate.json_text(random, lines[at])
+    return files | {name: b"\n".join(lines) + b"\n"}
 
 
 @functools.cache
@@ -148,49 +145,24 @@ def read_run(random: Random, folder: pathlib.Path) -> None:
 # ---- command lines ---------------------------------------------------------------------------
 
 CONFIG = str(TESTS / "formats" / "small.py")
-_OPTIONS = (
-    *(
-        "--config",
-        "--steps",
-        "--seed",
-        "--lora.rank",
-        "--lora.alpha",
-        "--lora.targets",
-        "--run-dir",
-    ),
-    *("--optimizer.learning-rate", "--width", "--fresh", "--from", "--select", "--mesh.data"),
-    *("--lora.no-such", "--lora.kind", "--lora.dropout", "--plan.plan", "--lora.rank.x", "--"),
+_COMMANDS: tuple[tuple[Any, str], ...] = (
+    (PredictOptions, "--adapter --text --batch-size --window --base --out --file"),
+    (GenerateOptions, "--adapter --prompt --stop --temperature --seed --top-p"),
+    (ReportOptions, "run --out --base --trust-base"),
+    (ExportOptions, "run --out --format --dtype --profile"),
+    (ImportOptions, "folder --out --labels --lengths --pooling --scan-layers"),
 )
-_COMMANDS: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (
-        PredictOptions,
-        ("--adapter", "--text", "--batch-size", "--window", "--base", "--out", "--file"),
-    ),
-    (GenerateOptions, ("--adapter", "--prompt", "--stop", "--temperature", "--seed", "--top-p")),
-    (ReportOptions, ("run", "--out", "--base", "--trust-base")),
-    (ExportOptions, ("run", "--out", "--format", "--dtype", "--profile")),
-    (ImportOptions, ("folder", "--out", "--labels", "--lengths", "--pooling", "--scan-layers")),
-)
-_VALUES = (
-    "1",
-    "0",
-    "-1",
-    "2.5",
-    "nan",
-    "1e400",
-    "None",
-    "True",
-    "a b",
-    "",
-    "q@rank=2,alpha=nan",
-    "[",
-)
+_TRAIN = """--config --steps --seed --lora.rank --lora.alpha --lora.targets --run-dir --width
+    --fresh -- --optimizer.learning-rate --from --select --mesh.data --lora.no-such --lora.kind
+    --lora.dropout --plan.plan --lora.rank.x"""
+_VALUES = ("1", "0", "-1", "2.5", "nan", "1e400", "None", "True", "q@rank=2,alpha=nan", "[")
+_VALUES += ("a b", "")
 
 
 def make_line(random: Random) -> Files:
     """Draw a command line, as the number of its command and its words."""
     number = random.randrange(-3, len(_COMMANDS))
-    options = _OPTIONS if number < 0 else _COMMANDS[number][1]
+    options = (_TRAIN if number < 0 else _COMMANDS[number][1]).split()
     words = []
     for _ in range(random.randint(1, 4)):
         name = random.choice(options)

@@ -7,15 +7,19 @@ killed.
 
 from __future__ import annotations
 
-import functools
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
+
+import pytest
+
+from tests.training.test_resume import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 # pdeathsig and kill-child: the machine ends with this process, and all of its processes with it.
@@ -36,14 +40,22 @@ sleep infinity & wait  # a shell, since the first process of a machine has to re
 """
 
 
-@functools.cache
-def possible() -> bool:
-    """Return whether this user may start a machine here."""
-    line = f"{NAMESPACES} ip link set lo up"
-    try:
-        return subprocess.run(line.split(), capture_output=True, timeout=30).returncode == 0
-    except OSError:
+def installed(*commands: str) -> bool:
+    """Return whether the commands exist and this user may start a machine here."""
+    if not all(map(shutil.which, (*commands, "unshare", "nsenter", "ip"))):
         return False
+    line = f"{NAMESPACES} ip link set lo up"
+    return subprocess.run(line.split(), capture_output=True, timeout=30).returncode == 0
+
+
+def skipped_without(installed: object, what: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a launcher's tests."""
+    return [pytest.mark.slow, pytest.mark.skipif(not installed, reason=f"no {what} here")]
+
+
+def reached(run: pathlib.Path, step: int, why: Callable[[], str]) -> None:
+    """Wait until a run has a checkpoint of this step or a later one."""
+    wait_for(lambda: max(checkpoints(run), default=0) >= step, why)
 
 
 def wait_for(condition: Callable[[], Any], why: Callable[[], str], seconds: float = 240) -> Any:
@@ -59,12 +71,7 @@ class Machine:
     """A machine that runs commands while its context is entered."""
 
     def __init__(self, folder: pathlib.Path, hosts: Mapping[str, str]) -> None:
-        """Describe the machine.
-
-        Args:
-          folder: the machine's own folder.
-          hosts: the addresses of its host names, all on this machine; the first is its own name.
-        """
+        """Describe the machine: its folder, and addresses by host name; the first is its own."""
         self.folder, self._hosts = folder, dict(hosts)
         ours = {name: x for name, x in os.environ.items() if not name.startswith(LAUNCHERS)}
         self.environment = ours | {
@@ -120,6 +127,10 @@ class Machine:
                 stderr=subprocess.STDOUT,
             )
 
+    def text_of(self, name: str) -> str:
+        """Return what is in a file of the machine's folder, which may not be there yet."""
+        return (self.folder / name).read_text() if (self.folder / name).exists() else ""
+
     def run(self, *words: str, seconds: float = 60) -> str:
         """Return the output of a command, which must succeed."""
         log = self.folder / "command.log"
@@ -129,9 +140,9 @@ class Machine:
         return log.read_text()
 
     def pids(self, word: str, variable: str = "") -> list[int]:
-        """The processes with `word` in their command line and `variable` in their environment.
+        """The processes with `word` in their command line and NAME=value in their environment.
 
-        `variable` is NAME=value. Shells and launchers that pass the word on to others are left out.
+        Shells and launchers that pass the word on to others are left out.
         """
         needed = {f"MACHINE={self.folder}".encode(), *([variable.encode()] if variable else [])}
         found = []

@@ -11,14 +11,13 @@ import http.server
 import importlib.util
 import json
 import pathlib
-import shutil
 import ssl
 import subprocess
 import sys
 import urllib.parse
 from typing import Any
 
-from tests.launchers.machine import Machine
+from tests.launchers.machine import Machine, installed
 
 JOB, JOBSET, TOKEN = "lora-worker-0", "lora", "the-token-of-the-service-account"
 API = "10.77.1.1"
@@ -35,10 +34,8 @@ _CERTIFICATE = (
 _POD = "unshare --pid --fork --kill-child --mount-proc --uts"
 
 
-def installed() -> bool:
-    """Return whether the commands (Debian: util-linux, iproute2, openssl) and `jax[k8s]` exist."""
-    commands = all(shutil.which(name) for name in ("unshare", "nsenter", "ip", "openssl"))
-    return commands and importlib.util.find_spec("kubernetes") is not None
+# Debian: util-linux, iproute2, openssl; and `jax[k8s]`.
+INSTALLED = installed("openssl") and importlib.util.find_spec("kubernetes") is not None
 
 
 class Pods(Machine):
@@ -48,26 +45,16 @@ class Pods(Machine):
         super().__init__(folder, HOSTS)
 
     def start_pod(self, index: int, command: str) -> subprocess.Popen[bytes]:
-        """Start the container of a pod; it prints to `pod<index>.log`.
-
-        Args:
-          index: the pod's number in its Indexed Job.
-          command: the text that `/bin/sh -c` runs in the container.
-        """
-        variables = {
-            "HOSTNAME": f"{JOB}-{index}",
-            "JOB_COMPLETION_INDEX": str(index),
-            "KUBERNETES_SERVICE_HOST": API,
-            "KUBERNETES_SERVICE_PORT": "443",
-        }
-        words = [f"{name}={value}" for name, value in variables.items()]
+        """Start the container of a pod of an Indexed Job, whose shell runs `command`."""
+        words = [f"HOSTNAME={JOB}-{index}", f"JOB_COMPLETION_INDEX={index}"]
+        words += [f"KUBERNETES_SERVICE_HOST={API}", "KUBERNETES_SERVICE_PORT=443"]
         script = 'hostname "$HOSTNAME"; exec /bin/sh -c "$0"'
         pod = ["env", *words, *_POD.split(), "/bin/sh", "-c", script, command]
-        return self.start(pod, self.log(index))
+        return self.start(pod, self.folder / f"pod{index}.log")
 
-    def log(self, index: int) -> pathlib.Path:
-        """Return the file with the output of a pod."""
-        return self.folder / f"pod{index}.log"
+    def text(self) -> str:
+        """Return what the pods have printed."""
+        return "".join(self.text_of(f"pod{index}.log") for index in range(len(ADDRESSES)))
 
     def start_api(self) -> None:
         """Start a server for the Kubernetes API, and give the pods its certificate and token."""
@@ -81,51 +68,27 @@ class Pods(Machine):
         self.run("sh", "-c", ready)
 
 
-def job() -> dict[str, Any]:
-    """The Job of the JobSet."""
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": JOB,
-            "namespace": "default",
-            "labels": {
-                "jobset.sigs.k8s.io/jobset-name": JOBSET,
-                "jobset.sigs.k8s.io/replicatedjob-name": "worker",
-                "jobset.sigs.k8s.io/job-index": "0",
-            },
-        },
-        "spec": {
-            "parallelism": len(ADDRESSES),
-            "completions": len(ADDRESSES),
-            "completionMode": "Indexed",
-            "template": {"spec": {"containers": [{"name": "train"}], "subdomain": JOBSET}},
-        },
-    }
-
-
-def pod(index: int) -> dict[str, Any]:
-    """A pod of the Job."""
-    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": JOB, "uid": "1", "controller": True}
-    return {
-        "metadata": {
-            "name": f"{JOB}-{index}-x7k2p",
-            "namespace": "default",
-            "labels": {
-                "job-name": JOB,
-                "batch.kubernetes.io/job-name": JOB,
-                "batch.kubernetes.io/job-completion-index": str(index),
-                "jobset.sigs.k8s.io/jobset-name": JOBSET,
-            },
-            "ownerReferences": [owner],
-        },
-        "spec": {
-            "hostname": f"{JOB}-{index}",
-            "subdomain": JOBSET,
-            "containers": [{"name": "train"}],
-        },
-        "status": {"phase": "Running", "podIP": ADDRESSES[index]},
-    }
+# What the API knows of the JobSet.
+# fmt: off
+_SET = {"jobset.sigs.k8s.io/jobset-name": JOBSET}
+_CONTAINERS = {"subdomain": JOBSET, "containers": [{"name": "train"}]}
+_JOB: dict[str, Any] = {
+    "apiVersion": "batch/v1", "kind": "Job",
+    "metadata": {"name": JOB, "namespace": "default", "labels": {
+        **_SET, "jobset.sigs.k8s.io/replicatedjob-name": "worker",
+        "jobset.sigs.k8s.io/job-index": "0"}},
+    "spec": {"parallelism": len(ADDRESSES), "completions": len(ADDRESSES),
+             "completionMode": "Indexed", "template": {"spec": _CONTAINERS}},
+}
+_OWNER = {"apiVersion": "batch/v1", "kind": "Job", "name": JOB, "uid": "1", "controller": True}
+_PODS: list[dict[str, Any]] = [{
+    "metadata": {"name": f"{JOB}-{index}-x7k2p", "namespace": "default", "labels": {
+        **_SET, "job-name": JOB, "batch.kubernetes.io/job-name": JOB,
+        "batch.kubernetes.io/job-completion-index": str(index)}, "ownerReferences": [_OWNER]},
+    "spec": {"hostname": f"{JOB}-{index}", **_CONTAINERS},
+    "status": {"phase": "Running", "podIP": address},
+} for index, address in enumerate(ADDRESSES)]
+# fmt: on
 
 
 def answer(path: str, token: str | None) -> tuple[int, dict[str, Any]]:
@@ -136,10 +99,10 @@ def answer(path: str, token: str | None) -> tuple[int, dict[str, Any]]:
         return 401, {"kind": "Status", "status": "Failure", "reason": "Unauthorized", "code": 401}
     if url.path == "/api/v1/namespaces/default/pods":
         [selector] = query["fieldSelector"]
-        found = [pod(i) for i, x in enumerate(ADDRESSES) if selector == f"status.podIP={x}"]
+        found = [pod for pod in _PODS if selector == f"status.podIP={pod['status']['podIP']}"]
         return 200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": found}
     if url.path == f"/apis/batch/v1/namespaces/default/jobs/{JOB}":
-        return 200, job()
+        return 200, _JOB
     return 404, {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}
 
 
@@ -154,14 +117,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def main(folder: pathlib.Path) -> None:
-    """Answer requests for ever."""
+if __name__ == "__main__":  # answer requests for ever
+    folder = pathlib.Path(sys.argv[1])
     server = http.server.ThreadingHTTPServer((API, 443), _Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "ca.crt", folder / "key.pem")
     server.socket = context.wrap_socket(server.socket, server_side=True)
     server.serve_forever()
-
-
-if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))

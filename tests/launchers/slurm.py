@@ -1,22 +1,14 @@
-"""A SLURM cluster of two nodes on one machine: munged, slurmctld and two slurmd, without systemd.
-
-`python -m tests.launchers.slurm bash` starts one by hand, runs a command on it and stops it.
-"""
+"""A SLURM cluster of two nodes on one machine: munged, slurmctld and two slurmd; no systemd."""
 
 from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 
-from tests.launchers.machine import Machine, wait_for
+from tests.launchers.machine import Machine, installed, wait_for
 
 HOSTS = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
-COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
 
 # cred_expire is also the time that a requeued job waits before it starts again. With
 # config_overrides, nodes may have more than the machine has. The GPUs are device files that nobody
@@ -50,9 +42,7 @@ _MUNGED = (
 )
 
 
-def installed() -> bool:
-    """Return whether the commands exist (Debian: slurm-wlm, munge, util-linux, iproute2)."""
-    return all(shutil.which(name) for name in COMMANDS)
+INSTALLED = installed("munged", "slurmctld", "slurmd", "sbatch")  # Debian: slurm-wlm, munge
 
 
 class Slurm(Machine):
@@ -66,8 +56,7 @@ class Slurm(Machine):
         """Start the daemons, and wait until both nodes can be used."""
         for name in ("state", *HOSTS):
             (self.folder / name).mkdir(exist_ok=True)
-        config = _CONFIG.format(folder=self.folder)
-        (self.folder / "slurm.conf").write_text(config)
+        (self.folder / "slurm.conf").write_text(_CONFIG.format(folder=self.folder))
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         (self.folder / "key").write_bytes(os.urandom(128))
         (self.folder / "key").chmod(0o600)
@@ -99,18 +88,6 @@ class Slurm(Machine):
         path.write_text(script)
         return self.run("sbatch", "--parsable", *options, str(path)).strip()
 
-    def state(self, job: str) -> str:
-        """Return the job's state: RUNNING, COMPLETED, FAILED and the like."""
-        text = self.run("scontrol", "show", "job", job)
-        return text.partition("JobState=")[2].split()[0]
-
-
-def main() -> int:
-    """Run a command on a new cluster and return its exit status."""
-    with tempfile.TemporaryDirectory() as name, Slurm(pathlib.Path(name)) as cluster:
-        line = ["nsenter", "--target", cluster.pid, "--all", *(sys.argv[1:] or ["sinfo"])]
-        return subprocess.run(line, env=cluster.environment).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    def field(self, job: str, name: str) -> str:
+        """Return a field of the job, such as JobState."""
+        return self.run("scontrol", "show", "job", job).partition(f"{name}=")[2].split()[0]

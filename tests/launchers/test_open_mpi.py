@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 
@@ -12,16 +11,10 @@ import pytest
 
 from tests.launchers import machine
 from tests.launchers.documented import OWN, PYTHON, SMALL, block, changed
-from tests.launchers.machine import Machine, wait_for
-from tests.training.test_resume import checkpoints
+from tests.launchers.machine import Machine
 
-INSTALLED = all(shutil.which(x) for x in ("mpirun", "ip")) and importlib.util.find_spec("mpi4py")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (INSTALLED and machine.possible()), reason="no Open MPI, no mpi4py or no namespaces"
-    ),
-]
+INSTALLED = machine.installed("mpirun") and importlib.util.find_spec("mpi4py")
+pytestmark = machine.skipped_without(INSTALLED, "Open MPI, mpi4py or namespaces")
 HERE = "mpirun --allow-run-as-root --oversubscribe -n 2"  # this machine needs these options
 
 
@@ -42,7 +35,7 @@ class Run:
         self.process = host.start(("sh", "-c", f"exec {line}"), self.log)
 
     def reach(self, step: int) -> None:
-        wait_for(lambda: max(checkpoints(self.path), default=0) >= step, self.log.read_text)
+        machine.reached(self.path, step, self.log.read_text)
 
     def wait(self) -> int:
         return self.process.wait(240)

@@ -14,14 +14,9 @@ from lora_jax.training import export, metrics
 from tests.launchers import machine, slurm
 from tests.launchers.documented import OWN, PYTHON, SMALL, block, changed
 from tests.launchers.machine import wait_for
-from tests.training.test_resume import assert_same, checkpoints
+from tests.training.test_resume import assert_same
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (slurm.installed() and machine.possible()), reason="no SLURM here, or no namespaces"
-    ),
-]
+pytestmark = machine.skipped_without(slurm.INSTALLED, "SLURM or namespaces")
 SIZE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")  # options win over the script's
 STEPS = 80
 
@@ -37,8 +32,7 @@ class Jobs:
         return self.cluster.folder / "runs" / name
 
     def log(self, name: str) -> str:
-        path = self.cluster.folder / f"{name}.log"
-        return path.read_text() if path.exists() else ""
+        return self.cluster.text_of(f"{name}.log")
 
     def submit(self, name: str, more: str = "") -> str:
         script = changed(
@@ -48,22 +42,18 @@ class Jobs:
         return self.cluster.submit(script, *SIZE, f"--output={self.cluster.folder}/{name}.log")
 
     def reach(self, name: str, step: int) -> None:
-        path = self.path(name)
-        wait_for(lambda: max(checkpoints(path), default=0) >= step, lambda: self.log(name))
+        machine.reached(self.path(name), step, lambda: self.log(name))
 
     def task(self, index: int) -> int:
         """Return the process of a task of the running job."""
         [pid] = self.cluster.pids("train.py", f"SLURM_PROCID={index}")
         return pid
 
-    def restarts(self, job: str) -> int:
-        text = self.cluster.run("scontrol", "show", "job", job)
-        return int(text.partition("Restarts=")[2].split()[0])
-
     def wait(self, job: str, name: str) -> str:
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         return wait_for(
-            lambda: (found := self.cluster.state(job)) in ends and found, lambda: self.log(name)
+            lambda: (found := self.cluster.field(job, "JobState")) in ends and found,
+            lambda: self.log(name),
         )
 
 
@@ -85,10 +75,12 @@ def test_a_job_that_is_preempted_and_loses_a_node_ends_with_the_same_bits(jobs: 
     jobs.cluster.run("scancel", "--signal=TERM", stopped)
     jobs.reach("stopped", 25)
     jobs.cluster.kill_node("n2", jobs.task(1))
-    wait_for(lambda: jobs.cluster.state(stopped) == "PENDING", lambda: jobs.log("stopped"))
+    wait_for(
+        lambda: jobs.cluster.field(stopped, "JobState") == "PENDING", lambda: jobs.log("stopped")
+    )
     jobs.cluster.start_node("n2")
     assert jobs.wait(stopped, "stopped") == "COMPLETED", jobs.log("stopped")
-    assert jobs.restarts(stopped) >= 2
+    assert int(jobs.cluster.field(stopped, "Restarts")) >= 2
     text = jobs.log("stopped")
     saved = int(text.partition("SIGTERM: step ")[2].split()[0])
     starts = [int(x) for x in re.findall(r"Continuing from the checkpoint of step (\d+)", text)]

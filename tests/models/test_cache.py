@@ -56,15 +56,16 @@ def go_on(
 ) -> Any:
     """Return the logits, and the cache with the new tokens in it."""
     model = models.DecoderModel(config)
-    logits, new = model.apply({"params": params}, ids, mask, cache=cache, last=last)
+    logits, new = model.apply({"params": params}, ids, cache, mask, last=last, method=model.decode)
     return logits, caches.written(cache, new, slot)
 
 
 def read(config: Any, params: Any, ids: Any, mask: Any, capacity: int = CAPACITY) -> Any:
     """Read prompts with an empty cache. This is fastest: there is no slot to attend to yet."""
     nothing = caches.empty(config, len(ids), 0)
-    apply = jax.jit(models.DecoderModel(config).apply)
-    logits, new = apply({"params": params}, ids, mask, cache=nothing)
+    model = models.DecoderModel(config)
+    decode = jax.jit(functools.partial(model.apply, method=model.decode))
+    logits, new = decode({"params": params}, ids, nothing, mask)
     return logits, caches.written(caches.empty(config, len(ids), capacity), new, 0)
 
 
@@ -152,7 +153,8 @@ def test_a_step_writes_in_place(
     cache, ids = caches.empty(config, rows, capacity), jnp.ones((rows, 1), jnp.int32)
 
     def one(variables: Any, ids: Any, cache: Any) -> Any:
-        return models.DecoderModel(config).apply(variables, ids, cache=cache)
+        model = models.DecoderModel(config)
+        return model.apply(variables, ids, cache, method=model.decode)
 
     def each(variables: Any, ids: Any, cache: Any) -> Any:
         add, drop = (lambda x: x[:, None]), (lambda x: x[:, 0])
@@ -174,11 +176,3 @@ def test_a_step_writes_in_place(
     instructions = hlo.parse(compiled.as_text()).instructions
     copied = {i.results[0].size for i in instructions if i.kind == "copy"}
     assert not sizes & copied
-
-
-@pytest.mark.parametrize("wrong", ["segment_ids", "targets"])
-def test_what_does_not_go_with_a_cache(llama_config: models.DecoderConfig, wrong: str) -> None:
-    ids, cache = jnp.ones((1, 4), jnp.int32), caches.empty(llama_config, 1, 8)
-    apply = functools.partial(models.DecoderModel(llama_config).apply, cache=cache, **{wrong: ids})
-    with pytest.raises(ValueError, match="a cache cannot be combined with segment_ids, targets"):
-        jax.eval_shape(apply, {"params": models.shapes(llama_config)}, ids)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import models
-from lora_jax.models.weights import names
+from lora_jax.models.weights import families
 from tests import npz
 
 DECODERS = [
@@ -113,7 +113,9 @@ def test_a_configuration_tells_its_names(data: Path) -> None:
     assert len(folders) > 20
     for folder in folders:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
-        assert names.table_of(models.open(str(folder)).config) is names.HF[kind], folder.name
+        assert (
+            families.table_of(models.open(str(folder)).config) is families.FAMILIES[kind].names
+        ), folder.name
 
 
 def test_variants_are_read_from_the_file(data: Path) -> None:

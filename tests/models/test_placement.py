@@ -11,11 +11,15 @@ import pytest
 from benchmarks import common
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
+from tests.models import options
 from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 QWEN = {"qkv_bias": True, "output_bias": True, "qk_norm": True, "tied": False}
 SHORT = dataclasses.replace(common.SMOLLM2, num_layers=2)
+VIT = dataclasses.replace(
+    options.VIT, image_size=(224, 224), patch_size=(16, 16), hidden_size=768, num_heads=12
+)
 CASES: dict[str, tuple[Any, models.Head | None]] = {
     "bert": (common.MINILM, None),
     "bert without token types": (dataclasses.replace(common.MINILM, num_token_types=0), None),
@@ -29,7 +33,7 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
         models.Head("roberta_head", 3),
     ),
     "deberta, unshared": (dataclasses.replace(common.MINILM, **DEBERTA_UNSHARED), None),
-    "vit": (models.VitConfig((224, 224), (16, 16), 768, 12, 12, 3072), models.Head("cls", 3)),
+    "vit": (VIT, models.Head("cls", 3)),
     "llama": (common.SMOLLM2, None),
     "llama, every option": (dataclasses.replace(common.SMOLLM2, **QWEN), None),
     **{name: (dataclasses.replace(SHORT, **options), None) for name, options in FAMILIES.items()},

@@ -73,7 +73,7 @@ def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
         mask = jnp.asarray(kept, x.dtype) / (1 - RATE)
         factors = own.factors(layout["w"], ad["w"])
         y = x @ params["w"] + own.scale(layout["w"]) * (mask * x) @ factors.a @ factors.b
-        gain = own.output_gain(layout["w"], ad["w"], params["w"])
+        gain = own.gains(layout["w"], ad["w"], params["w"]).outputs
         return y if gain is None else y * gain[None]
 
     g = lora_jax.adapt(layout, f)

@@ -47,8 +47,7 @@ BITS = {"nf4": 4, "int4": 4, "int8": 8, "fp8": 8}
 
 @pytest.mark.parametrize("scheme", ["nf4", "int4", "fp8"])
 def test_codes_and_scales_of_each_scheme(scheme: str) -> None:
-    """Each of four devices holds a fourth of the codes, and scales for its part. Red: an int4
-    counted as a byte; scales forgotten."""
+    """Each of four devices holds a fourth of the codes, and scales for its part."""
     parts = by_part(costs(scheme).weights)
     assert parts["codes"] == NUMBERS * BITS[scheme] // 8 // 4
     blocks = NUMBERS // 64 // 4 if BITS[scheme] == 4 else OUTPUTS // 2  # one for each output
@@ -67,7 +66,7 @@ def test_scales_in_8_bits() -> None:
 
 
 def test_what_stays_in_floats() -> None:
-    """Embedding and head are divided by four, and norms are whole. Red: the head is quantised."""
+    """Embedding and head are divided by four, and norms are whole."""
     norms = 2 * (2 * L + 1) * D
     assert by_part(costs("nf4").weights)["floats"] == (FLOATS - norms) // 4 + norms
     weights = {w.path: w for w in costs("nf4").weights}
@@ -77,19 +76,16 @@ def test_what_stays_in_floats() -> None:
 
 
 def test_the_products_are_those_of_the_floats() -> None:
-    """Codes are looked up and not multiplied, so the FLOPs equal the float base's. Red: scales in a
-    product of their own."""
+    """Codes are looked up and not multiplied, so the FLOPs equal the float base's."""
     assert costs("nf4").flops == pytest.approx(costs("none").flops, rel=1e-3)
 
 
 def test_no_float_copy_of_the_stack_is_planned() -> None:
-    """One layer's floats may exist for a while, but not all layers'. Red: a dense residual."""
+    """One layer's floats may exist for a while, but not all layers'."""
     assert costs("nf4").bytes.activations == pytest.approx(costs("none").bytes.activations, rel=0.1)
 
 
 def test_a_magnitude_for_each_output_and_the_product_of_its_norm() -> None:
-    """DoRA adds a magnitude for each output, and the product of its norm. Red: the scope taken off
-    `output_gain`; the magnitude not among the adapters."""
     lora, dora = costs("nf4"), costs("nf4", kind="dora")
     assert dora.adapter_parameters - lora.adapter_parameters == OUTPUTS
     assert dora.bytes.adapters - lora.bytes.adapters == 4 * OUTPUTS // 2  # `tensor` divides them

@@ -12,7 +12,7 @@ from lora_jax import LoraError, Target
 from lora_jax.layout import Layout
 from lora_jax.report import charts, render, svg
 from lora_jax.report.document import Figure, Panel, Report, Section, Table
-from lora_jax.report.module_index import label, middle, places
+from lora_jax.report.module_index import ModuleIndex, label
 from lora_jax.report.subspace_similarity import One, of_ranks, of_seeds
 
 
@@ -28,8 +28,7 @@ def one(name: str, rank: int, paths: tuple[str, ...] = ("q",), **config: Any) ->
 
 
 def test_ranks_that_differ_in_little_else_are_compared() -> None:
-    """Two ranks are compared on runs that differ in little else. Red: `len(_differences(...))` left
-    out of the cost in `of_ranks`."""
+    """Two ranks are compared on runs that differ in little else."""
     runs = [one("a", 8, lr=1), one("b", 2, lr=2), one("c", 1, lr=3), one("d", 1, lr=1)]
     pair = of_ranks(runs)
     assert pair is not None
@@ -39,8 +38,7 @@ def test_ranks_that_differ_in_little_else_are_compared() -> None:
 
 
 def test_seeds_that_differ_in_nothing_else_are_compared() -> None:
-    """Two seeds are compared on runs that differ in nothing else. Red: `min` for `max` in
-    `of_seeds`."""
+    """Two seeds are compared on runs that differ in nothing else."""
     runs = [one("a", 2, seed=0), one("b", 2, seed=1), one("c", 4, seed=0), one("d", 4, seed=1)]
     pair = of_seeds(runs)
     assert pair is not None
@@ -50,27 +48,24 @@ def test_seeds_that_differ_in_nothing_else_are_compared() -> None:
 
 
 def test_layers_by_number_and_by_stack() -> None:
-    """A layer is known by its number or by its place in a stack. Red: no `at[0]` in `places`: a
-    stack of layers would be one layer of many matrices."""
+    """A layer is known by its number or by its place in a stack."""
     paths = [f"bert/layer_{i}/{name}/kernel" for i in (10, 2) for name in ("att/query", "mlp/up")]
-    found = places(Layout(tuple(target(path) for path in paths)))
+    found = ModuleIndex.of(Layout(tuple(target(path) for path in paths))).places
     assert [(p.layer, p.matrix) for p in found] == [
         *((2, "query"), (2, "up"), (10, "query"), (10, "up"))
     ]
-    stacked = places(Layout((target("layers/attention/q/kernel", stack=3),)))
-    assert [(p.layer, p.at, p.matrix) for p in stacked] == [(i, (i,), "q") for i in range(3)]
-    assert middle(stacked) == 1
-    both = places(
-        Layout(tuple(target(f"{x}/layer_0/query/kernel") for x in ("encoder", "decoder")))
-    )
+    stacked = ModuleIndex.of(Layout((target("layers/attention/q/kernel", stack=3),)))
+    assert [(p.layer, p.at, p.matrix) for p in stacked.places] == [(i, (i,), "q") for i in range(3)]
+    assert stacked.middle == 1
+    names = (f"{x}/layer_0/query/kernel" for x in ("encoder", "decoder"))
+    both = ModuleIndex.of(Layout(tuple(map(target, names)))).places
     assert [(p.layer, p.matrix) for p in both] == [(0, "encoder/query"), (0, "decoder/query")]
-    (bare,) = places(Layout((target("first/kernel"),)))
+    (bare,) = ModuleIndex.of(Layout((target("first/kernel"),))).places
     assert (bare.layer, label(bare.layer), bare.matrix) == (None, "-", "first")
 
 
 def test_a_name_is_no_formula() -> None:
-    r"""A name is drawn as it is, not as a formula. Red: no `text.parse_math` in `ink`: matplotlib
-    cannot read `$\x$`, and raises."""
+    """A name is drawn as it is, not as a formula."""
     drawn = charts.by_layer({r"$\x$ --><b>": [0.1, 0.2]}, ["0", "1"], "y", (0.1, "$_$"))
     text = svg.inline(svg.svg(drawn), "name", 'of "a" & <b>')
     assert "<b>" not in text
@@ -78,8 +73,7 @@ def test_a_name_is_no_formula() -> None:
 
 
 def test_a_drawing_takes_the_colour_of_the_page() -> None:
-    """A drawing takes the colour of the page. Red: no `.replace(INK, "currentColor")` in
-    `ink.inline`."""
+    """A drawing takes the colour of the page."""
     element = svg.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t"))
     assert svg.INK in element
     text = svg.inline(element, "name", "")
@@ -89,12 +83,11 @@ def test_a_drawing_takes_the_colour_of_the_page() -> None:
 
 
 def test_tables_of_markdown_are_aligned() -> None:
-    """The columns of a Markdown table are aligned. Red: `c.ljust(w)` for every cell in
-    `markdown_table` of render.py."""
+    """The columns of a Markdown table are aligned."""
     table = Table("", ("name", "n"), (("a|b", "1"), ("c", "1,000")), ("name",), marked=1)
     assert render.markdown_table(table).splitlines() == [
         "| name  |         n |",
-        "| :---- | --------: |",
+        "| :--   |       --: |",
         "| a\\|b  |         1 |",
         "| **c** | **1,000** |",
     ]
@@ -103,8 +96,7 @@ def test_tables_of_markdown_are_aligned() -> None:
 
 
 def test_two_pictures_of_one_name_are_an_error() -> None:
-    """A second picture of the same name would overwrite the first, so it is an error. Red: no
-    `__post_init__` of Report."""
+    """A second picture of the same name would overwrite the first, so it is an error."""
     figure = Figure("", (Panel("phi", "", None),))
     with pytest.raises(LoraError, match="more than one picture is named phi"):
         Report("", "", "", (), (Section("a", (figure,)), Section("b", (figure,))))

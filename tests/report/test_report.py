@@ -50,8 +50,7 @@ def numbers(texts: Sequence[str]) -> list[float]:
 
 @BOTH
 def test_both_formats_hold_the_same(written: Written, which: str) -> None:
-    """HTML and Markdown have the same contents. Red: in `markdown_table` of render.py,
-    `for line in (table.columns, *table.rows[1:])`."""
+    """HTML and Markdown have the same contents."""
     path = folder(written, which)
     page, plain = (
         saved_runs.page(path / "report.html"),
@@ -68,8 +67,7 @@ def test_both_formats_hold_the_same(written: Written, which: str) -> None:
 
 @BOTH
 def test_every_figure_is_there_as_png_and_svg(written: Written, which: str) -> None:
-    """Every figure is written as PNG and as SVG. Red: `drawing.savefig(file, ...)` left out of
-    `ink.png`."""
+    """Every figure is written as PNG and as SVG."""
     path = folder(written, which)
     images = [name for _, name in saved_runs.Markdown((path / "report.md").read_text()).images]
     assert len(images) == len(set(images)) >= 6
@@ -88,8 +86,7 @@ def test_every_figure_is_there_as_png_and_svg(written: Written, which: str) -> N
 
 @BOTH
 def test_the_page_needs_nothing_but_itself(written: Written, which: str) -> None:
-    """The page loads nothing else. Red: `<link rel="stylesheet" href="report.css">` in
-    report.html.j2."""
+    """The page loads nothing else."""
     path = folder(written, which) / "report.html"
     page = saved_runs.page(path)
     assert not {"script", "iframe", "object", "embed", "base", "img"} & set(page.tags)
@@ -102,8 +99,7 @@ def test_the_page_needs_nothing_but_itself(written: Written, which: str) -> None
 
 @BOTH
 def test_no_two_figures_share_an_id(written: Written, which: str) -> None:
-    """An id occurs once, or one figure would use the clip path or the marker of another. Red:
-    without the line of `ink.inline` that sets the name before `id="`."""
+    """An id occurs once, or one figure would use the clip path or the marker of another."""
     page = saved_runs.page(folder(written, which) / "report.html")
     assert len(page.ids) == len(set(page.ids))
     inner = {x[1:] for x in page.references if x.startswith("#")}
@@ -112,8 +108,7 @@ def test_no_two_figures_share_an_id(written: Written, which: str) -> None:
 
 
 def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
-    """The page shows the summary's numbers. Red: `left.after` in the place of `left.before` in
-    `_scores` of single.py."""
+    """The page shows the summary's numbers."""
     path, summary = folder(written, "solo"), json.loads((written.solo / "summary.json").read_text())
     expected = [
         [split, name, f"{old:.4f}", f"{summary['after'][split][name]:.4f}"]
@@ -133,8 +128,7 @@ def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
 
 
 def test_settings_are_those_that_are_no_default(written: Written) -> None:
-    """Settings at their defaults are not shown, except a few. Red: `!= value` left out of `rest` in
-    settings.py."""
+    """Settings at their defaults are not shown, except a few."""
     rows = {row[0]: row[1:] for row in table(folder(written, "solo"), "field", "default")}
     assert rows["data.max_length"] == ["16", "128"]
     assert rows["lora.rank"] == ["4", "8"]
@@ -144,8 +138,7 @@ def test_settings_are_those_that_are_no_default(written: Written) -> None:
 
 
 def test_the_update_against_matrices_that_are_formed(written: Written) -> None:
-    """Spectrum and Table 7 are computed again from `a @ b` and W; the layers are in a stack. Red:
-    `part[0]` for `part[place.at]` in `update._at`, or two columns of its tables exchanged."""
+    """Spectrum and Table 7 are computed again from `a @ b` and W; the layers are in a stack."""
     path = folder(written, "solo")
     layout, adapters, _ = lora_jax.restore(written.solo / "adapters/best")
     source = models.open(written.config.model.reference)
@@ -174,7 +167,7 @@ def test_the_update_against_matrices_that_are_formed(written: Written) -> None:
 
 
 def test_a_sweep_has_the_best_first(written: Written) -> None:
-    """The best run of a sweep comes first. Red: no `sorted` in `_of_sweep` of results.py."""
+    """The best run of a sweep comes first."""
     path = folder(written, "sweep")
     assert numbers(column(path, "validation accuracy", "rank", "seed")) == [0.75, 0.625, 0.5]
     facts = {fact[0]: fact[1:] for fact in saved_runs.page(path / "report.html").facts}
@@ -184,8 +177,7 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
 
 
 def test_shared_directions_against_matrices_that_are_formed(written: Written) -> None:
-    """Shared directions are computed again from whole matrices. Red: `[-1, -1]` for `[0, 0]` in
-    `_counted` of alike.py; `of="output"` for "input"."""
+    """Shared directions are computed again from whole matrices."""
     pairs = [("r2", "r4"), ("r4", saved_runs.HOSTILE)]
     tables = [t for t in saved_runs.page(folder(written, "sweep") / "report.html").tables
               if "random" in t[0] and "mean" in t[0]]  # fmt: skip
@@ -211,8 +203,7 @@ def test_shared_directions_against_matrices_that_are_formed(written: Written) ->
 
 
 def test_hostile_names_are_text(written: Written) -> None:
-    """A hostile name is shown as text. Red: `autoescape=False` in `html` of render.py; `plain`
-    returns its text unchanged."""
+    """A hostile name is shown as text."""
     path = folder(written, "sweep")
     page = saved_runs.page(path / "report.html")
     assert "b" not in page.tags
@@ -225,8 +216,7 @@ def test_hostile_names_are_text(written: Written) -> None:
 def test_a_run_under_way_is_shown_as_far_as_it_is(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The report of a run under way shows what the run has so far. Red:
-    `if left.summary is not None` left out of `unfinished`."""
+    """The report of a run under way shows what the run has so far."""
     run = tmp_path / "run"
     shutil.copytree(written.solo, run, ignore=shutil.ignore_patterns("summary.json", "report"))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -250,8 +240,7 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(
 def test_a_base_that_cannot_be_had_is_said(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If the base cannot be opened, the report says so and shows the rest. Red: no `except` in
-    `_amplified` of update.py."""
+    """If the base cannot be opened, the report says so and shows the rest."""
     arguments = [str(written.solo), "--out", str(tmp_path), "--base", str(tmp_path / "none")]
     assert main(arguments) == 0
     assert "cannot be opened here" in capsys.readouterr().err
@@ -263,8 +252,7 @@ def test_a_base_that_cannot_be_had_is_said(
 
 @pytest.mark.usefixtures("undrawn")
 def test_members_that_have_not_finished(written: Written, tmp_path: pathlib.Path) -> None:
-    """Members that have not finished are listed with their state. Red: `finished = runs` in
-    many.py."""
+    """Members that have not finished are listed with their state."""
     group = tmp_path / "group"
     ignore = shutil.ignore_patterns("report")
     shutil.copytree(written.sweep, group, ignore=ignore)
@@ -282,8 +270,7 @@ def test_members_that_have_not_finished(written: Written, tmp_path: pathlib.Path
 
 @pytest.mark.usefixtures("undrawn")
 def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathlib.Path) -> None:
-    """Each task has its own picture, and none is the best. Red: in `figures_of` of panels.py,
-    `if not results.tasks`."""
+    """Each task has its own picture, and none is the best."""
     for name in ("one", "two"):
         config = to_dict(of_rank(written.config, 4, 0))
         config["data"]["source"] = name
@@ -299,8 +286,7 @@ def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathl
 def test_runs_given_one_by_one(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The report of runs that are given one by one needs --out. Red: no check of `options.out` in
-    `run` of __main__.py."""
+    """The report of runs that are given one by one needs --out."""
     runs = [str(written.sweep / name) for name in ("r2", "r4")]
     assert main(runs) == 1
     assert "--out DIR" in capsys.readouterr().err
@@ -326,7 +312,7 @@ def test_a_broken_summary_is_an_error_with_a_cure(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A broken summary is an error with a cure. Red: `read_summary` returns it at once."""
+    """A broken summary is an error with a cure."""
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(written.solo / name, tmp_path)
     if isinstance(content, dict):
@@ -343,7 +329,7 @@ def test_a_broken_summary_is_an_error_with_a_cure(
 def test_what_is_no_run_is_an_error(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A path that is not a run is an error. Red: no `if not members` in `read` of read.py."""
+    """A path that is not a run is an error."""
     model = pathlib.Path(written.config.model.reference)
     for path, says in (
         (tmp_path / "none", "there is no such directory"),
@@ -365,8 +351,7 @@ def test_what_is_no_run_is_an_error(
 def test_all_is_drawn_and_nothing_wider_than_the_window(
     written: Written, which: str, width: int, tmp_path: pathlib.Path
 ) -> None:
-    """Every figure is drawn, and nothing is wider than the window. Red: no `overflow-x` of `.table`
-    in report.css, or `.panel { min-width: 30rem }`."""
+    """Every figure is drawn, and nothing is wider than the window."""
     page = folder(written, which) / "report.html"
     found = browser.measured(page, width, tmp_path)
     assert found["width"] == width
@@ -385,10 +370,7 @@ def test_all_is_drawn_and_nothing_wider_than_the_window(
 def test_it_opens_without_a_word_and_without_a_request(
     written: Written, which: str, tmp_path: pathlib.Path
 ) -> None:
-    """The page makes no request: its policy forbids loads, and the console reports each attempt.
-
-    Red: `<img src="http://localhost/x.png">` in report.html.j2, with the policy or without.
-    """
+    """The page makes no request: its policy forbids loads, and the console reports each attempt."""
     said, asked, shot = browser.opened(folder(written, which) / "report.html", tmp_path)
     assert "CONSOLE" not in said
     assert asked == []

@@ -76,8 +76,12 @@ def export_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
         config.lora.spec, workload.apply, params, example, train=True, key=key
     )
     base, frozen = lora_jax.frozen.split(params, config.lora.trainable or workload.trainable)
-    fresh = {"adapters": lora_jax.init(key, layout), "base": base}
-    trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), fresh)
+    draw = np.random.default_rng(config.seed).standard_normal  # NumPy's compiles nothing
+    fresh = jax.eval_shape(lambda: lora_jax.init(key, layout))
+    trained = {
+        "adapters": jax.tree.map(lambda x: np.float32(0.3 * draw(x.shape)), fresh),
+        "base": jax.tree.map(lambda x: np.asarray(x) + np.float32(0.2 * draw(x.shape)), base),
+    }
     export.save(path, "best", layout, trained, lora_jax.fingerprint(frozen), about=workload.about)
     return path
 

@@ -101,7 +101,7 @@ def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
     chosen = jnp.asarray([2, lora_jax.multi.BASE, 1])
 
     def read(params: Any, ids: Any, cache: Any) -> Any:
-        return model.apply({"params": params}, ids, cache=cache)
+        return model.apply({"params": params}, ids, cache, method=model.decode)
 
     @jax.jit
     def run(params: Any, stacked: Any, chosen: Any) -> Any:

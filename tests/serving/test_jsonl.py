@@ -66,7 +66,7 @@ def test_a_field_that_is_missing_or_of_another_kind(tmp_path: pathlib.Path) -> N
 
 
 def test_a_full_disk_is_named() -> None:
-    """A full disk is an error that names the file. Red: the error of the system names none."""
+    """A full disk is an error that names the file."""
     said = "/dev/full cannot be written: No space left"
     with pytest.raises(LoraError, match=said), jsonl.Writer("/dev/full") as writer:
         writer.write([{"a": 1}])

@@ -125,8 +125,6 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
 def test_a_group_that_is_preempted_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A preempted group says that it is saved. Red: `main` of train.py uses the console of a single
-    run, which a group does not make."""
     config = GroupConfig(members=(A,), run_dir=str(tmp_path))
     monkeypatch.setattr(train.command_line, "parse", lambda *_: ("group", config, None))
     with pytest.MonkeyPatch.context() as patch:
@@ -315,7 +313,6 @@ def poisoned() -> Any:
 def test_a_member_that_diverges_stops_and_the_others_go_on(
     poisoned: Any, tmp_path: pathlib.Path, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A member that diverges stops alone."""
     bad = member("bad", 5, 2, workload=poisoned)
     with pytest.raises(loop.StoppedError, match="1 of 3 members stopped:\nbad: step 6") as caught:
         together(tmp_path, A, bad, B)
@@ -362,7 +359,6 @@ def test_parameters_of_unequal_shape_are_refused(tmp_path: pathlib.Path) -> None
 def test_a_group_has_its_own_line_in_train_py(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """train.py runs a group, from the command line to the results."""
     file = tmp_path / "two.py"
     file.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"

@@ -269,7 +269,6 @@ def test_a_member_that_diverges_does_not_disturb_the_others(skip: bool) -> None:
 
 
 def test_swapped_settings_need_no_compilation() -> None:
-    """Other settings need no compilation."""
     group = Together()
     each = [batch(m, 0) for m in group.members]
     for _ in range(2):  # the second time with the shardings of the outputs

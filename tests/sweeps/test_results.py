@@ -192,7 +192,6 @@ def test_runs_without_any_evaluation(tmp_path: pathlib.Path) -> None:
 
 
 def test_runs_that_only_their_names_tell_apart(tmp_path: pathlib.Path) -> None:
-    """Runs that differ only in their names are named. Red: `alike = False` in `_of_sweep`."""
     twice = [left_behind(tmp_path, name, minilm_reviews.config, 0.7) for name in ("one", "other")]
     found = results.listing(gather(twice))
     assert found.columns[0] == "run"
@@ -202,8 +201,7 @@ def test_runs_that_only_their_names_tell_apart(tmp_path: pathlib.Path) -> None:
 def test_each_panel_alone_is_the_panel_of_the_picture(
     swept: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """A figure of one split equals that panel of the whole picture. Red: `splits[0]` for `split` in
-    `_panels`."""
+    """A figure of one split equals that panel of the whole picture."""
     found = gather(swept)
     together = plots.figure_of(found).axes
     alone = plots.figures_of(found)

@@ -15,15 +15,12 @@ def with_targets(*targets: str) -> Config:
 
 
 def test_the_order_of_targets_is_no_change() -> None:
-    """Targets in another order do not change a config. Red: the field is not marked "unordered"."""
     stored = config_json.to_dict(with_targets("first/kernel", "second/kernel"))
     assert config_json.changes(stored, with_targets("second/kernel", "first/kernel")) == []
     assert config_json.changes(stored, with_targets("second/kernel")) != []
 
 
 def test_the_order_of_targets_counts_where_they_have_settings() -> None:
-    """The order counts if targets have settings: the first pattern that matches wins. Red: the
-    targets are always sorted."""
     stored = config_json.to_dict(with_targets("first/kernel@rank=1", "*/kernel"))
     assert config_json.changes(stored, with_targets("*/kernel", "first/kernel@rank=1")) != []
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax.sweeps.memory_fit import StepMemory, available, fit, of_step
-from lora_jax.system.free_memory import free_memory
+from lora_jax.system import host_memory
 from lora_jax.training.config import ConfigError
 
 
@@ -67,7 +67,7 @@ def test_what_is_in_between_is_there_for_the_members_at_once() -> None:
     """Intermediate results count only for the members that run at once.
 
     1 is shared, each member needs 1, and the intermediate results of 4 members need 8, so that 1, 2
-    and 4 members need 4, 7 and 13. Red: all members share the 8.
+    and 4 members need 4, 7 and 13.
     """
     needed = StepMemory(25.0, 8.0)
     for size, memory in ((16, 25.0), (8, 17.0), (4, 13.0), (2, 7.0), (1, 4.0)):
@@ -101,12 +101,12 @@ def machine(root: pathlib.Path, free: int, **files: str) -> pathlib.Path:
     ],
 )
 def test_free_memory(tmp_path: pathlib.Path, files: dict[str, str], free: int) -> None:
-    assert free_memory(machine(tmp_path, 8, **files)) == free
+    assert host_memory.free(machine(tmp_path, 8, **files)) == free
 
 
 def test_available_on_a_cpu_counts_what_is_held_and_is_shared_by_its_devices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lora_jax.sweeps.memory_fit.free_memory", lambda: 8e9)
+    monkeypatch.setattr("lora_jax.system.host_memory.free", lambda: 8e9)
     assert jax.local_device_count() == 8
     assert available(5e8) == 1.5e9

@@ -58,7 +58,8 @@ def validation(run: pathlib.Path) -> list[dict[str, Any]]:
 
 def test_a_run_begins_where_another_was_best(first: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A new run begins with the best numbers of the other run, and with its layout, not the
-    config's. Red: the head or the adapters are drawn anew; the layout is the config's."""
+    config's.
+    """
     summary = runs.run(tmp_path / "run", *runs.SMALL, "--from", str(first))
     best = json.loads((first / "summary.json").read_text())["best_step"]
     assert validation(tmp_path / "run")[0] == validation(first)[best // 4]
@@ -133,14 +134,11 @@ def test_what_does_not_fit(
     config = other(config, start_from=str(run), **changes)
     workload = classification(config)
     with pytest.raises(ConfigError, match=said):
-        earlier_adapter.patterns(
-            config.lora, workload, earlier_adapter.open_earlier(config, workload)
-        )
+        earlier_adapter.patterns(config, workload, earlier_adapter.find(config, workload))
 
 
 def test_another_base_is_refused(exported: Any, tmp_path: pathlib.Path) -> None:
-    """An adapter of another base is refused even if all shapes are equal. Red: the fingerprint of
-    the frozen parameters, without the new head, is not compared."""
+    """An adapter of another base is refused even if all shapes are equal."""
     run, config = exported
     changed = tiny.write_model(tmp_path / "model", {**tiny.ROBERTA, "layer_norm_eps": 1e-6})
     tensors = safetensors.numpy.load_file(changed / "model.safetensors")
@@ -201,7 +199,6 @@ def test_groups_refuse_it(exported: Any, tmp_path: pathlib.Path) -> None:
 
 
 def test_the_plan_has_the_adapters_own_ranks(first: pathlib.Path) -> None:
-    """The plan uses the ranks of the earlier adapter. Red: it uses the ranks of the config."""
     _, config, options = parse(
         ["--config", runs.OWN, "--width", "16", "--from", str(first), "--plan"], runs.OWN, runs.ROOT
     )

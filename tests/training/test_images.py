@@ -64,7 +64,6 @@ def config_of(finished: Finished, **model: Any) -> ImageConfig:
 
 
 def test_a_vit_learns_shapes(finished: Finished) -> None:
-    """A ViT learns shapes."""
     before, after = (finished.summary[name]["validation"] for name in ("before", "after"))
     assert after["loss"] < 0.6 * before["loss"]
     assert after["accuracy"] > before["accuracy"]
@@ -116,7 +115,6 @@ def spaced(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) -> None:
-    """The report opens the base of the run."""
     assert report.main([str(finished.run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "Amplified directions of W" in text and "needs the weights" not in text

@@ -132,8 +132,7 @@ def test_a_run_of_each_kind(
     trained: Trained,
     tmp_path: pathlib.Path,
 ) -> None:
-    """Each kind of update trains; DoRA, which saves the most, is also resumed and served. Red:
-    predict does not quantise the base again."""
+    """Each kind of update trains; DoRA, which saves the most, is also resumed and served."""
     config = kind_config(kind, scheme, roberta, source)
     run, summary = trained(config)
     assert summary["merged_difference"] is None or summary["merged_difference"] < 1e-5
@@ -154,8 +153,6 @@ def kind_config(kind: str, scheme: str, roberta: pathlib.Path, source: str) -> A
 def test_a_report_of_dora_on_a_quantised_base(
     roberta: pathlib.Path, source: str, trained: Trained
 ) -> None:
-    """A report analyses DoRA on a quantised base. Red: the update is computed from the factors
-    alone; the codes are read as a matrix."""
     run, _ = trained(kind_config("dora", "nf4", roberta, source))
     assert report.main([str(run)]) == 0
     text = (run / "report/report.html").read_text()
@@ -174,8 +171,7 @@ def test_lokr_predicts_as_it_was_evaluated(
 def test_a_run_with_dropout_goes_on(
     roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """A run with dropout is resumed exactly, as its masks depend on the step alone. Red: one key
-    for all steps; dropout in evaluation."""
+    """A run with dropout is resumed exactly, as its masks depend on the step alone."""
     config = config_of(classification, roberta, source, lora={"dropout": 0.5})
     run, summary = trained(config)
     assert_goes_on(run, config, tmp_path / "again")
@@ -208,10 +204,7 @@ def test_a_run_on_a_quantised_base_writes(
 def test_kinds_and_schemes_are_fields_of_a_sweep(
     llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """Members that cannot share a program train one group after the other, as they do alone.
-
-    Red: all members are in one group; DoRA's factors get the scales of LoRA.
-    """
+    """Members that cannot share a program train one group after the other, as they do alone."""
     base = config_of(causal_lm, llama, source)
     dora = {"lora.kind": "dora", "lora.scaling": "alpha/sqrt(r)", "lora.dropout": 0.3}
     cases = (dora | {"seed": 0}, dora | {"seed": 1}, {"model.quantize": "int8"})
@@ -242,8 +235,7 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
     trained: Trained,
     tmp_path: pathlib.Path,
 ) -> None:
-    """The first outputs are the original base's, and the run can be resumed and served. Red:
-    predict forgets the changed base."""
+    """The first outputs are the original base's, and the run can be resumed and served."""
     lora, model = {"init": init, "kind": kind}, {"quantize": scheme}
     config = config_of(classification, roberta, source, lora=lora, model=model)
     run, summary = trained(config)
@@ -259,11 +251,7 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
 def test_a_run_goes_on_from_an_adapter_over_a_changed_base(
     roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """A run that starts from a LoftQ run uses the codes of that run's training.
-
-    Red: the base is used as it is loaded; the new run's `about`, and so predict, lacks BEGUN; the
-    head is drawn anew.
-    """
+    """A run that starts from a LoftQ run uses the codes of that run's training."""
     lora, model = {"init": "loftq", "kind": "lora"}, {"quantize": "nf4"}
     config = config_of(classification, roberta, source, lora=lora, model=model)
     run, summary = trained(config)
@@ -279,8 +267,6 @@ def test_a_run_goes_on_from_an_adapter_over_a_changed_base(
 def test_tasks_share_a_quantised_base(
     llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """Tasks with batches of two sizes share a quantised base. Red: the check of the padding runs
-    the bare model on codes."""
     base = config_of(causal_lm, llama, source, model={"quantize": "int8"})
     small = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=16))
     members = (Member("one", base), Member("two", small))

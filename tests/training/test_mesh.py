@@ -223,7 +223,6 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free", "adafactor", "inject"])
 def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
-    """The state of an optimizer is sharded as the adapters are."""
     grid = mesh.make(MeshConfig(2, 2, 2))
     place = mesh.Placement(grid, {}, None)
     trained = {"adapters": {"w": lora_jax.Factors(jnp.ones((64, 8)), jnp.ones((8, 32)))}}
@@ -290,7 +289,7 @@ def test_parts_of_unequal_weight_count_by_their_tokens() -> None:
 
 def test_a_batch_that_the_parts_do_not_divide() -> None:
     with pytest.raises(ConfigError, match="accumulate must be a divisor of the 4 rows"):
-        step.divided({"x": np.ones((4, 2))}, 3)
+        step.batch_parts({"x": np.ones((4, 2))}, 3)
 
 
 def rows(batch: tuple[str, str], weight: P) -> list[float]:
@@ -374,7 +373,6 @@ def annotated(config: Config) -> Workload:
 
 
 def test_a_models_own_annotations_place_it() -> None:
-    """A model's own annotations place its weights."""
     lora = LoraConfig(rank=2, targets=("up/kernel/value",))
     config = Config(workload=annotated, lora=lora)
     found, wanted = run(config, MeshConfig(2, 2, 2)), run(config, MeshConfig(), devices=1)

@@ -89,7 +89,6 @@ def run(tx: optax.GradientTransformation, like: Any) -> Any:
 @pytest.mark.parametrize("kind", optimizer.KINDS)
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 40), (0.1, 40), (0.06, 7), (0.99, 40)])
 def test_the_rates_are_those_of_optax(kind: Any, warmup: float, steps: int) -> None:
-    """The rates equal optax's schedules."""
     config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup=warmup)
     counts = np.arange(steps + 3)
     wanted = jax.jit(jax.vmap(schedule(config, steps)))(counts)
@@ -134,8 +133,7 @@ def test_bfloat16_parameters_are_clipped_and_moved() -> None:
 
 
 def test_loraplus_moves_b_so_many_times_as_far_as_a() -> None:
-    """LoRA+ multiplies the rate of B alone; Adam's first step has the size of the rate. Red: the
-    ratio is applied to A, or before Adam."""
+    """LoRA+ multiplies the rate of B alone; Adam's first step has the size of the rate."""
     config = OptimizerConfig(1e-3, schedule="constant", warmup=0.0, loraplus_lr_ratio=16.0)
     tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained()
     updates = first_step(tx, like)
@@ -145,15 +143,13 @@ def test_loraplus_moves_b_so_many_times_as_far_as_a() -> None:
 
 
 def test_a_parameter_named_b_is_no_factor() -> None:
-    """A parameter of the base that is named `b` is not a factor. Red: labels use the last name in
-    the path alone."""
     assert labels.labels({"base": {"b": 0, "a": 0}}) == {"base": {"b": "weight", "a": "weight"}}
     with pytest.raises(LoraError, match="above 0"):
         labels.loraplus(0)
 
 
 def test_labels_of_other_kinds() -> None:
-    """Arrays of every registered kind get labels. Red: the kinds of the registry are not asked."""
+    """Arrays of every registered kind get labels."""
     kinds = {"w": Directed(0, 0, 0), "v": Vectors(0, 0), "c": Shift(0)}
     assert labels.labels(kinds) == {
         "w": Directed("a", "b", "magnitude"),
@@ -170,8 +166,7 @@ def test_labels_of_other_kinds() -> None:
 
 
 def test_labels_partition_an_optimizer() -> None:
-    """A user of optax can partition an optimizer by labels, with adapters alone. Red: a label does
-    not have the structure of its array."""
+    """A user of optax can partition an optimizer by labels, with adapters alone."""
     adapters = trained()["adapters"]
     rates = {"a": optax.sgd(1.0), "b": optax.sgd(2.0)}
     tx = optax.partition(rates, labels.labels)

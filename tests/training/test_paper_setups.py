@@ -23,7 +23,7 @@ from lora_jax import models
 from lora_jax.cli import train as command_line
 from lora_jax.data import open_source
 from lora_jax.data.language_modelling import language_modelling
-from lora_jax.models.weights import hf_config
+from lora_jax.models.weights import families
 from lora_jax.training import causal_lm, classification
 from tests.training import tiny
 from tests.training.runs import ROOT, run
@@ -95,7 +95,7 @@ def test_parameters_of_gpt2(name: str, parameters: int) -> None:
     config = load(f"{GPT2}:{name}")
     shape = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}
     model = models.DecoderModel(
-        config.model.apply_to(hf_config.parse(shape | PUBLISHED[name], name))
+        config.model.apply_to(families.parse(shape | PUBLISHED[name], name))
     )
     apply = causal_lm.apply_of(model, smoothing=config.label_smoothing)
     batch = causal_lm.batch_shapes(config.data.batch_size, config.data.max_length)
@@ -105,7 +105,7 @@ def test_parameters_of_gpt2(name: str, parameters: int) -> None:
 def test_parameters_of_deberta() -> None:
     config = load(DEBERTA)
     model = models.BertClassifier(
-        config.model.apply_to(hf_config.parse(PUBLISHED["xxl"], "xxl")), 2, config.model.pooling
+        config.model.apply_to(families.parse(PUBLISHED["xxl"], "xxl")), 2, config.model.pooling
     )
     ids = jax.ShapeDtypeStruct((config.data.batch_size, config.data.max_length), np.int32)
     params = models.shapes(model.config, models.Head(config.model.pooling, 2))
@@ -165,7 +165,6 @@ def prepared(
 
 @pytest.mark.slow
 def test_gpt2_trains_on_e2e(prepared: Any, tmp_path: pathlib.Path) -> None:
-    """GPT-2 trains on E2E, which TFDS finds by its name."""
     weights = tiny.write_model(tmp_path / "gpt2", tiny.GPT2 | {"vocab_size": END_ID + 1})
     tokenizer = tokenizers.Tokenizer.from_file(str(weights / "tokenizer.json"))
     tokenizer.add_special_tokens([END])

@@ -41,8 +41,6 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_the_bar_is_the_curve_of_the_loss(width: int) -> None:
-    """The bar is the curve of the loss. Red: the cells are not in the order of the steps, or the
-    line is wider than the terminal."""
     text = shown(width)
     found = [LEVELS.index(c) for c in text if c in LEVELS]
     assert found == sorted(found, reverse=True) and found[0] == len(LEVELS) - 1 and found[-1] == 0
@@ -52,8 +50,6 @@ def test_the_bar_is_the_curve_of_the_loss(width: int) -> None:
 
 
 def test_a_run_that_goes_on_shows_what_it_knows() -> None:
-    """A run that goes on draws only the losses it knows. Red: steps of an earlier process are drawn
-    as a loss of zero."""
     text = shown(100, start=25)
     assert text.startswith("·" * 5) and LEVELS[-1] in text and LEVELS[0] in text
 
@@ -61,8 +57,6 @@ def test_a_run_that_goes_on_shows_what_it_knows() -> None:
 def test_terminals_without_blocks_and_files_are_shown_plain_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Files, and terminals without block characters, get plain text. Red: block characters are
-    printed where they are an encoding error or appear as empty boxes."""
     assert shown(80, encoding="ascii").isascii()
     assert "loss 50.0000" in shown(80, encoding="ascii")
     in_a_file = shown(80, terminal=False)
@@ -72,8 +66,6 @@ def test_terminals_without_blocks_and_files_are_shown_plain_text(
 
 
 def test_a_group_has_the_curve_of_its_mean_loss() -> None:
-    """A group shows the curve of its mean loss. Red: the curve is that of one member, or a loss
-    that is not finite empties the scale."""
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None)
     with GroupDisplay(console, 1) as display:
@@ -88,8 +80,6 @@ def test_a_group_has_the_curve_of_its_mean_loss() -> None:
 
 
 def test_a_curve_keeps_the_mean_of_many_steps() -> None:
-    """A cell of the curve holds the mean of its steps. Red: a cell shows its last loss, or a run
-    without steps divides by zero."""
     curve = LossCurve()
     for step in range(1, 4001):
         curve.add(step / 4000, float(step % 2))

@@ -46,8 +46,6 @@ def loaded(fsdp: int = 2, tensor: int = 2) -> tuple[Workload, mesh.Placement, An
 
 
 def test_the_products_of_the_layers_are_quantised_and_nothing_else() -> None:
-    """Only the products of the layers are quantised. Red: embeddings or the head are quantised too;
-    scanned layers are quantised as one."""
     workload, _, params = loaded()
     found = {p for p, leaf in paths.flatten(workload.params).items() if is_base(leaf)}
     layer = {f"attention/{n}" for n in "qkvo"} | {f"mlp/{n}" for n in ("gate", "up", "down")}
@@ -56,8 +54,6 @@ def test_the_products_of_the_layers_are_quantised_and_nothing_else() -> None:
 
 
 def test_the_codes_are_those_of_the_floats_wherever_they_lie() -> None:
-    """Sharded weights have the codes of the float weights. Red: a weight is loaded in another
-    order; the blocks of a layer run into the next layer."""
     _, place, params = loaded()
     given = paths.flatten(floats().load(None))
     path = "layers/mlp/down/kernel"
@@ -80,8 +76,6 @@ def test_a_device_holds_its_share_of_the_codes_and_no_floats() -> None:
 
 
 def test_what_is_trained_in_full_is_not_quantised() -> None:
-    """A weight that is trained in full is not quantised. Red: `trainable` is not passed on, so that
-    the split below refuses."""
     patterns = ("layers/mlp/down/kernel",)
     params = quantised(floats(), "int8", trainable=patterns).params
     trained, rest = split(params, patterns)

@@ -16,8 +16,8 @@ from lora_jax.training import export, metrics
 from tests.training.forks import Fork
 from tests.training.runs import OWN
 
-LONG = ("--width", "16", "--batch-size", "32", "--steps", "1000", "--evaluate-every", "150")
-RUN = ("--config", OWN, *LONG, "--checkpoint-every", "100")
+LONG = ("--width", "16", "--batch-size", "32", "--steps", "400", "--evaluate-every", "60")
+RUN = ("--config", OWN, *LONG, "--checkpoint-every", "40")
 
 
 def checkpoints(path: pathlib.Path) -> list[int]:
@@ -44,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathli
         return Fork((*RUN, "--run-dir", str(path)), folder / log, cache=folder / "cache")
 
     assert start(whole, "whole.log").wait() == 0, (folder / "whole.log").read_text()
-    for step, number in ((100, signal.SIGKILL), (500, signal.SIGINT)):
+    for step, number in ((40, signal.SIGKILL), (160, signal.SIGINT)):
         fork = start(killed, f"{step}.log")
         stop_after(fork, killed, step, number)
         said = "The last checkpoint is kept" in fork.log.read_text()
@@ -69,7 +69,7 @@ Runs = tuple[pathlib.Path, pathlib.Path, str]
 def test_it_went_on_from_a_checkpoint(runs: Runs) -> None:
     text = runs[2]
     assert "Continuing from the checkpoint of step" in text
-    assert int(text.partition("checkpoint of step ")[2].partition(".")[0]) >= 500
+    assert int(text.partition("checkpoint of step ")[2].partition(".")[0]) >= 160
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
@@ -82,13 +82,13 @@ def test_the_record_is_byte_identical(runs: Runs) -> None:
     texts = [(path / "metrics.jsonl").read_bytes() for path in runs[:2]]
     assert texts[0] == texts[1]
     steps = [json.loads(line) for line in texts[0].splitlines()]
-    assert [x["step"] for x in steps if "split" not in x] == list(range(1, 1001))
+    assert [x["step"] for x in steps if "split" not in x] == list(range(1, 401))
 
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_optimizer_and_random_state_are_bit_identical(runs: Runs) -> None:
-    states = [orbax().load_checkpointables(p / "checkpoints/1000")["state"] for p in runs[:2]]
+    states = [orbax().load_checkpointables(p / "checkpoints/400")["state"] for p in runs[:2]]
     kept = [{k: v for k, v in state.items() if k != "key"} for state in states]
     assert kept[0]["optimizer"], "nothing was compared"
     assert_same(kept[0], kept[1])

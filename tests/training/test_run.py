@@ -6,7 +6,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,21 +18,43 @@ from lora_jax.checkpoint.storage import orbax
 from lora_jax.training import directory, export, metrics
 from tests.training.runs import OWN, SMALL, run
 
+RUN = (*SMALL, "--checkpoint-every", "4", "--lora.targets", "first/kernel", "second/kernel")
+
+
+class Finished(NamedTuple):
+    """A finished run with its picture, and its frozen arrays before and after."""
+
+    path: pathlib.Path
+    before: Any
+    after: Any
+
 
 @pytest.fixture(scope="module")
-def finished(
+def whole(
     tmp_path_factory: pytest.TempPathFactory, draw_curves: Callable[[pathlib.Path], bytes]
-) -> pathlib.Path:
-    """A finished run with its picture."""
+) -> Finished:
     path = tmp_path_factory.mktemp("finished") / "run"
+    seen: dict[str, Any] = {}
+    original = train.Run.__init__
+
+    def spy(self: Any, setup: Any, *rest: Any) -> None:
+        seen["frozen"], seen["before"] = setup.frozen, jax.tree.map(np.array, setup.frozen)
+        original(self, setup, *rest)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directory.curves, "draw", draw_curves)
-        run(path, *SMALL, "--checkpoint-every", "5")
-    return path
+        patch.setattr(train.Run, "__init__", spy)
+        run(path, *RUN)
+    return Finished(path, seen["before"], seen["frozen"])
+
+
+@pytest.fixture
+def finished(whole: Finished) -> pathlib.Path:
+    return whole.path
 
 
 def test_a_model_of_the_users_own_learns(tmp_path: pathlib.Path) -> None:
-    summary = run(tmp_path / "run", "--steps", "200", "--evaluate-every", "100")
+    summary = run(tmp_path / "run", "--steps", "200", "--evaluate-every", "200")
     before, after = summary["before"]["validation"], summary["after"]["validation"]
     assert after["loss"] < 0.05 * before["loss"]
     assert after["within_0.1"] > 0.5
@@ -75,43 +97,41 @@ def test_the_record_has_every_step_once_and_every_evaluation(finished: pathlib.P
 
 # Orbax warns that it takes the sharding from the file.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_it_goes_on_with_its_targets_in_another_order(tmp_path: pathlib.Path) -> None:
-    """Adapters, optimizer and record keep every bit. Red: the field is not marked "unordered"."""
-    orders = ("first/kernel", "second/kernel"), ("second/kernel", "first/kernel")
-    paths = tmp_path / "whole", tmp_path / "stopped"
-    for path, order in zip(paths, orders, strict=True):
-        run(path, *SMALL, "--checkpoint-every", "4", "--lora.targets", *order)
-    (paths[1] / "summary.json").unlink()
+def test_it_goes_on_with_its_targets_in_another_order(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Adapters, optimizer and record keep every bit."""
+    path = tmp_path / "stopped"
+    run(path, *RUN[:-2], "second/kernel", "first/kernel")
+    (path / "summary.json").unlink()
     for later in ("adapters/last", "checkpoints/8", "checkpoints/12"):
-        shutil.rmtree(paths[1] / later, ignore_errors=True)
-    run(paths[1], *SMALL, "--checkpoint-every", "4", "--lora.targets", *orders[0])
-    states = [orbax().load_checkpointables(path / "checkpoints/12")["state"] for path in paths]
+        shutil.rmtree(path / later, ignore_errors=True)
+    run(path, *RUN)
+    states = [orbax().load_checkpointables(p / "checkpoints/12")["state"] for p in (finished, path)]
     for kept in ([{k: v for k, v in s.items() if k != "key"} for s in states],
-                 [export.load(path, "last") for path in paths]):  # fmt: skip
+                 [export.load(p, "last") for p in (finished, path)]):  # fmt: skip
         one, two = map(jax.tree.leaves, kept)
         assert one and [np.asarray(x).tobytes() for x in one] == [
             np.asarray(x).tobytes() for x in two
         ]
-    assert (paths[0] / "metrics.jsonl").read_bytes() == (paths[1] / "metrics.jsonl").read_bytes()
+    assert (finished / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
 
 
 def test_a_finished_run_says_so_and_is_not_run_again(
     finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "summary.json").stat().st_mtime_ns
-    run(finished, *SMALL, "--checkpoint-every", "5")
+    run(finished, *RUN)
     text = capsys.readouterr().out
     assert "is finished; --fresh deletes it" in text
     assert "adapter parameters" in text
     assert (finished / "summary.json").stat().st_mtime_ns == before
 
 
-def test_fresh_starts_again(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "run"
-    run(path, *SMALL)
+def test_fresh_starts_again(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
     first = (path / "metrics.jsonl").read_bytes()
-    (path / "summary.json").unlink()
-    run(path, *SMALL, "--fresh", "--seed", "3")
+    run(path, *RUN, "--fresh", "--seed", "3")
     second = (path / "metrics.jsonl").read_bytes()
     assert first != second
     assert second.count(b"\n") == first.count(b"\n")
@@ -167,23 +187,10 @@ def test_the_default_directory_is_named_by_what_matters() -> None:
     assert len(set(different)) == 4
 
 
-def test_w0_is_bit_identical_after_training(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_w0_is_bit_identical_after_training(whole: Finished) -> None:
     """Training does not change a bit of the arrays that the loop holds as frozen."""
-    seen: dict[str, Any] = {}
-    original = train.Run.__init__
-
-    def spy(self: Any, setup: Any, *rest: Any) -> None:
-        seen["frozen"] = setup.frozen
-        seen["before"] = jax.tree.map(np.array, setup.frozen)
-        original(self, setup, *rest)
-
-    monkeypatch.setattr(train.Run, "__init__", spy)
-    run(tmp_path / "run", *SMALL)
-    assert len(jax.tree.leaves(seen["before"])) == 4
-    for x, y in zip(jax.tree.leaves(seen["before"]), jax.tree.leaves(seen["frozen"]), strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert len(jax.tree.leaves(whole.before)) == 4
+    jax.tree.map(np.testing.assert_array_equal, whole.before, whole.after)
 
 
 def test_no_base_weight_is_on_disk(finished: pathlib.Path) -> None:
@@ -221,17 +228,25 @@ def test_best_is_kept_when_later_steps_are_worse(tmp_path: pathlib.Path) -> None
     assert not np.array_equal(best["base"]["head/kernel"], last["base"]["head/kernel"])
 
 
-def test_without_targets_the_head_is_trained_alone(tmp_path: pathlib.Path) -> None:
-    summary = run(tmp_path / "run", *SMALL, "--lora.targets")
-    assert summary["adapter_parameters"] == 0
-    assert summary["trainable_parameters"] == 17
-    assert summary["merged_difference"] == 0
+@pytest.mark.parametrize(("more", "numbers"), [((), 17), (("--lora.trainable", "**"), 337)])
+def test_without_targets_the_head_or_everything_is_trained(
+    more: tuple[str, ...], numbers: int, tmp_path: pathlib.Path
+) -> None:
+    summary = run(tmp_path / "run", *SMALL, "--steps", "2", "--lora.targets", *more)
+    assert summary["adapter_parameters"] == summary["merged_difference"] == 0
+    assert summary["trainable_parameters"] == numbers <= summary["base_parameters"] == 337
     assert lora_jax.restore(tmp_path / "run/adapters/last")[1] == {}
 
 
-def test_full_fine_tuning(tmp_path: pathlib.Path) -> None:
-    summary = run(tmp_path / "run", *SMALL, "--lora.targets", "--lora.trainable", "**")
-    assert summary["trainable_parameters"] == summary["base_parameters"]
+def test_a_run_begins_as_its_config_says(tmp_path: pathlib.Path) -> None:
+    """With a learning rate near zero, `a` at the end is what the config's method draws."""
+    still = ("--optimizer.learning-rate", "1e-30", "--steps", "1", "--lora.init", "orthogonal")
+    run(tmp_path, *SMALL, *still)
+    layout, adapters, _ = lora_jax.restore(tmp_path / "adapters/last")
+    for method, alike in (("orthogonal", True), ("gaussian", False)):
+        wanted = lora_jax.init(jax.random.key(0), layout, method=method)
+        both = [x[layout.targets[0].path].a for x in (adapters, wanted)]
+        assert np.allclose(*both, atol=1e-6) == alike
 
 
 POISON = """

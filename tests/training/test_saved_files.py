@@ -72,8 +72,7 @@ def test_a_broken_list_of_checkpoints(content: bytes, tmp_path: pathlib.Path) ->
 def test_a_file_that_cannot_be_written_is_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed write names the file, and the earlier content stays. Red: the error of a full disk
-    names no file."""
+    """A failed write names the file, and the earlier content stays."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -24,8 +24,7 @@ GOLDEN = ROOT / "tests/golden/golden_models"
 
 @pytest.mark.parametrize("name", ["llama_nf4"])
 def test_a_folder_of_bitsandbytes(name: str, tmp_path: pathlib.Path) -> None:
-    """A stored base gives the losses of its floats in less memory. Red: `keep_quantised` is not
-    passed on."""
+    """A stored base gives the losses of its floats in less memory."""
     model = shutil.copytree(GOLDEN / name, tmp_path / "model")
     tiny.tokenizer(pair=False).save(str(model / "tokenizer.json"))
     source = tiny.write_examples(tmp_path / "data", ("text",), int)

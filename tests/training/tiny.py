@@ -13,7 +13,7 @@ from tokenizers import models as kinds
 from tokenizers import pre_tokenizers, processors
 
 from lora_jax import models, paths
-from lora_jax.models.weights import hf_config, names
+from lora_jax.models.weights import families
 
 WORDS = [f"word{i}" for i in range(40)]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -111,9 +111,9 @@ def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Pa
     tokenizer(pair=description["model_type"] in ("roberta", "deberta-v2")).save(
         str(folder / "tokenizer.json")
     )
-    config: Any = hf_config.parse(description, "tiny")
+    config: Any = families.parse(description, "tiny")
     shapes = paths.flatten(models.shapes(config))
-    table = names.HF[description["model_type"]]
+    table = families.FAMILIES[description["model_type"]].names
     random, tensors = np.random.default_rng(0), {}
     for row in table.rows:
         for layer in range(config.num_layers if row.layered else 1):

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax import LoraError
-from lora_jax.updates import initial
+from lora_jax import adapters as initial
 
 FLAT = lora_jax.Target("w", (400, 30), (), (0,), (1,), rank=8, alpha=8.0)
 STACKED = lora_jax.Target("w", (3, 20, 5, 30), (0,), (1, 2), (3,), rank=8, alpha=8.0)

@@ -24,16 +24,10 @@ class FileRow(dict[str, Any]):
 
 
 def field_of(example: Example, field: str, option: str, where: str) -> Any:
-    """Return `example[field]`, or raise an error that lists the fields.
+    """Return `example[field]`, or raise a `DataError` that lists the fields.
 
-    Args:
-      example: an example.
-      field: the name of the field.
-      option: the option of the config that names it.
-      where: the source, for the message; an example from a file has its line instead.
-
-    Raises:
-      DataError: there is no such field.
+    `option` is the option of the config that names the field. `where` is the source, for the
+    message; an example from a file has its line instead.
     """
     if field in example:
         return example[field]
@@ -41,17 +35,7 @@ def field_of(example: Example, field: str, option: str, where: str) -> Any:
 
 
 def text_of(example: Example, field: str, option: str, where: str) -> str:
-    """Return `field_of` as text; a number is converted.
-
-    Args:
-      example: an example.
-      field: the name of the field.
-      option: the option of the config that names it.
-      where: the source, for the message.
-
-    Raises:
-      DataError: there is no such field, or its value is neither text nor a number.
-    """
+    """Return `field_of` as text; a number is converted, and anything else is a `DataError`."""
     value = field_of(example, field, option, where)
     if isinstance(value, str | int | float):
         return str(value)
@@ -75,14 +59,7 @@ def shown(value: Any) -> str:
 
 
 def missing(field: str, fields: Iterable[str], option: str, where: str) -> DataError:
-    """Return the error for a field or split that does not exist.
-
-    Args:
-      field: the name.
-      fields: the names that exist.
-      option: the option of the config that names it.
-      where: the source, or the file and line.
-    """
+    """Return the error for a field or split that does not exist, and that `option` names."""
     names = list(fields)
     more = f" and {len(names) - _FIELDS} more" if len(names) > _FIELDS else ""
     return DataError(

@@ -47,10 +47,7 @@ class Template:
         return tuple(dict.fromkeys(field for field in named if field is not None))
 
     def fill(self, example: Example, where: str) -> str:
-        """Return the text for an example.
-
-        Raises:
-          DataError: the example lacks a field, or its value is neither text nor a number.
-        """
+        """Return the text for an example; `DataError` if a field is missing, or neither text nor
+        number."""
         values = {name: text_of(example, name, self.option, where) for name in self.fields}
         return self.text.format_map(values)

@@ -97,11 +97,8 @@ class Encoder:
     ) -> None:
         """Copy the tokenizer, so that the settings of the caller's do not change.
 
-        Args:
-          tokenizer: makes the tokens.
-          max_length: the largest number of tokens of a text.
-          vocabulary: rows of the model's embedding; a token beyond them is an error. None: no
-            check.
+        `vocabulary` is the number of rows of the model's embedding; a token beyond them is an
+        error. None: no check.
         """
         self.max_length, self._vocabulary = max_length, vocabulary
         self._whole = _copied(tokenizer)
@@ -110,11 +107,7 @@ class Encoder:
 
     @functools.cached_property
     def start(self) -> tuple[int, ...]:
-        """The special tokens that the tokenizer's post-processor puts before a text.
-
-        Raises:
-          DataError: the tokenizer has no token for the letter a, or see `check`.
-        """
+        """The special tokens that the tokenizer's post-processor puts before a text."""
         (probe,) = self._encoded(["a"])
         if 0 not in probe.special_tokens_mask:
             raise DataError(
@@ -173,18 +166,8 @@ class Encoder:
         """Tokenise texts and cut them to `max_length`; the counts are added to `truncation`.
 
         The tokenizer cuts before it adds its special tokens. It cuts from the end of a text, and
-        from the longer one of a pair first.
-
-        Args:
-          texts: texts, or pairs of texts.
-          truncation: the counts of cut examples and tokens.
-
-        Returns:
-          An encoding for each text.
-
-        Raises:
-          DataError: `max_length` leaves no room for text after the special tokens, or see
-            `check`.
+        from the longer one of a pair first. `DataError`: `max_length` leaves no room for text after
+        the special tokens.
         """
         truncation.see(texts)
         encodings = self._encoded(texts)
@@ -214,18 +197,11 @@ class Encoder:
 
 
 def _in_time(run: Callable[[], T], size: int) -> T:
-    """Call the tokenizers package, and give up on it when it takes too long.
+    """Call the tokenizers package with `size` characters, and raise `DataError` if it takes too
+    long.
 
     A regular expression of a stranger's tokenizer.json can take hours for a page of text, and
     nothing can stop the package then: it goes on in its thread until the process ends.
-
-    Args:
-        run: the call.
-        size: characters of the texts.
-
-    Raises:
-        DataError: it takes longer than the slowest machine does.
-        BaseException: what the call raises.
     """
     ends: list[tuple[T | None, BaseException | None]] = []
 

@@ -1,19 +1,21 @@
 """Read a parameter tree from stored tensors, in blocks that go straight to their devices."""
 
+import abc
 import functools
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import WeightsError
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.weights import kept, shards
-from lora_jax.models.weights.names import TensorName
+from lora_jax.models.weights import disk_arrays, shards
 from lora_jax.models.weights.stored import (
     Head,
     ParameterTree,
@@ -21,36 +23,91 @@ from lora_jax.models.weights.stored import (
     StoredParameter,
     parameters,
 )
+from lora_jax.models.weights.tensor_names import TensorName
 
 _BLOCK = 4 * 1024 * 1024  # numbers that are read at once, and held in addition to the result
 
 
-def assemble(
+class Source(abc.ABC):
+    """An opened model. Its config is read; no weight is before `load`.
+
+    Attributes:
+      path: the folder or file.
+    """
+
+    path: Path
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> StoredConfig:
+        """The config that is stored with the weights."""
+
+    @property
+    @abc.abstractmethod
+    def chat_template(self) -> str | None:
+        """The Jinja text that turns a conversation into a prompt; None if there is none."""
+
+    @abc.abstractmethod
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Return the tokenizer, without its padding and truncation."""
+
+    @abc.abstractmethod
+    def stored(self, config: StoredConfig | None = None) -> Stored:
+        """Return the tensors without reading them. A GGUF file needs the config for its heads."""
+
+    def load(
+        self,
+        config: StoredConfig | None = None,
+        *,
+        head: Head | None = None,
+        shardings: ParameterTree | None = None,
+        keep_quantised: bool = False,
+    ) -> ParameterTree:
+        """Return the parameters of the model.
+
+        Args:
+          config: the config. None: `self.config`.
+          head: a classification head to load as well; the tree is then {"bert", "classifier"}.
+          shardings: a tree of shardings like the result: this process reads only the parts of its
+            own devices, each once. None: everything goes to the default device. A weight that stays
+            quantised has one sharding, or a base with a sharding for each of its arrays.
+          keep_quantised: whether quantised tensors stay as they are, see `lora_jax.base`.
+
+        Returns:
+          The tree of parameters.
+
+        Raises:
+          WeightsError: tensors are missing, unknown or have wrong shapes; a parameter has no
+            sharding, or one that does not divide it. Nothing is read then.
+        """
+        config = self.config if config is None else config
+        return _assemble(self.stored(config), config, head, shardings, keep_quantised)
+
+    def shapes(
+        self, config: StoredConfig | None = None, *, head: Head | None = None
+    ) -> ParameterTree:
+        """Return the result of `load` with `keep_quantised`, as ShapeDtypeStructs.
+
+        Args:
+          config: the config. None: `self.config`.
+          head: a classification head, if one is loaded.
+        """
+        config = self.config if config is None else config
+        stored = self.stored(config)
+        leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
+        tree: ParameterTree = {x.path: jax.ShapeDtypeStruct(x.whole, dtype) for x in leaves}
+        for path, base in _bases(stored, leaves, dtype).items():
+            tree[path] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+        return unflatten_dict(tree, sep="/")
+
+
+def _assemble(
     stored: Stored,
     config: StoredConfig,
-    head: Head | None = None,
-    shardings: ParameterTree | None = None,
-    keep_quantised: bool = False,
+    head: Head | None,
+    shardings: ParameterTree | None,
+    keep_quantised: bool,
 ) -> ParameterTree:
-    """Read the parameters of a model, in blocks that go straight to their devices.
-
-    Args:
-      stored: the stored tensors.
-      config: the config of the model.
-      head: a classification head to load as well; the tree is then {"bert", "classifier"}.
-      shardings: a tree of shardings like the result: this process reads only the parts of its
-        own devices, each once. None: everything goes to the default device. A weight that stays
-        quantised has one sharding, or a base with a sharding for each of its arrays.
-      keep_quantised: whether quantised tensors stay as they are, see `lora_jax.base`.
-
-    Returns:
-      The parameters.
-
-    Raises:
-      WeightsError: tensors are missing, unknown or have wrong shapes; a parameter has no
-        sharding,
-        or one that does not divide it. Nothing is read then.
-    """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
     leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
     bases = _bases(stored, leaves, dtype) if keep_quantised else {}
@@ -58,37 +115,21 @@ def assemble(
     tree: ParameterTree = {}
     for leaf, place in zip(leaves, places, strict=True):
         if leaf.path in bases:
-            tree[leaf.path] = kept.load(bases[leaf.path], place)
+            tree[leaf.path] = disk_arrays.load(bases[leaf.path], place)
         else:
             read = functools.partial(_read, stored, leaf, dtype)
             tree[leaf.path] = shards.load(leaf.whole, place, read)
     return unflatten_dict(tree, sep="/")
 
 
-def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None) -> ParameterTree:
-    """Return the result of `assemble` with `keep_quantised`, as ShapeDtypeStructs."""
-    leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
-    tree: ParameterTree = {leaf.path: jax.ShapeDtypeStruct(leaf.whole, dtype) for leaf in leaves}
-    for path, base in _bases(stored, leaves, dtype).items():
-        tree[path] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
-    return unflatten_dict(tree, sep="/")
-
-
 def load_one(
     stored: Stored, parameter: StoredParameter, config: StoredConfig, keep_quantised: bool = False
 ) -> Any:
-    """Load one of `stored.parameters` to the default device.
-
-    Args:
-      stored: the tensors of the checkpoint.
-      parameter: the parameter.
-      config: the config of the model.
-      keep_quantised: whether a quantised parameter stays quantised.
-    """
+    """Load one of `stored.parameters` to the default device."""
     dtype = np.dtype(config.param_dtype)
     bases = _bases(stored, [parameter], dtype) if keep_quantised else {}
     if bases:
-        return kept.load(bases[parameter.path], None)
+        return disk_arrays.load(bases[parameter.path], None)
     read = functools.partial(_read, stored, parameter, dtype)
     return shards.load(parameter.whole, None, read)
 
@@ -96,14 +137,7 @@ def load_one(
 def read_slice(
     stored: Stored, parameter: StoredParameter, number: int, config: StoredConfig
 ) -> np.ndarray:
-    """Read the tensor `sources[number]` of a parameter, in our layout.
-
-    Args:
-      stored: the tensors of the checkpoint.
-      parameter: the parameter.
-      number: the index of the tensor.
-      config: the config of the model.
-    """
+    """Read the tensor `sources[number]` of a parameter, in our layout."""
     part = shards.empty(parameter.shape, np.dtype(config.param_dtype))
     whole = tuple(slice(0, size) for size in parameter.shape)
     _copy(stored, parameter.row, parameter.sources[number], whole, part)
@@ -118,7 +152,7 @@ def _bases(
     for leaf in leaves:
         layers = {name: stored.keep(name, leaf.row, dtype) for name in leaf.sources}
         if any(base is not None for base in layers.values()):
-            found[leaf.path] = kept.stack(layers, leaf.path, leaf.stack)
+            found[leaf.path] = disk_arrays.stack(layers, leaf.path, leaf.stack)
     return found
 
 
@@ -135,7 +169,7 @@ def _place(
         return where
     try:
         where.shard_shape(leaf.whole)
-        return where if base is None else kept.shardings(base, where, leaf.path)
+        return where if base is None else disk_arrays.shardings(base, where, leaf.path)
     except ValueError as error:
         raise WeightsError(f"the sharding of {leaf.path}: {error}") from error
 

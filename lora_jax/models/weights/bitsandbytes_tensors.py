@@ -21,7 +21,7 @@ from lora_jax.bases.dynamic import BLOCK, Dynamic
 from lora_jax.bases.nf4 import FourBit
 from lora_jax.bases.scaled import ScaledCodes
 from lora_jax.errors import WeightsError, damaged
-from lora_jax.models.weights.kept import ArrayOnDisk, in_memory
+from lora_jax.models.weights.disk_arrays import ArrayOnDisk, in_memory
 from lora_jax.models.weights.safetensors_file import FLOATS, StoredTensor
 from lora_jax.models.weights.shards import Index
 
@@ -138,11 +138,7 @@ class QuantisedTensor:
 def split(
     held: Mapping[str, StoredTensor],
 ) -> tuple[dict[str, StoredTensor], dict[str, QuantisedTensor]]:
-    """Split the tensors of a folder into plain ones and weights that bitsandbytes has quantised.
-
-    Raises:
-      WeightsError: 4-bit codes have a type other than nf4 or fp4; integers have no scales.
-    """
+    """Split the tensors of a folder into plain ones and weights that bitsandbytes has quantised."""
     plain, quantised = dict(held), {}
     for name, weight in held.items():
         if not name.endswith(".weight"):

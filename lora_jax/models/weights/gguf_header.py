@@ -31,15 +31,8 @@ K = TypeVar("K", bound=enum.IntEnum)
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """A tensor of a GGUF file.
-
-    Attributes:
-      path: the file.
-      name: the name of the tensor.
-      kind: the form in which it is stored; each row is divided into blocks of one kind.
-      shape: the shape of the tensor.
-      offset: its first byte in the file.
-    """
+    """A tensor of a GGUF file, whose rows are divided into blocks of one kind; `offset` is its
+    first byte."""
 
     path: Path
     name: str
@@ -53,20 +46,10 @@ class Quantised:
         return self.offset + math.prod(quant_shape_to_byte_shape(self.shape, self.kind))
 
     def read(self, index: Index) -> np.ndarray:
-        """Read a part of the tensor as floats.
+        """Read a part of the tensor as floats, from the blocks that contain it.
 
-        It reads the blocks that contain the part. The file is mapped for each call, and as long as
-        the result is in use: pages of a file that stays mapped would count as memory of this
-        process.
-
-        Args:
-          index: a slice with start and stop for each axis.
-
-        Returns:
-          The numbers, in a float dtype.
-
-        Raises:
-          lora_jax.models.WeightsError: the gguf package cannot expand this kind.
+        The file is mapped for each call, and as long as the result is in use: pages of a file that
+        stays mapped would count as memory of this process.
         """
         block, size = GGML_QUANT_SIZES[self.kind]
         *outer, last = index
@@ -92,12 +75,8 @@ class Quantised:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The header of a GGUF file.
-
-    Attributes:
-      fields: the metadata: numbers, texts, booleans and lists of them.
-      tensors: every tensor by name.
-    """
+    """The metadata of a GGUF file (numbers, texts, booleans and lists of them), and every
+    tensor."""
 
     fields: dict[str, Any]
     tensors: dict[str, Quantised]
@@ -106,13 +85,8 @@ class Header:
 def read(path: Path) -> Header:
     """Read the header of a GGUF file, but no tensor.
 
-    Args:
-      path: the file.
-
-    Raises:
-      OSError: the file does not exist or cannot be read.
-      lora_jax.models.WeightsError: the format or version is another one; the file cannot hold
-        the declared counts, lengths or shapes.
+    `WeightsError`: the format or version is another one; the file cannot hold the declared counts,
+    lengths or shapes.
     """
     with regular_files.opened(path, WeightsError, given=True) as file:
         size = os.fstat(file.fileno()).st_size

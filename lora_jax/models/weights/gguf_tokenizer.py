@@ -32,18 +32,11 @@ _CUTS: dict[str, list[Any]] = {
 
 
 def build(fields: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
-    """Build the tokenizer, with its special tokens; it adds bos and eos if the file says so.
+    """Build the tokenizer of a file's metadata, with its special tokens; it adds bos and eos if the
+    file says so.
 
-    Args:
-      fields: the metadata.
-      origin: the file, for error messages.
-
-    Returns:
-      The tokenizer.
-
-    Raises:
-      TokenizerError: the kind is not byte-level BPE, the way to split words is unknown, or the
-        lists contradict each other.
+    `TokenizerError`: the kind is not byte-level BPE, the way to split words is unknown, or the
+    lists contradict each other.
     """
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or cut not in list(_CUTS):  # a stranger's value may be unhashable

@@ -5,7 +5,15 @@ from typing import Any
 
 from lora_jax.models.config import DecoderConfig, LongRope
 from lora_jax.models.rope import linear_divisors, llama3_divisors
-from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
+from lora_jax.models.weights.hf_fields import (
+    Json,
+    activation,
+    refuse,
+    refuse_set,
+    sizes,
+    sliding,
+    special_ids,
+)
 
 
 def llama(json: Json, origin: str) -> DecoderConfig:
@@ -107,16 +115,13 @@ def _long_rope(json: Json, scaling: Json) -> dict[str, Any]:
 def gpt2(json: Json, origin: str) -> DecoderConfig:
     """Read GPT-2."""
     refuse_set(json, origin, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
-    hidden, heads = json["n_embd"], json["n_head"]
+    named = {"hidden_size": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
+    found = sizes(json, **named, mlp_size="n_embd", max_positions="n_positions")
+    hidden, heads = found["hidden_size"], found["num_heads"]
     return DecoderConfig(
-        vocab_size=json["vocab_size"],
-        hidden_size=hidden,
-        num_layers=json["n_layer"],
-        num_heads=heads,
+        **found | {"mlp_size": json.get("n_inner") or 4 * hidden},
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        mlp_size=json.get("n_inner") or 4 * hidden,
-        max_positions=json["n_positions"],
         norm="layer",
         norm_eps=json.get("layer_norm_epsilon", 1e-5),
         positions="learned",
@@ -134,23 +139,15 @@ def gpt2(json: Json, origin: str) -> DecoderConfig:
 
 def _decoder(json: Json, **own: Any) -> DecoderConfig:
     """Return the config with the fields that all descendants of Llama share, and `own`."""
-    heads = json["num_attention_heads"]
-    usual = {
-        "mlp_size": json["intermediate_size"],
+    shared = {
+        **sizes(json),
+        **special_ids(json),
+        "num_kv_heads": json.get("num_key_value_heads") or json["num_attention_heads"],
+        "head_dim": _head_dim(json),
+        "norm_eps": json.get("rms_norm_eps", 1e-6),
         "tied": bool(json.get("tie_word_embeddings", False)),
     }
-    return DecoderConfig(
-        vocab_size=json["vocab_size"],
-        hidden_size=json["hidden_size"],
-        num_layers=json["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=json.get("num_key_value_heads") or heads,
-        head_dim=_head_dim(json),
-        max_positions=json["max_position_embeddings"],
-        norm_eps=json.get("rms_norm_eps", 1e-6),
-        **special_ids(json),
-        **(usual | own),
-    )
+    return DecoderConfig(**(shared | own))
 
 
 def _head_dim(json: Json) -> int:
@@ -171,12 +168,10 @@ def _windows(json: Json, origin: str) -> dict[str, Any]:
 
 def _windowed(window: int | None, types: list[str], origin: str) -> dict[str, Any]:
     """Return the sliding window of layers with sliding attention; nothing if all are full."""
-    for kind in types:
-        refuse(origin, "layer_types", kind, kind not in ("full_attention", "sliding_attention"))
-    sliding = tuple(kind == "sliding_attention" for kind in types)
-    if window is None or not any(sliding):
+    each = sliding(types, origin)
+    if window is None or not any(each):
         return {}
-    return {"sliding_window": window, "windowed": None if all(sliding) else sliding}
+    return {"sliding_window": window, "windowed": None if all(each) else each}
 
 
 def _experts(json: Json, origin: str) -> dict[str, Any]:
@@ -198,10 +193,10 @@ def _experts(json: Json, origin: str) -> dict[str, Any]:
     }
 
 
-def _rope(json: Json, rotated: int, origin: str, usual: float = 1e4) -> dict[str, Any]:
+def _rope(json: Json, rotated: int, origin: str, default: float = 1e4) -> dict[str, Any]:
     """Return theta and the divisors of the frequencies; `rope_parameters` is the newer spelling."""
     scaling = json.get("rope_parameters") or json.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or json.get("rope_theta") or usual)
+    theta = float(scaling.get("rope_theta") or json.get("rope_theta") or default)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return {"rope_theta": theta}

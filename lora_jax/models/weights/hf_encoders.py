@@ -1,7 +1,17 @@
 """Read the configs of encoders from a Hugging Face `config.json`."""
 
+from typing import Any
+
 from lora_jax.models.config import BertConfig, Disentangled, PreNorm, VitConfig
-from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
+from lora_jax.models.weights.hf_fields import (
+    Json,
+    activation,
+    refuse,
+    refuse_set,
+    sizes,
+    sliding,
+    special_ids,
+)
 
 
 def bert(json: Json, origin: str) -> BertConfig:
@@ -9,55 +19,34 @@ def bert(json: Json, origin: str) -> BertConfig:
     position = json.get("position_embedding_type", "absolute")
     refuse(origin, "position_embedding_type", position, position not in ("absolute", None))
     refuse_set(json, origin, "is_decoder")
-    ids = special_ids(json) | {"pad_id": json.get("pad_token_id") or 0}
+    own: dict[str, Any] = sizes(json)
     # RoBERTa's table has rows for the padding token and all rows before it, which no text uses.
-    offset = 0
     if json["model_type"] != "bert":
-        ids["pad_id"] = json.get("pad_token_id", 1)
-        offset = ids["pad_id"] + 1
-    return BertConfig(
-        vocab_size=json["vocab_size"],
-        hidden_size=json["hidden_size"],
-        num_layers=json["num_hidden_layers"],
-        num_heads=json["num_attention_heads"],
-        mlp_size=json["intermediate_size"],
-        max_positions=json["max_position_embeddings"] - offset,
-        num_token_types=json.get("type_vocab_size", 2),
-        norm_eps=json.get("layer_norm_eps", 1e-12),
-        activation=activation(json, "hidden_act", "gelu", origin),
-        position_offset=offset,
-        dropout=json.get("hidden_dropout_prob", 0.1),
-        attention_dropout=json.get("attention_probs_dropout_prob", 0.1),
-        **ids,
-    )
+        pad = json.get("pad_token_id", 1)
+        own |= {"pad_id": pad, "position_offset": pad + 1}
+        own["max_positions"] -= pad + 1
+    own |= {"num_token_types": json.get("type_vocab_size", 2)}
+    return _encoder(json, origin, **own)
 
 
 def deberta(json: Json, origin: str) -> BertConfig:
     """Read DeBERTa v2 and v3."""
     hidden, heads = json["hidden_size"], json["num_attention_heads"]
-    for field, usual in (
+    for field, only in (
         *(("embedding_size", hidden), ("pooler_hidden_size", hidden)),
         ("attention_head_size", hidden // heads),
     ):
-        refuse(origin, field, json.get(field), json.get(field) not in (None, usual))
-    ids = special_ids(json)
-    return BertConfig(
-        vocab_size=json["vocab_size"],
-        hidden_size=hidden,
-        num_layers=json["num_hidden_layers"],
-        num_heads=heads,
-        mlp_size=json["intermediate_size"],
-        max_positions=json["max_position_embeddings"],
+        refuse(origin, field, json.get(field), json.get(field) not in (None, only))
+    return _encoder(
+        json,
+        origin,
+        **sizes(json),
         num_token_types=json.get("type_vocab_size", 0),
         norm_eps=json.get("layer_norm_eps", 1e-7),
-        activation=activation(json, "hidden_act", "gelu", origin),
         head_activation=activation(json, "pooler_hidden_act", "gelu", origin),
         absolute_positions=json.get("position_biased_input", True),
         relative=_disentangled(json, origin),
         pooler_dropout=bool(json.get("pooler_dropout", 0)),
-        dropout=json.get("hidden_dropout_prob", 0.1),
-        attention_dropout=json.get("attention_probs_dropout_prob", 0.1),
-        **ids | {"pad_id": ids["pad_id"] or 0},
     )
 
 
@@ -85,13 +74,9 @@ def _disentangled(json: Json, origin: str) -> Disentangled:
 def modernbert(json: Json, origin: str) -> BertConfig:
     """Read ModernBERT."""
     count, period = json["num_hidden_layers"], json.get("global_attn_every_n_layers", 3)
-    usual = ["sliding_attention" if i % period else "full_attention" for i in range(count)]
-    types = json.get("layer_types") or usual
-    for kind in types:
-        refuse(origin, "layer_types", kind, kind not in ("full_attention", "sliding_attention"))
-    windowed = tuple(kind == "sliding_attention" for kind in types)
-    both = json.get("rope_parameters") or {}
-    thetas = {}
+    types = ["sliding_attention" if i % period else "full_attention" for i in range(count)]
+    windowed = sliding(json.get("layer_types") or types, origin)
+    both, thetas = json.get("rope_parameters") or {}, []
     for name, old, theta in (
         ("full_attention", "global_rope_theta", 160_000.0),
         ("sliding_attention", "local_rope_theta", 10_000.0),
@@ -99,16 +84,13 @@ def modernbert(json: Json, origin: str) -> BertConfig:
         one = both.get(name) or {}
         kind = one.get("rope_type", "default")
         refuse(origin, f"rope_parameters.{name}.rope_type", kind, kind != "default")
-        thetas[name] = float(one.get("rope_theta") or json.get(old) or theta)
+        thetas.append(float(one.get("rope_theta") or json.get(old) or theta))
     refuse_set(json, origin, "rope_scaling")
     biases = {name: json.get(f"{name}_bias", False) for name in ("attention", "mlp", "norm")}
-    return BertConfig(
-        vocab_size=json["vocab_size"],
-        hidden_size=json["hidden_size"],
-        num_layers=count,
-        num_heads=json["num_attention_heads"],
-        mlp_size=json["intermediate_size"],
-        max_positions=json["max_position_embeddings"],
+    return _encoder(
+        json,
+        origin,
+        **sizes(json),
         num_token_types=0,
         norm_eps=json.get("norm_eps", 1e-5),
         activation=activation(json, "hidden_activation", "gelu", origin),
@@ -117,8 +99,8 @@ def modernbert(json: Json, origin: str) -> BertConfig:
         head_norm=True,
         head_bias=json.get("classifier_bias", False),
         pre_norm=PreNorm(
-            rope_theta=thetas["full_attention"],
-            local_rope_theta=thetas["sliding_attention"],
+            rope_theta=thetas[0],
+            local_rope_theta=thetas[1],
             window=json.get("local_attention", 128) // 2 + 1,
             windowed=windowed,
             fused=True,
@@ -131,35 +113,44 @@ def modernbert(json: Json, origin: str) -> BertConfig:
         ),
         dropout=json.get("mlp_dropout", 0.0),
         attention_dropout=json.get("attention_dropout", 0.0),
-        **special_ids(json) | {"pad_id": json.get("pad_token_id") or 0},
     )
 
 
 def distilbert(json: Json, origin: str) -> BertConfig:
     """Read DistilBERT. Its table of positions is in the file, even if it is sinusoidal."""
-    ids = special_ids(json)
-    return BertConfig(
-        vocab_size=json["vocab_size"],
-        hidden_size=json["dim"],
-        num_layers=json["n_layers"],
-        num_heads=json["n_heads"],
-        mlp_size=json["hidden_dim"],
-        max_positions=json["max_position_embeddings"],
+    named = {"hidden_size": "dim", "num_layers": "n_layers"}
+    return _encoder(
+        json,
+        origin,
+        **sizes(json, **named, num_heads="n_heads", mlp_size="hidden_dim"),
         num_token_types=0,
         norm_eps=1e-12,
         activation=activation(json, "activation", "gelu", origin),
         head_activation="relu",
         dropout=json.get("dropout", 0.1),
         attention_dropout=json.get("attention_dropout", 0.1),
-        **ids | {"pad_id": ids["pad_id"] or 0},
     )
+
+
+def _encoder(json: Json, origin: str, **own: Any) -> BertConfig:
+    """Return the config with the fields that most encoders share, and `own`."""
+    shared: dict[str, Any] = {
+        **special_ids(json),
+        "pad_id": json.get("pad_token_id") or 0,
+        "norm_eps": json.get("layer_norm_eps", 1e-12),
+        "dropout": json.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": json.get("attention_probs_dropout_prob", 0.1),
+    }
+    if "activation" not in own:
+        shared["activation"] = activation(json, "hidden_act", "gelu", origin)
+    return BertConfig(**(shared | own))
 
 
 def vit(json: Json, origin: str) -> VitConfig:
     """Read ViT."""
 
-    def pair(field: str, usual: int) -> tuple[int, int]:
-        size = json.get(field, usual)
+    def pair(field: str, default: int) -> tuple[int, int]:
+        size = json.get(field, default)
         high, wide = size if isinstance(size, list) else (size, size)
         return high, wide
 

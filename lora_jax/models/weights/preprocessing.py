@@ -42,14 +42,8 @@ class Preprocessing:
 def read(folder: Path, config: VitConfig) -> Preprocessing:
     """Read the preprocessing that a model's folder describes.
 
-    Args:
-      folder: the folder of the model.
-      config: the config of the model.
-
-    Raises:
-      FileNotFoundError: the folder has no such file.
-      ModelConfigError: there are steps other than resizing, scaling and normalising, or images
-        have another size than the model's.
+    `ModelConfigError`: there are steps other than resizing, scaling and normalising, or images have
+    another size than the model's.
     """
     path = folder / FILE
     if not path.exists():

@@ -29,11 +29,8 @@ class StoredTensor:
     dtype: str
 
     def read(self, index: Index) -> np.ndarray:
-        """Return a copy of the part at `index`, a slice with start and stop for each axis.
-
-        Raises:
-          lora_jax.models.WeightsError: the tensor does not hold floats.
-        """
+        """Return a copy of the part at `index`, a slice with start and stop for each axis, of
+        floats."""
         if self.dtype not in FLOATS:
             raise WeightsError(
                 f"{self.path}: tensor {self.name} is stored as {self.dtype}, expected one of "
@@ -60,9 +57,7 @@ class StoredTensor:
 def tensors(path: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the file by its name, without reading any.
 
-    Raises:
-      lora_jax.models.WeightsError: the header does not have the right format, or it describes
-        tensors that the file cannot hold.
+    `WeightsError`: the header is not in the format, or describes tensors that the file cannot hold.
     """
     with _opened(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping

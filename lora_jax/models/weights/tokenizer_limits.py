@@ -24,12 +24,7 @@ _IDS = 2_000_000  # the largest published vocabularies have about a million toke
 
 
 def check(tokenizer: tokenizers.Tokenizer, origin: str) -> None:
-    """Raise TokenizerError for a tokenizer that makes too much of a short text.
-
-    Args:
-        tokenizer: as it was read.
-        origin: the file, for messages.
-    """
+    """Raise TokenizerError for a tokenizer that makes too much of a short text."""
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= _IDS:  # to copy the tokenizer, the package lists all numbers that have no token
         raise TokenizerError(

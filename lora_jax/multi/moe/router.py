@@ -36,9 +36,9 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.multi.blend import Blend, Choosing
+from lora_jax.multi.selected import Choice, Mixed
 from lora_jax.multi.stack import Stack
-from lora_jax.updates.gating import Gate
+from lora_jax.transform import UpdateOf
 from lora_jax.updates.kind import Factors, kind_of
 
 Router = dict[str, Any]
@@ -46,7 +46,7 @@ Router = dict[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mixture(Choosing):
+class Mixture(Choice):
     """A stack and the weights of its adapters, as `lora_jax.adapt` takes them.
 
     Attributes:
@@ -65,13 +65,13 @@ class Mixture(Choosing):
     def choice(self, layout: Layout) -> Any:
         return self.weights
 
-    def blend(self, layout: Layout, choice: Any) -> Blend:
-        return blend(layout, self.stack, choice)
+    def updates(self, layout: Layout, choice: Any) -> UpdateOf:
+        return mixed(layout, self.stack, choice)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routed(Choosing):
+class Routed(Choice):
     """A stack and a router per token, as `lora_jax.adapt` takes them.
 
     Attributes:
@@ -87,16 +87,24 @@ class Routed(Choosing):
     top: int | None = dataclasses.field(default=None, metadata={"static": True})
     probe: dict[str, Any] | None = None
 
-    @property
-    def per_example(self) -> bool:
-        """False: the gates differ from token to token, but all examples share the router."""
-        return False
+    def updates(self, layout: Layout, choice: Any) -> UpdateOf:
+        """Return the updates, with the router's columns added to the columns of `a`.
 
-    def choice(self, layout: Layout) -> Any:
-        return None
-
-    def blend(self, layout: Layout, choice: Any) -> Blend:
-        return blend_by_token(layout, self)
+        Args:
+          layout: the layout that was passed to `adapt`.
+          choice: None; all examples share the router.
+        """
+        whole = mixed(layout, self.stack)
+        for t in layout.targets:
+            a, b = whole.factors[t.path]
+            router = jnp.asarray(self.router[t.path])
+            with jax.numpy_dtype_promotion("standard"):
+                dtype = jnp.promote_types(a.dtype, router.dtype)
+            a = jnp.concatenate([a.astype(dtype), router.astype(dtype)], axis=-1)
+            whole.factors[t.path] = Factors(a, b)
+            probe = None if self.probe is None else self.probe[t.path]
+            whole.gates[t.path] = {"experts": self.stack.size, "top": self.top, "probe": probe}
+        return whole
 
 
 def mix(stacked: Stack, weights: Any) -> Mixture:
@@ -224,7 +232,7 @@ def init_router(key: Any, layout: Layout, n: int) -> Router:
     }
 
 
-def blend(layout: Layout, stacked: Stack, weights: Any = None) -> Blend:
+def mixed(layout: Layout, stacked: Stack, weights: Any = None) -> Mixed:
     """Return the stack as one adapter of n times the rank, weighted by `weights` [n] if given."""
     factors, gains = {}, {}
     for t in layout.targets:
@@ -240,7 +248,7 @@ def blend(layout: Layout, stacked: Stack, weights: Any = None) -> Blend:
         factors[t.path] = Factors(_side_by_side(a[:-1], -2), _side_by_side(b[:-1], len(t.stack)))
         scales = stacked.scales[t.path][:-1]
         gains[t.path] = jnp.repeat(scales if weights is None else scales * weights, t.rank)
-    return Blend(factors, gains)
+    return Mixed(factors, gains)
 
 
 def _side_by_side(x: Any, axis: int) -> Any:
@@ -248,19 +256,3 @@ def _side_by_side(x: Any, axis: int) -> Any:
     x = jnp.moveaxis(x, 0, axis)
     at = axis % x.ndim
     return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
-
-
-def blend_by_token(layout: Layout, routed: Routed) -> Blend:
-    """Return the same, with the router's columns added to the columns of `a`."""
-    whole = blend(layout, routed.stack)
-    gates = {}
-    for t in layout.targets:
-        a, b = whole.factors[t.path]
-        router = jnp.asarray(routed.router[t.path])
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(a.dtype, router.dtype)
-        a = jnp.concatenate([a.astype(dtype), router.astype(dtype)], axis=-1)
-        whole.factors[t.path] = Factors(a, b)
-        probe = None if routed.probe is None else routed.probe[t.path]
-        gates[t.path] = Gate(routed.stack.size, routed.top, probe)
-    return dataclasses.replace(whole, gates=gates)

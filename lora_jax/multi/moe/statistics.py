@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.multi.moe.router import Routed
 from lora_jax.primitives import jaxprs
 from lora_jax.transform import adapt
 from lora_jax.updates.gating import tally
@@ -52,7 +51,7 @@ class Load(NamedTuple):
 
 
 def router_load(
-    layout: Layout, f: Callable[..., Any], params: Any, routed: Routed, *args: Any, **kwargs: Any
+    layout: Layout, f: Callable[..., Any], params: Any, routed: Any, *args: Any, **kwargs: Any
 ) -> dict[str, Load]:
     """Return the share of the tokens and the mean gate of each expert, in `f(params, ..., *args)`.
 

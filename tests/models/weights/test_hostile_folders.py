@@ -12,7 +12,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.errors import TokenizerError
-from lora_jax.models.weights import gguf_tokenizer, hf_config
+from lora_jax.models.weights import families, gguf_tokenizer
 from tests.models.weights.test_gguf_models import write_gguf
 
 ROPE = {"factor": 2.0, "rope_theta": 1e4}
@@ -85,7 +85,7 @@ def test_a_config_that_no_model_has(
     the sizes would take minutes, and the others would end in a traceback."""
     began = time.monotonic()
     with pytest.raises(models.ModelConfigError, match=f"config.json.*{says}"):
-        hf_config.parse(stored(data, name) | change, "config.json")
+        families.parse(stored(data, name) | change, "config.json")
     assert time.monotonic() - began < 1
 
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import models
-from lora_jax.models.weights import hf_config, packages, source
+from lora_jax.models.weights import families, packages, source
 from lora_jax.system.extras import MissingExtraError
 
 
@@ -181,7 +181,7 @@ def test_what_the_models_lack_is_refused(data: Path, change: dict[str, Any], say
     json_ = json.loads((data / "golden_models" / "llama" / "config.json").read_text())
     changed = {name: value for name, value in (json_ | change).items() if value is not None}
     with pytest.raises(models.ModelConfigError, match=says):
-        hf_config.parse(changed, "config.json")
+        families.parse(changed, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -217,30 +217,30 @@ def test_what_a_family_lacks_is_refused(
 ) -> None:
     json_ = json.loads((data / "golden_models" / name / "config.json").read_text())
     with pytest.raises(models.ModelConfigError, match=says):
-        hf_config.parse(json_ | change, "config.json")
+        families.parse(json_ | change, "config.json")
 
 
 def test_old_spellings_of_families(data: Path) -> None:
     """Files of transformers 4 are read: Gemma's pattern of layers and two thetas, Phi's "su"."""
     json_ = json.loads((data / "golden_models" / "gemma3" / "config.json").read_text())
-    new = hf_config.parse(json_, "")
+    new = families.parse(json_, "")
     old = {k: v for k, v in json_.items() if k not in ("layer_types", "rope_parameters")}
     scaling = {"rope_type": "linear", "factor": 3.0}
     old |= {"rope_theta": 100.0, "rope_local_base_freq": 10.0, "rope_scaling": scaling}
-    assert hf_config.parse(old | {"sliding_window_pattern": 2}, "") == new
+    assert families.parse(old | {"sliding_window_pattern": 2}, "") == new
     long = json.loads((data / "golden_models" / "phi3_long" / "config.json").read_text())
-    new = hf_config.parse(long, "")
+    new = families.parse(long, "")
     rope = dict(long.pop("rope_parameters"))
     long |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
     kept = {name: rope[name] for name in ("short_factor", "long_factor")}
-    assert hf_config.parse(long | {"rope_scaling": {"type": "su", **kept}}, "") == new
+    assert families.parse(long | {"rope_scaling": {"type": "su", **kept}}, "") == new
 
 
 def test_the_layers_that_have_a_window(data: Path) -> None:
     json_ = json.loads((data / "golden_models" / "qwen2" / "config.json").read_text())
     del json_["layer_types"]
     json_ |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
-    config = hf_config.parse(json_, "")
+    config = families.parse(json_, "")
     assert config.sliding_window == 4 and config.windowed == (False, True)
 
 
@@ -287,7 +287,7 @@ def test_old_spelling_of_rope(data: Path) -> None:
     rope = dict(old.pop("rope_parameters"))
     old["rope_theta"] = rope.pop("rope_theta")
     old["rope_scaling"] = rope
-    assert hf_config.parse(old, "") == hf_config.parse(new, "")
+    assert families.parse(old, "") == families.parse(new, "")
 
 
 # ---- references ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax import models, sharding
 from lora_jax.models.placement import rules
-from lora_jax.models.weights import gguf_header, hf_config, names, safetensors_file
+from lora_jax.models.weights import families, gguf_header, safetensors_file
 from lora_jax.models.weights.shards import Index
 from lora_jax.paths import flatten
 
@@ -61,10 +61,10 @@ WIDE |= {"attention_bias": False, "num_hidden_layers": 1}
 
 def _tensors(json_: dict[str, Any]) -> dict[str, np.ndarray]:
     """Return random float32 tensors under Hugging Face's names, for every parameter."""
-    config = hf_config.parse(json_, "")
+    config = families.parse(json_, "")
     shapes, found = flatten(models.shapes(config)), {}
     rng = np.random.default_rng(0)
-    for row in names.HF[json_["model_type"]].rows:
+    for row in families.FAMILIES[json_["model_type"]].names.rows:
         for layer in range(config.num_layers if row.layered else 1):
             leaf = shapes.get(row.path.format(layer=layer))
             if leaf is not None:

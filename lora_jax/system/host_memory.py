@@ -1,4 +1,4 @@
-"""Set the host's allocator to keep freed memory for the next step, if that makes steps faster.
+"""The memory of the host: what is free, and what this process keeps for its next step.
 
 On a CPU every step of a training run needs the same large buffers. glibc takes each of them from
 the kernel by `mmap` and returns it when XLA frees it, so in the next step all of its pages must be
@@ -28,7 +28,6 @@ import time
 import jax
 
 from lora_jax.errors import LoraError
-from lora_jax.system.free_memory import free_memory
 
 VARIABLE = "LORA_JAX_KEEP_MEMORY"
 SHARE = 0.5  # the default share of the free memory
@@ -45,12 +44,17 @@ _GLIBC_VARIABLES = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHO
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_TOP_PAD_",
 )
+# Version 2, version 1: folder, limit, use, and the part of the use that is only a file cache.
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 _SECONDS = 0.5  # between two readings of the resident memory
-_WATCH = "lora_jax allocator"
+_WATCH = "lora_jax host memory"
 
 
 def keep() -> bool:
-    """Let this process keep the memory that it frees, up to a bound.
+    """Let this process keep the memory that it frees, up to a bound; return whether it does.
 
     Call this before JAX starts a backend, which allocates from threads of its own. It does nothing
     with a C library other than glibc, if JAX runs on an accelerator, or if GLIBC_TUNABLES or a
@@ -58,19 +62,13 @@ def keep() -> bool:
 
     LORA_JAX_KEEP_MEMORY is the bound: the share of the free memory (of the machine and of the
     process's control group) that the process may hold. The default is 0.5; 0 keeps nothing.
-
-    Returns:
-      Whether memory is kept.
-
-    Raises:
-      LoraError: LORA_JAX_KEEP_MEMORY is not a number from 0 to 1.
     """
     share = _share()
     if share == 0 or not (_is_glibc() and _is_cpu()) or _is_set_by_user():
         return False
     if any(thread.name == _WATCH for thread in threading.enumerate()):
         return True
-    bound = resident() + share * free_memory()
+    bound = resident() + share * free()
     _set(_KEEP)
     threading.Thread(target=_watch, args=(bound,), name=_WATCH, daemon=True).start()
     return True
@@ -80,6 +78,19 @@ def resident() -> int:
     """Return the bytes of this process that are in memory (Linux)."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free(root: pathlib.Path = pathlib.Path("/")) -> float:
+    """Return the bytes that this process can still allocate in its machine and control group."""
+    found = [_of_machine(root / "proc/meminfo")]
+    for folder, limit, used, file in _CGROUPS:
+        group = root / "sys/fs/cgroup" / folder
+        text = (group / limit).read_text().strip() if (group / limit).is_file() else "max"
+        if text != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # The kernel frees cached pages of files that are not in use when memory is needed.
+            found.append(int(text) - int((group / used).read_text()) + int(stat.get(file, 0)))
+    return max(0.0, float(min(found)))
 
 
 def _share() -> float:
@@ -131,3 +142,10 @@ def _watch(bound: float) -> None:
         bound / 1e9,
         VARIABLE,
     )
+
+
+def _of_machine(meminfo: pathlib.Path) -> int:
+    if not meminfo.is_file():  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -17,13 +17,8 @@ from lora_jax.models.weights.shards import Index
 
 @dataclasses.dataclass(frozen=True)
 class ArrayOnDisk:
-    """One array of a quantised tensor.
-
-    Attributes:
-      shape: its shape.
-      dtype: its dtype.
-      read: reads the part at an index (a slice with start and stop for each axis).
-    """
+    """One array of a quantised tensor; `read` reads the part at an index (slices with start and
+    stop)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -45,22 +40,17 @@ def in_memory(array: np.ndarray) -> Any:
 def stack(
     layers: Mapping[str, QuantisedMatrix | None], path: str, shape: tuple[int, ...]
 ) -> QuantisedMatrix:
-    """Stack the bases of the tensors of a parameter.
+    """Stack the bases of the tensors of a parameter, by name (None for floats), along the axes
+    `shape`, the last one fastest.
 
-    Args:
-      layers: name of the tensor -> its base, or None for floats.
-      path: the path of the parameter.
-      shape: the stacked axes, the last one fastest.
-
-    Raises:
-      WeightsError: layers or experts are quantised in different ways, or some not at all.
+    `WeightsError`: layers or experts are quantised in different ways, or some not at all.
     """
     (name, first), *others = layers.items()
     for other, layer in others:
-        if _form(layer) != _form(first):
+        if _settings(layer) != _settings(first):
             raise WeightsError(
                 f"{path} stacks the layers, which are quantised in different ways:\n"
-                f"  {name}: {_form(first)}\n  {other}: {_form(layer)}\n"
+                f"  {name}: {_settings(first)}\n  {other}: {_settings(layer)}\n"
                 "Load the model with scan_layers=False, which keeps the layers apart, or with "
                 "keep_quantised=False, which expands them."
             )
@@ -95,13 +85,13 @@ def shardings(base: QuantisedMatrix, where: Sharding, path: str) -> QuantisedMat
     )
 
 
-def _form(base: QuantisedMatrix | None) -> str:
+def _settings(base: QuantisedMatrix | None) -> str:
     """Return the kind, settings and shapes of a base, which stacked layers must share."""
     if base is None:
         return "floats"
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    settings = [f"{name}={x}" for name, x in fields.items() if isinstance(x, str | int | tuple)]
-    return f"{type(base).__name__}({', '.join(settings)})"
+    given = [f"{name}={x}" for name, x in fields.items() if isinstance(x, str | int | tuple)]
+    return f"{type(base).__name__}({', '.join(given)})"
 
 
 def _stacked(arrays: Sequence[ArrayOnDisk]) -> ArrayOnDisk:

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 
+from lora_jax.primitives.adapted_weight import UNKNOWN
+from lora_jax.primitives.flow import Flow, join
 from lora_jax.updates.named import Named, Names
-from lora_jax.updates.update import Part, Update, Zero
+from lora_jax.updates.update import Piece, Update, Zero
 
 Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
 Atoms = frozenset[Atom]
 NONE: Atoms = frozenset()
-PRODUCTS = ("conv_general_dilated", "ragged_dot_general", "dot_general", "custom_vjp_call")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Use:
       stack is known.
     barrier: the name of an operation without a low-rank rule between the parameter and this use, or
       of this use itself. Such a use exists only in merged form.
+    lookup, general: what is known of the operation (`evaluator.Primitive`).
     """
 
     kind: str
@@ -37,25 +39,28 @@ class Use:
     inputs: Any = ()
     outputs: Any = ()
     barrier: str | None = None
+    lookup: bool = False
+    general: bool = False
 
     def of(self, path: str) -> Use:
         def own(atoms: Any) -> tuple[int, ...]:
             return tuple(sorted(axis for p, axis in atoms if p == path))
 
-        roles = own(self.stack), own(self.inputs), own(self.outputs)
-        return Use(self.kind, self.where, *roles, self.barrier)
+        return dataclasses.replace(
+            self, stack=own(self.stack), inputs=own(self.inputs), outputs=own(self.outputs)
+        )
 
     def covers(self, shape: tuple[int, ...]) -> bool:
         """Return whether each axis of the parameter has exactly one role."""
         return sorted((*self.stack, *self.inputs, *self.outputs)) == list(range(len(shape)))
 
     @property
-    def is_product(self) -> bool:
-        return self.kind in PRODUCTS and bool(self.inputs) and bool(self.outputs)
+    def has_axes(self) -> bool:
+        return bool(self.inputs) and bool(self.outputs)
 
     @property
-    def has_axes(self) -> bool:
-        return self.kind in (*PRODUCTS, "gather") and bool(self.inputs) and bool(self.outputs)
+    def is_product(self) -> bool:
+        return self.has_axes and not self.lookup
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +68,7 @@ class Use:
 class Recorder(Zero):
     """An update that adds nothing and knows which parameter axes each name stands for.
 
+    flow: what W depends on.
     paths: the parameters that W is made of.
     atoms: the atoms of each name.
     stacked, summed: the atoms of axes that W has lost.
@@ -72,6 +78,7 @@ class Recorder(Zero):
     picked: the axes that an index replaced with its own.
     """
 
+    flow: Flow = dataclasses.field(metadata={"static": True})
     paths: frozenset[str] = dataclasses.field(metadata={"static": True})
     atoms: tuple[tuple[int, Atoms], ...] = dataclasses.field(metadata={"static": True})
     stacked: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
@@ -86,35 +93,22 @@ class Recorder(Zero):
         return NONE.union(*(known.get(n, NONE) for n in names))
 
     def role(self, name: int) -> str | None:
-        return "unknown" if self.of((name,)) else None
-
-    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
-        return True
-
-    def chooses(self, taken: Names, rest: Names) -> bool:
-        return True
+        return UNKNOWN if self.of((name,)) else None
 
     def times(self, factor: Named) -> Update | None:
-        """Accept only a factor that is constant along some parameter axis; others are data."""
+        """Accept a factor along some of the parameter's axes, and constant along another one."""
         along = [n for n in factor.names if factor.size(n) > 1]
         real = [n for n, atoms in self.atoms if atoms and n in factor.names]
-        if along and all(n in along for n in real):
+        if along and (all(n in along for n in real) or any(n not in real for n in along)):
             return None
         return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
 
-    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
-        atoms = self.of((*old, *units))
-        return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in new)))
-
-    def renamed(self, new: dict[int, int]) -> Update:
-        atoms = tuple((new.get(n, n), found) for n, found in self.atoms)
-        return dataclasses.replace(self, atoms=atoms)
-
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
         every = [p.update for p in parts]
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
         return Recorder(
+            join([u.flow for u in every]),
             frozenset().union(*(u.paths for u in every)),
             tuple((n, NONE.union(*(u.of((n,)) for u in every))) for n in names),
             union("stacked"),
@@ -124,8 +118,8 @@ class Recorder(Zero):
             picked=union("picked"),
         )
 
-    def meets(self, kind: str, where: str, stack: Names, inputs: Names, outputs: Names) -> Use:
-        """Return the use that an operation makes of the weight, given the roles of these axes."""
+    def meets(self, use: Use, stack: Names, inputs: Names, outputs: Names) -> Use:
+        """Return the use that an operation makes of the weight, with the roles of these axes."""
         s, i = self.stacked | self.of(stack), self.of(inputs)
         o = self.summed | self.of(outputs)
         i, o = i - (s & self.picked), o - (s & self.picked)
@@ -134,4 +128,4 @@ class Recorder(Zero):
             s = i = o = NONE
         elif any(f & i and f & o for f in self.factors):
             barrier = "mul"
-        return Use(kind, where, s, i, o, barrier)
+        return dataclasses.replace(use, stack=s, inputs=i, outputs=o, barrier=barrier)
