@@ -38,6 +38,9 @@ from tests.fuzz.user_files import RUN
 pytestmark = pytest.mark.standard_promotion
 
 
+EMPTY = json.loads(Layout().to_json())
+
+
 def layout(**changes: Any) -> str:
     """A layout of one target, with other values."""
     found = json.loads(adapters.layouts()[2])
@@ -59,8 +62,8 @@ LAYOUTS = (
     (layout(part_axis=None), "part_axis is None"),
     (layout(fold="no"), "fold is no"),
     (layout(kind=[]), "kind is"),
-    *((json.dumps({"format": 2, "targets": x}), "in a list") for x in (3, {"a": 1}, None, "w")),
-    (json.dumps({"format": 2, "targets": json.loads(layout())["targets"] * 2}), "'qkv' twice"),
+    *((json.dumps(EMPTY | {"targets": x}), "in a list") for x in (3, {"a": 1}, None, "w")),
+    (json.dumps(EMPTY | {"targets": json.loads(layout())["targets"] * 2}), "'qkv' twice"),
     (layout().replace('"rank": 2', '"rank": 2, "rank": 1'), "the key 'rank' is there twice"),
     # LoKr tries divisors one by one, and 0 has none.
     *((layout(shape=[size, 6], **LOKR), "LoKr splits sizes") for size in (0, 2**61 - 1)),
