@@ -82,6 +82,7 @@ def assert_law(law: Law) -> None:
         assert_near(got, want)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:

@@ -18,9 +18,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from lora_jax.data import tensorflow_files
-from lora_jax.data.source import DataSource
+from lora_jax.data.source import DataSource, no_split
 from lora_jax.data.status import status
-from lora_jax.errors import DataError, nearest
+from lora_jax.errors import DataError
 from lora_jax.models.text.example import Example
 from lora_jax.models.weights.packages import is_full
 from lora_jax.system import user_cache
@@ -122,10 +122,7 @@ class Builder(DataSource):
         try:
             expected = info.splits[split].num_examples
         except (KeyError, ValueError) as error:
-            raise DataError(
-                f"{self.name} has no split {split!r}.\n  there are: {', '.join(self.splits)}\n"
-                f"  nearest: {', '.join(nearest(split, self.splits, 1))}"
-            ) from error
+            raise no_split(self, split) from error
         for name in self.splits:
             if name in split:  # a slice or a sum of splits contains their names
                 self._count(name)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_jax.data.source import DataSource
+from lora_jax.data.source import DataSource, no_split
 from lora_jax.errors import DataError, nearest
 from lora_jax.models.text.example import Example, FileRow, shown
 from lora_jax.system import json_file, regular_files
@@ -33,9 +33,7 @@ class Files(DataSource):
         """See `DataSource.examples`. The whole file is read."""
         if split not in self._paths:
             raise DataError(
-                f"{self.name} has no split {split!r}.\n"
-                f"  there are: {', '.join(f'{s} ({p})' for s, p in self._paths.items())}\n"
-                f"  nearest: {', '.join(nearest(split, self._paths, 1))}\n"
+                f"{no_split(self, split)}\n"
                 "Name a file for each split: data/{split}.jsonl, or train=a.csv,validation=b.csv"
             )
         path = self._paths[split]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from lora_jax.data.status import tracked
+from lora_jax.errors import DataError, nearest
 from lora_jax.models.text.example import Example
 
 
@@ -41,6 +42,14 @@ class DataSource(abc.ABC):
           The names; () for a real number, and None if the source declares nothing.
         """
         return None
+
+
+def no_split(source: DataSource, split: str) -> DataError:
+    """Return the error for a split that a source does not have."""
+    return DataError(
+        f"{source.name} has no split {split!r}.\n  there are: {', '.join(source.splits)}\n"
+        f"  nearest: {', '.join(nearest(split, source.splits, 1))}"
+    )
 
 
 def read(source: DataSource, split: str, limit: int | None) -> list[Example]:

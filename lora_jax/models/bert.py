@@ -2,7 +2,6 @@
 DeBERTa v2 and v3 with the parts in `lora_jax.models.deberta`."""
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,11 +18,11 @@ from lora_jax.models.deberta import (
 )
 from lora_jax.models.layers import (
     ACTIVATIONS,
-    INITIAL,
     Embed,
     Mlp,
     by_rows,
     dense,
+    head_product,
     kept_weights,
     norm,
     stack,
@@ -220,9 +219,6 @@ class _BertHead(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array, mask: Array | None) -> Array:
         config = self.config
-        layer = functools.partial(
-            nn.Dense, dtype=jnp.float32, param_dtype=config.param_dtype, kernel_init=INITIAL
-        )
         hidden = hidden.astype(jnp.float32)
         if self.pooling != "mean":
             pooled = hidden[:, 0]
@@ -237,12 +233,12 @@ class _BertHead(nn.Module):
         pooled = by_rows(pooled)
         if self.pooling == "roberta_head":
             pooled = drop(pooled) if config.pooler_dropout else pooled
-            wide = layer(config.hidden_size, name="dense", use_bias=config.head_bias)(pooled)
-            pooled = by_rows(ACTIVATIONS[config.head_activation](wide))
+            dense = head_product(config, config.hidden_size, "dense", bias=config.head_bias)
+            pooled = by_rows(ACTIVATIONS[config.head_activation](dense(pooled)))
             if config.head_norm and config.pre_norm is not None:
                 whole = dataclasses.replace(config, dtype=jnp.float32)
                 pooled = norm(whole, "norm", config.pre_norm.norm)(pooled)
-        return layer(self.num_classes, name="out")(drop(pooled))
+        return head_product(config, self.num_classes, "out")(drop(pooled))
 
 
 class BertClassifier(nn.Module):

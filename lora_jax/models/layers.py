@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax.models.config import BuiltInConfig, check_choice
+from lora_jax.models.config import LayersConfig, TextModelConfig, check_choice
 
 _POLICIES: dict[str, Any] = {
     "full": None,  # jax.checkpoint's default: save only the layer's input
@@ -45,7 +45,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.Dense:
+def dense(config: LayersConfig, features: int, name: str, *, bias: bool) -> nn.Dense:
     """Return a product with a kernel [in, out], in the dtypes of the config."""
     return nn.Dense(
         features,
@@ -57,7 +57,19 @@ def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.
     )
 
 
-def kept_weights(config: BuiltInConfig, x: Array, deterministic: bool) -> Array | None:
+def head_product(config: LayersConfig, features: int, name: str, *, bias: bool = True) -> nn.Dense:
+    """Return a product of a classification head, in float32 for every dtype of the encoder."""
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        dtype=jnp.float32,
+        param_dtype=config.param_dtype,
+        kernel_init=INITIAL,
+        name=name,
+    )
+
+
+def kept_weights(config: LayersConfig, x: Array, deterministic: bool) -> Array | None:
     """Return the dropout of attention weights for x [B, T, D] as factors [B, N, T, T], or None.
 
     Call it inside `@nn.compact`.
@@ -69,7 +81,7 @@ def kept_weights(config: BuiltInConfig, x: Array, deterministic: bool) -> Array 
 
 
 def heads(
-    config: BuiltInConfig,
+    config: LayersConfig,
     x: Array,
     counts: Sequence[int],
     width: int,
@@ -102,7 +114,7 @@ class Mlp(nn.Module):
     product.
     """
 
-    config: BuiltInConfig
+    config: LayersConfig
     gated: bool = False
     fused: bool = False
     bias: bool = True
@@ -149,7 +161,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def norm(config: BuiltInConfig, name: str, kind: str = "layer") -> Callable[[Array], Array]:
+def norm(config: LayersConfig, name: str, kind: str = "layer") -> Callable[[Array], Array]:
     """Return a norm over the last axis, one of `NORMS`, in the dtypes of the config."""
     made: Any = NORMS[kind](
         epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
@@ -163,7 +175,7 @@ class Embed(nn.Module):
     `tensor` is the axis of the table that is sharded over the mesh axis `tensor`.
     """
 
-    config: BuiltInConfig
+    config: LayersConfig
     rows: int
     tensor: int
 
@@ -179,7 +191,7 @@ class Embed(nn.Module):
         return jnp.take(table, index, axis=0).astype(self.config.dtype)
 
 
-def tensor_axis(config: BuiltInConfig) -> int:
+def tensor_axis(config: TextModelConfig) -> int:
     """Return the axis of the token embedding that `tensor` shards: 0 if 64 divides the rows."""
     return 0 if config.vocab_size % 64 == 0 else 1
 
@@ -215,7 +227,7 @@ def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 def stack(
     block: type[nn.Module],
-    config: BuiltInConfig,
+    config: LayersConfig,
     prefix: str,
     kinds: Sequence[int] | None = None,
     **fields: Any,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.models.attention import attend, visible
-from lora_jax.models.config import BertConfig, PreNorm
+from lora_jax.models.config import LayersConfig, PreNorm
 from lora_jax.models.layers import (
     Mlp,
     by_rows,
@@ -31,7 +31,7 @@ class _Sight(NamedTuple):
 
 
 class _Attention(nn.Module):
-    config: BertConfig
+    config: LayersConfig
     form: PreNorm
     deterministic: bool
 
@@ -51,7 +51,7 @@ class _Attention(nn.Module):
 
 
 class _Layer(nn.Module):
-    config: BertConfig
+    config: LayersConfig
     form: PreNorm
     deterministic: bool = True
     kind: int = 0
@@ -86,7 +86,7 @@ class PreNormEncoder(nn.Module):
     `mlp/{gate_up or up, down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), and `norm`.
     """
 
-    config: BertConfig
+    config: LayersConfig
     form: PreNorm
     deterministic: bool = True
 

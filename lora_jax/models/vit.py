@@ -1,13 +1,11 @@
 """ViT (Dosovitskiy et al., arXiv 2010.11929): an encoder of images, and its classifier."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.models.config import BertConfig, VitConfig, check_choice
-from lora_jax.models.layers import ACTIVATIONS, INITIAL, by_rows
+from lora_jax.models.config import VitConfig, check_choice
+from lora_jax.models.layers import ACTIVATIONS, INITIAL, by_rows, head_product
 from lora_jax.models.pre_norm import PreNormEncoder
 
 
@@ -83,9 +81,7 @@ class Vit(nn.Module):
         if pixels.shape[1:] != wanted:
             raise ValueError(f"pixels: got images {pixels.shape[1:]}, but the model's are {wanted}")
         x = _Embeddings(config, deterministic, name="embeddings")(pixels)
-        layers = _as_encoder(config)
-        assert layers.pre_norm is not None
-        encoder = PreNormEncoder(layers, layers.pre_norm, deterministic, name="encoder")
+        encoder = PreNormEncoder(config, config.pre_norm, deterministic, name="encoder")
         return encoder(x, None, None, None)
 
 
@@ -116,18 +112,6 @@ class _Head(nn.Module):
 
     @nn.compact
     def __call__(self, pooled: Array) -> Array:
-        out = nn.Dense(
-            self.num_classes,
-            dtype=jnp.float32,
-            param_dtype=self.config.param_dtype,
-            kernel_init=INITIAL,
-            name="out",
+        return head_product(self.config, self.num_classes, "out")(
+            by_rows(pooled.astype(jnp.float32))
         )
-        return out(by_rows(pooled.astype(jnp.float32)))
-
-
-def _as_encoder(config: VitConfig) -> BertConfig:
-    """Return the config of the layers alone."""
-    fields = {field.name for field in dataclasses.fields(BertConfig)}
-    same = {name: value for name, value in vars(config).items() if name in fields}
-    return BertConfig(vocab_size=1, max_positions=1, **same)

@@ -27,6 +27,7 @@ def no_hanging() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("name", INPUTS)
 def test_reading_does_no_harm(name: str, attack: str, tmp_path: pathlib.Path) -> None:

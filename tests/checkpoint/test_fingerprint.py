@@ -65,6 +65,7 @@ def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert digests({"x": jnp.asarray(x)}) == {"x": expected}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool", "complex64", "int4"]
 )

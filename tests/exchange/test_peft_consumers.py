@@ -141,6 +141,7 @@ def agrees(got: Deltas, want: Deltas) -> bool:
     return set(got) == set(want) and all(np.abs(got[k] - want[k]).max() < 1e-6 for k in want)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("consumer", READERS)
 @pytest.mark.parametrize("name", PORTABLE)
 def test_portable_is_read_alike(
@@ -163,6 +164,7 @@ def test_portable_is_read_alike(
     assert all(text.startswith("needs") for text in said)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("consumer", READERS)
 @pytest.mark.parametrize("name", SPECS)
 def test_what_is_not_read_right_is_said_before(

@@ -105,6 +105,7 @@ def experts_function(transposed: bool) -> Any:
     return f
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", ["plain", "plain_square", "transposed", "transposed_square"])
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"])
 def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def outputs(model: Model, adapter: lora_jax.Adapter) -> np.ndarray:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["whole", "q_v", "ranks", "dora"])
 @pytest.mark.parametrize(
     ("writer", "reader"),

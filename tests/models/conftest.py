@@ -1,5 +1,7 @@
 """Models that several tests need; each is loaded once."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,6 +17,17 @@ DATA = Path(__file__).parents[1] / "golden"
 def data() -> Path:
     """The folder of the stored inputs and outputs."""
     return DATA
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that copies a tiny model, which a test may then change."""
+
+    def copy(name: str) -> Path:
+        shutil.copytree(DATA / "golden_models" / name, tmp_path / name)
+        return tmp_path / name
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax
+import numpy as np
+
 from lora_jax import models
 
 GPT2: dict[str, Any] = {
@@ -70,3 +73,14 @@ VIT = models.VitConfig(
 
 ENCODERS = {"deberta": DEBERTA, "modernbert": MODERNBERT}
 FAMILIES = {"gpt2": GPT2, "gemma": GEMMA, "phi": PHI, "mixture": MIXTURE}
+
+
+def random_params(config: Any, head: models.Head | None = None) -> Any:
+    """Return random parameters, each of which has an effect, norms and biases too."""
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        seed = sum(map(ord, jax.tree_util.keystr(path)))
+        noise = 0.5 * np.random.default_rng(seed).standard_normal(leaf.shape)
+        return jax.device_put((noise + (path[-1].key == "scale")).astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, models.shapes(config, head))

@@ -14,7 +14,7 @@ import pytest
 from lora_jax import models
 from lora_jax.models import cache as caches
 from lora_jax.planner import hlo
-from tests.models.options import FAMILIES
+from tests.models.options import FAMILIES, random_params
 from tests.programs import equations
 
 CAPACITY = 16
@@ -22,13 +22,12 @@ LENGTHS = (3, 7, 5)  # the prompts' lengths; each row then goes on for STEPS
 STEPS = 4
 FORMS = {
     "unrolled": {},
-    "scanned": {"scan_layers": True},
-    "remat": {"remat": "full"},
+    "scanned": {"scan_layers": True, "remat": "full"},
     "window": {"sliding_window": 3},
     "scanned window": {"scan_layers": True, "sliding_window": 3},
     "biases, norms, an untied head": {"qkv_bias": True, "qk_norm": True, "tied": False},
     **FAMILIES,
-    "scanned gemma": {**FAMILIES["gemma"], "scan_layers": True},
+    "gemma": {**FAMILIES["gemma"], "scan_layers": True},
 }
 
 
@@ -37,17 +36,6 @@ def config(
     request: pytest.FixtureRequest, llama_config: models.DecoderConfig
 ) -> models.DecoderConfig:
     return dataclasses.replace(llama_config, **FORMS[request.param])
-
-
-def random_params(config: models.DecoderConfig) -> Any:
-    """Return random weights, each of which has an effect."""
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        seed = sum(map(ord, jax.tree_util.keystr(path)))
-        noise = 0.5 * np.random.default_rng(seed).standard_normal(leaf.shape)
-        return jax.device_put((noise + (path[-1].key == "scale")).astype(leaf.dtype))
-
-    return jax.tree_util.tree_map_with_path(draw, models.shapes(config))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="last")

@@ -61,10 +61,8 @@ def parts(
 @pytest.mark.parametrize(
     ("tied", "scan", "targets", "chunk"),
     [
-        (True, False, ("**/{q,v}/kernel",), 3),
         (True, False, ("embed/*",), 5),
         (False, True, ("**/{q,v}/kernel", "lm_head/*"), 3),
-        (False, False, ("lm_head/*",), 64),
     ],
 )
 def test_it_is_the_loss_at_once(
@@ -84,7 +82,7 @@ def test_all_linear_leaves_out_the_head_all_the_same(tied: bool) -> None:
     """Neither chunks nor smoothing change the set of parameters that are adapted."""
     whole, *others = (
         parts(tied, False, chunk, ("all-linear",), smoothing)[0]
-        for chunk, smoothing in ((None, 0.0), (4, 0.0), (None, 0.1), (4, 0.1))
+        for chunk, smoothing in ((None, 0.0), (None, 0.1), (4, 0.1))
     )
     assert all(other == whole for other in others)
 
@@ -130,8 +128,7 @@ def test_label_smoothing_is_optax(chunk: int | None) -> None:
     np.testing.assert_allclose(of(smoothed, False, params), of(plain, False, params), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "full")])
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize(("chunk", "scan", "remat"), [(None, False, "none"), (3, True, "full")])
 def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None:
     """With one key, adapted equals merged: in outputs, and in the gradients of the adapters."""
     config = dataclasses.replace(
@@ -161,15 +158,3 @@ def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max()))
     still = apply(params, batch(), train=False, key=None)
     assert np.abs(still - apply(params, batch(), train=True, key=key)).max() > 1e-3
-
-
-def test_any_chunk_will_do() -> None:
-    table = jax.random.normal(jax.random.key(0), (7, 4))
-    hidden = jax.random.normal(jax.random.key(1), (3, 5, 4))
-    targets = jnp.arange(15).reshape(3, 5) % 7
-    whole = optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets)
-    for chunk in (1, 2, 3, 4, 5, 9):
-        found = models.cross_entropy.chunked_cross_entropy(
-            lambda x: x @ table.T, hidden, targets, chunk
-        )
-        np.testing.assert_allclose(found, whole, rtol=1e-6)

@@ -12,7 +12,13 @@ import pytest
 
 from lora_jax import models
 from lora_jax.models.experts import ExpertMlp
-from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
+from tests.models.options import (
+    DEBERTA,
+    DEBERTA_UNSHARED,
+    FAMILIES,
+    MODERNBERT,
+    random_params,
+)
 
 Config = models.BertConfig | models.DecoderConfig
 Apply = Callable[..., jax.Array]
@@ -31,20 +37,9 @@ def _model(config: Config) -> models.Bert | models.DecoderModel:
     )
 
 
-def _params(config: Config, head: models.Head | None = None) -> Any:
-    """Return random parameters, each of which has an effect, norms and biases too."""
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        seed = sum(map(ord, jax.tree_util.keystr(path)))
-        noise = 0.5 * np.random.default_rng(seed).standard_normal(leaf.shape)
-        return jax.device_put((noise + (path[-1].key == "scale")).astype(leaf.dtype))
-
-    return jax.tree_util.tree_map_with_path(draw, models.shapes(config, head))
-
-
 def _apply(config: Config) -> Apply:
     """Return the compiled model with random parameters."""
-    return functools.partial(jax.jit(_model(config).apply), {"params": _params(config)})
+    return functools.partial(jax.jit(_model(config).apply), {"params": random_params(config)})
 
 
 def _stacked(params: Any, layers: int, prefix: str) -> Any:
@@ -61,7 +56,7 @@ def _scanned(params: Any, config: Config) -> Any:
 
 
 def test_scanned_is_unrolled(config: Config, ids: jax.Array) -> None:
-    params = _params(config)
+    params = random_params(config)
     plain = _apply(config)(ids)
     scan = dataclasses.replace(config, scan_layers=True)
     scanned = jax.jit(_model(scan).apply)({"params": _scanned(params, config)}, ids)
@@ -73,7 +68,7 @@ def test_scanned_is_unrolled(config: Config, ids: jax.Array) -> None:
 )
 def test_remat_changes_no_gradient(config: Config, ids: jax.Array, remat: str, scan: bool) -> None:
     config = dataclasses.replace(config, scan_layers=scan)
-    params = _params(config)
+    params = random_params(config)
 
     def loss(config: Config) -> Callable[[Any], jax.Array]:
         return lambda params: (_model(config).apply({"params": params}, ids) ** 2).mean()
@@ -112,7 +107,7 @@ def test_families_packed(llama_config: models.DecoderConfig, ids: jax.Array, fam
 def test_modernbert_packed_and_scanned(bert_config: models.BertConfig, ids: jax.Array) -> None:
     config = dataclasses.replace(bert_config, **MODERNBERT)
     test_packed_segments_are_separate_rows(config, ids, given=False)
-    params, scan = _params(config), dataclasses.replace(config, scan_layers=True)
+    params, scan = random_params(config), dataclasses.replace(config, scan_layers=True)
     # A stack has a norm for every layer; that of the first layer is not used.
     layer = params["encoder"]["layer_0"]
     unused = {"attention_norm": jax.tree.map(jnp.zeros_like, layer["mlp_norm"])}
@@ -158,7 +153,7 @@ def test_causality(llama_config: models.DecoderConfig, window: int | None) -> No
     config = dataclasses.replace(
         llama_config, tied=False, num_layers=1, vocab_size=8, sliding_window=window
     )
-    params = _params(config)
+    params = random_params(config)
     tokens = jnp.arange(8)[None]  # each position has its own row of the embedding
 
     def outputs(embedding: jax.Array) -> jax.Array:
@@ -174,7 +169,7 @@ def test_causality(llama_config: models.DecoderConfig, window: int | None) -> No
 def test_bfloat16_is_near_and_its_logits_are_float32(
     llama_config: models.DecoderConfig, ids: jax.Array
 ) -> None:
-    params = _params(llama_config)
+    params = random_params(llama_config)
     half = dataclasses.replace(llama_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     logits = jax.jit(models.DecoderModel(half).apply)({"params": low}, ids)
@@ -185,7 +180,7 @@ def test_bfloat16_is_near_and_its_logits_are_float32(
 
 @pytest.mark.parametrize("only", ["dropout", "attention_dropout"])
 def test_dropout_only_where_asked(config: Config, ids: jax.Array, only: str) -> None:
-    params = _params(config)
+    params = random_params(config)
     model = _model(dataclasses.replace(config, **{only: 0.5}))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -247,7 +242,7 @@ def test_dropout_of_the_head(
 @pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
 def test_head_ignores_padding(bert_config: models.BertConfig, ids: jax.Array, pooling: str) -> None:
     model = models.BertClassifier(bert_config, num_classes=3, pooling=pooling)
-    params = _params(bert_config, models.Head(pooling, num_classes=3))
+    params = random_params(bert_config, models.Head(pooling, num_classes=3))
     apply = functools.partial(jax.jit(model.apply), {"params": params})
     mask = jnp.ones(ids.shape, bool).at[1, 5:].set(False)
     logits = apply(ids, mask)

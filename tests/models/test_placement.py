@@ -41,6 +41,7 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_is_covered_divided_and_shared(name: str, scan_layers: bool) -> None:

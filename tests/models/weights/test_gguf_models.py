@@ -15,6 +15,7 @@ import safetensors.numpy
 from lora_jax import models
 from lora_jax.models.weights import gguf_file
 from tests import npz
+from tests.models.gguf_files import of_config, written
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -27,33 +28,23 @@ def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(folder: Path, path: Path, arch: str, *, drop: str = "", more: str = "") -> Path:
     """Write a tiny Hugging Face folder as GGUF in float32."""
     hf = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_block_count(hf["num_hidden_layers"])
-    writer.add_context_length(hf["max_position_embeddings"])
-    writer.add_embedding_length(hf["hidden_size"])
-    writer.add_feed_forward_length(hf["intermediate_size"])
-    writer.add_head_count(hf["num_attention_heads"])
-    writer.add_head_count_kv(hf["num_key_value_heads"])
-    writer.add_key_length(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
-    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
-    writer.add_rope_freq_base(hf["rope_parameters"]["rope_theta"])
-    divisors = models.open(str(folder)).config.rope_divisors
-    if divisors is not None:
-        writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], hf["num_hidden_layers"])
-    for name, tensor in safetensors.numpy.load_file(folder / "model.safetensors").items():
-        if arch == "llama" and "q_proj" in name:
-            tensor = _permuted(tensor, hf["num_attention_heads"])
-        if arch == "llama" and "k_proj" in name:
-            tensor = _permuted(tensor, hf["num_key_value_heads"])
-        if name != drop:
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor)
-    if more:
-        writer.add_tensor(more, np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    fields = {**of_config(hf), "attention.key_length": head_dim}
+    with written(path, arch, hf["rms_norm_eps"], **fields) as writer:
+        writer.add_rope_freq_base(hf["rope_parameters"]["rope_theta"])
+        divisors = models.open(str(folder)).config.rope_divisors
+        if divisors is not None:
+            writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], hf["num_hidden_layers"])
+        for name, tensor in safetensors.numpy.load_file(folder / "model.safetensors").items():
+            if arch == "llama" and "q_proj" in name:
+                tensor = _permuted(tensor, hf["num_attention_heads"])
+            if arch == "llama" and "k_proj" in name:
+                tensor = _permuted(tensor, hf["num_key_value_heads"])
+            if name != drop:
+                writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor)
+        if more:
+            writer.add_tensor(more, np.zeros(4, np.float32))
     return path
 
 

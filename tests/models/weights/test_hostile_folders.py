@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
 from lora_jax import models
 from lora_jax.errors import TokenizerError
 from lora_jax.models.weights import families, gguf_tokenizer
+from tests.models.gguf_files import written
 from tests.models.weights.test_gguf_models import write_gguf
 
 ROPE = {"factor": 2.0, "rope_theta": 1e4}
@@ -37,26 +37,17 @@ def stored(data: Path, name: str) -> dict[str, Any]:
             {"head_dim": 2 * 10**9, "rope_parameters": {"rope_type": "linear", **ROPE}},
             "head_dim is 2000000000, expected an integer from 1 to 1,048,576",
         ),
-        (
-            "llama",
-            {"head_dim": 2 * 10**8, "rope_parameters": {**LLAMA3, **ROPE}},
-            "head_dim is 200000000",
-        ),
         ("gemma2", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-        ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0"),
         ("llama", {"hidden_size": "64"}, "hidden_size is 64, expected an integer"),
-        ("llama", {"hidden_size": None}, "hidden_size is None"),
         ("llama", {"hidden_size": True}, "hidden_size is True"),
         ("llama", {"num_attention_heads": 3}, "describes a llama that cannot be"),
         ("llama", {"eos_token_id": []}, r"eos_token_id is \[\], expected a token's id, a list"),
         ("llama", {"model_type": []}, r"model_type is \[\], expected a text"),
-        ("llama", {"model_type": {}}, "model_type is {}"),
         (
             "llama",
             {"rms_norm_eps": "1e-5"},
             "rms_norm_eps is 1e-5, expected a number above 0 and below 1",
         ),
-        ("llama", {"rope_parameters": []}, "rope_parameters is"),
         ("llama", {"rope_parameters": {"rope_type": []}}, "rope_parameters: rope_type is"),
         (
             "llama",
@@ -66,14 +57,10 @@ def stored(data: Path, name: str) -> dict[str, Any]:
         ("gemma3", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3"),
         ("gemma3", {"layer_types": [[]]}, "layer_types is"),
         ("deberta_v3", {"pos_att_type": [1]}, "describes a deberta-v2 that cannot be"),
-        ("bert", {"hidden_act": ["gelu"]}, "hidden_act is"),
         ("vit", {"image_size": [1, 2, 3]}, "image_size is"),
-        ("vit", {"patch_size": 0}, "patch_size is 0"),
         ("vit", {"patch_size": 5}, "describes a vit that cannot be"),
-        ("bert", {"type_vocab_size": -1}, "type_vocab_size is -1"),
         ("bert", {"layer_norm_eps": 10**30}, "layer_norm_eps is 10000"),
         ("gpt2", {"n_embd": 1}, "describes a gpt2 that cannot be: head_dim: got 0"),
-        ("modernbert", {"layer_types": ["x", "x"]}, "layer_types is 'x'"),
         ("modernbert", {"layer_types": ["full_attention"]}, "windowed: got 1 values"),
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is no, expected true"),
     ],
@@ -81,8 +68,7 @@ def stored(data: Path, name: str) -> dict[str, Any]:
 def test_a_config_that_no_model_has(
     data: Path, name: str, change: dict[str, Any], says: str
 ) -> None:
-    """A config that no model has is an error within a second. Red without `field_kinds.check_hf`:
-    the sizes would take minutes, and the others would end in a traceback."""
+    """A config that no model has is an error within a second."""
     began = time.monotonic()
     with pytest.raises(models.ModelConfigError, match=f"config.json.*{says}"):
         families.parse(stored(data, name) | change, "config.json")
@@ -132,31 +118,6 @@ def test_a_chat_template_that_is_no_text(data: Path, tmp_path: Path, said: Any) 
         _ = models.open(str(tmp_path)).chat_template
 
 
-def changed_gguf(path: Path, **change: Any) -> Path:
-    """Write a GGUF file with only the fields that a Llama needs, and one small tensor."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    fields = {
-        "block_count": 2,
-        "context_length": 32,
-        "embedding_length": 16,
-        "feed_forward_length": 20,
-        "attention.head_count": 4,
-        **change,
-    }
-    for name, value in fields.items():
-        if isinstance(value, list):
-            writer.add_array(f"llama.{name}", value)
-        else:
-            writer.add_uint32(f"llama.{name}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tensor("token_embd.weight", np.zeros((3, 16), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -168,7 +129,9 @@ def changed_gguf(path: Path, **change: Any) -> Path:
     ],
 )
 def test_a_gguf_that_no_model_has(tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    path = changed_gguf(tmp_path / "model.gguf", **change)
+    path = tmp_path / "model.gguf"
+    with written(path, **change) as writer:
+        writer.add_tensor("token_embd.weight", np.zeros((3, 16), np.float32))
     began = time.monotonic()
     with pytest.raises(models.ModelConfigError, match=f"model.gguf.*{says}"):
         models.open(str(path))

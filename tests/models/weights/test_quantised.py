@@ -25,49 +25,37 @@ from lora_jax.bases.scaled import ScaledCodes
 from lora_jax.models.weights.gguf_file import unpermute
 from lora_jax.paths import flatten
 from tests import npz
+from tests.models.gguf_files import written
 
 SIZES = {"hidden": 256, "heads": 4, "kv_heads": 2, "mlp": 512, "vocab": 24, "layers": 2}
+FIELDS = {"embedding_length": 256, "feed_forward_length": 512, "attention.head_count_kv": 2}
 KINDS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"]
 Q = gguf.GGMLQuantizationType
+SCALES = {Q.Q6_K: [208], Q.Q4_1: [0, 2], Q.Q4_K: [0, 2], Q.Q5_1: [0, 2]}  # their first bytes
 
 
 def _write(path: Path, arch: str, kind_of: Callable[[str], str]) -> Path:
     """Write a decoder of random blocks; `kind_of` maps a tensor's name to its quantisation."""
-    writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_block_count(SIZES["layers"])
-    writer.add_context_length(32)
-    writer.add_embedding_length(SIZES["hidden"])
-    writer.add_feed_forward_length(SIZES["mlp"])
-    writer.add_head_count(SIZES["heads"])
-    writer.add_head_count_kv(SIZES["kv_heads"])
-    writer.add_layer_norm_rms_eps(1e-5)
     rng = np.random.default_rng(0)
     hidden, mlp = SIZES["hidden"], SIZES["mlp"]
     kv = hidden * SIZES["kv_heads"] // SIZES["heads"]
     matrices = {"attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
-    matrices |= {
-        "attn_output": (hidden, hidden),
-        "ffn_gate": (mlp, hidden),
-        "ffn_up": (mlp, hidden),
-    }
-    matrices |= {"ffn_down": (hidden, mlp)}
+    matrices |= {"attn_output": (hidden, hidden), "ffn_gate": (mlp, hidden)}
+    matrices |= {"ffn_up": (mlp, hidden), "ffn_down": (hidden, mlp)}
     shapes = {f"blk.{i}.{n}": s for i in range(SIZES["layers"]) for n, s in matrices.items()}
     shapes |= {"token_embd": (SIZES["vocab"], hidden), "output": (SIZES["vocab"], hidden)}
     norms = [f"blk.{i}.{n}" for i in range(SIZES["layers"]) for n in ("attn_norm", "ffn_norm")]
-    for name in [*norms, "output_norm"]:
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(hidden).astype(np.float32))
-    for name, shape in shapes.items():
-        kind = Q[kind_of(name)]
-        size, length = gguf.GGML_QUANT_SIZES[kind]
-        raw = rng.integers(0, 256, (shape[0], shape[1] // size, length), np.uint8)
-        for start in {Q.Q6_K: [208], Q.Q4_1: [0, 2], Q.Q4_K: [0, 2], Q.Q5_1: [0, 2]}.get(kind, [0]):
-            scale = rng.uniform(0.001, 0.01, raw.shape[:2]).astype(np.float16)
-            raw[..., start : start + 2] = scale[..., None].view(np.uint8)
-        writer.add_tensor(f"{name}.weight", raw.reshape(shape[0], -1), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with written(path, arch, **FIELDS) as writer:
+        for name in [*norms, "output_norm"]:
+            writer.add_tensor(f"{name}.weight", rng.standard_normal(hidden).astype(np.float32))
+        for name, shape in shapes.items():
+            kind = Q[kind_of(name)]
+            size, length = gguf.GGML_QUANT_SIZES[kind]
+            raw = rng.integers(0, 256, (shape[0], shape[1] // size, length), np.uint8)
+            for start in SCALES.get(kind, [0]):
+                scale = rng.uniform(0.001, 0.01, raw.shape[:2]).astype(np.float16)
+                raw[..., start : start + 2] = scale[..., None].view(np.uint8)
+            writer.add_tensor(f"{name}.weight", raw.reshape(shape[0], -1), raw_dtype=kind)
     return path
 
 
@@ -83,8 +71,7 @@ def _same(one: Any, other: Any) -> None:
 def test_blocks_are_kept_and_give_the_expanded_numbers(
     kind: str, scanned: bool, tmp_path: Path
 ) -> None:
-    """Blocks are kept, and expand to the numbers that are loaded as floats. Red: q and k without
-    their permutation, a kernel that is not transposed, a stack of one."""
+    """Blocks are kept, and expand to the numbers that are loaded as floats."""
     model = models.open(str(_write(tmp_path / "model.gguf", "llama", lambda name: kind)))
     config = dataclasses.replace(model.config, scan_layers=scanned)
     held, floats = model.load(config, keep_quantised=True), model.load(config)
@@ -168,6 +155,7 @@ def test_shards_of_blocks(tmp_path: Path) -> None:
         model.load(config, shardings=inputs, keep_quantised=True)
 
 
+@pytest.mark.slow
 def test_smollm2_is_as_small_on_the_device_as_in_its_file(smollm2: models.Source) -> None:
     """Codes, scales and float tensors of a Q4_1 file take less than 1.02 times its bytes."""
     held = smollm2.load(keep_quantised=True)
@@ -206,8 +194,7 @@ FOLDERS = {"llama_nf4": FourBit, "llama_nf4_double": FourBit, "llama_int8": Scal
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_bitsandbytes_is_kept_and_gives_its_numbers(name: str, scanned: bool, data: Path) -> None:
-    """A folder of bitsandbytes stays quantised, and expands to its own numbers. Red: a table or an
-    offset is assumed, or bytes are read as bfloat16."""
+    """A folder of bitsandbytes stays quantised, and expands to its own numbers."""
     folder = data / "golden_models" / name
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     model = models.open(str(folder))
@@ -298,7 +285,7 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 def test_what_cannot_be_read_is_named(
     name: str, edit: Any, says: str, keep: bool, spoiled: Callable[..., models.Source]
 ) -> None:
-    """An unreadable tensor is named, and never taken for dense. Red: any of the checks left out."""
+    """An unreadable tensor is named, and never taken for dense."""
     with pytest.raises(models.WeightsError, match=f"(?s){says}"):
         spoiled(name, edit).load(keep_quantised=keep)
 

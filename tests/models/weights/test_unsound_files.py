@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import safetensors.numpy
 
 from lora_jax import models
 from lora_jax.models.weights import gguf_header, safetensors_file
+
+Folder = Callable[[str], Path]
 
 # ---- safetensors -----------------------------------------------------------------------------
 
@@ -50,10 +52,7 @@ def _one(shape: Any, place: Any, dtype: Any = "F32") -> dict[str, Any]:
     ],
 )
 def test_header_of_safetensors(tmp_path: Path, header: Any, length: int | None) -> None:
-    """A header that the package refuses is an error that names the file and fits on a screen.
-
-    Red: no `except` in `_opened`; `{error}` for `{shown(error)}`.
-    """
+    """A header that the package refuses is an error that names the file and fits on a screen."""
     path = _file(tmp_path / "model.safetensors", header, length=length)
     with pytest.raises(models.WeightsError, match=r"model\.safetensors is damaged") as failure:
         safetensors_file.tensors(path)
@@ -68,8 +67,7 @@ def test_short_files(tmp_path: Path) -> None:
 
 
 def test_slices_of_every_float(tmp_path: Path) -> None:
-    """Slices can be read of every type of float. Red: `FLOATS` without one of them; `index[:1]` for
-    `index` in `read`."""
+    """Slices can be read of every type of float."""
     kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     assert set(kinds) == set(safetensors_file.FLOATS)
     tensors = {name: np.arange(12).reshape(3, 4).astype(kind) for name, kind in kinds.items()}
@@ -85,47 +83,43 @@ def test_slices_of_every_float(tmp_path: Path) -> None:
         assert part.dtype == value.dtype
 
 
-def test_cut_file_of_a_model(data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "llama"
-    shutil.copytree(data / "golden_models" / "llama", folder)
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+def test_cut_file_of_a_model(folder: Folder) -> None:
+    path = folder("llama")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(models.WeightsError, match=r"llama/model\.safetensors is damaged"):
-        models.open(str(folder)).load()
+        models.open(str(path)).load()
 
 
-def test_integers_are_not_taken_for_weights(data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "llama"
-    shutil.copytree(data / "golden_models" / "llama", folder)
-    path = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
+def test_integers_are_not_taken_for_weights(folder: Folder) -> None:
+    path = folder("llama")
+    file = path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
     name = "model.norm.weight"
-    safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.int8)}, path)
+    safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.int8)}, file)
     with pytest.raises(models.WeightsError, match=r"model\.norm\.weight is stored as I8"):
-        models.open(str(folder)).load()
+        models.open(str(path)).load()
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "..", "", 3])
-def test_index_names_files_of_its_own_folder(data: Path, tmp_path: Path, file: Any) -> None:
-    folder = tmp_path / "bert"
-    shutil.copytree(data / "golden_models" / "bert", folder)
-    index = folder / "model.safetensors.index.json"
+def test_index_names_files_of_its_own_folder(folder: Folder, file: Any) -> None:
+    path = folder("bert")
+    index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": file}}))
     with pytest.raises(models.WeightsError, match=r"index\.json: w is in .* in the same folder"):
-        models.open(str(folder)).load()
+        models.open(str(path)).load()
     index.write_text("{}")
     with pytest.raises(models.WeightsError, match="weight_map is NoneType"):
-        models.open(str(folder)).load()
+        models.open(str(path)).load()
 
 
-def test_tensor_in_two_files(data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "bert"
-    shutil.copytree(data / "golden_models" / "bert", folder)
-    first, second = sorted(folder.glob("*.safetensors"))
+def test_tensor_in_two_files(folder: Folder) -> None:
+    path = folder("bert")
+    first, second = sorted(path.glob("*.safetensors"))
     both = safetensors.numpy.load_file(first) | safetensors.numpy.load_file(second)
     safetensors.numpy.save_file(both, second)
     with pytest.raises(models.WeightsError, match=r"is in .*-00001-of.* and in .*-00002-of"):
-        models.open(str(folder)).load()
+        models.open(str(path)).load()
 
 
 def test_more_layers_than_tensors(data: Path) -> None:
