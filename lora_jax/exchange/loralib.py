@@ -97,12 +97,7 @@ def _read(place: pathlib.Path, state: Any) -> dict[str, np.ndarray]:
             if x.dtype.kind not in "fV" or not np.isfinite(x.astype(np.float32)).all():
                 raise LoraError(f"{place}: {name} of {x.dtype} holds no finite floats")
     elif place.suffix in (".bin", ".pt", ".pth", ".pkl"):
-        raise LoraError(
-            f"{place} is a pickle, which can run any code when it is read, and is not opened. "
-            "If you trust it, convert it in PyTorch:\n"
-            f"    weights = torch.load({place.name!r}, weights_only=True)\n"
-            "    safetensors.torch.save_file(weights, 'lora.safetensors')"
-        )
+        raise tensor_file.pickle_error(place, "lora.safetensors")
     else:
         found = tensor_file.read(place).tensors
     return {name: x.astype(np.float32) for name, x in found.items()}
