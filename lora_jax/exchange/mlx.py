@@ -28,7 +28,13 @@ from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import expert_stacks, tensor_file
 from lora_jax.exchange.into_adapter import into_adapter
-from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
+from lora_jax.exchange.module_update import (
+    Modules,
+    ModuleUpdate,
+    at_one_rank,
+    by_module,
+    check_plain,
+)
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
 from lora_jax.exchange.tensor_file import shown
@@ -150,24 +156,18 @@ def _key(module: str) -> str:
 
 
 def _updates(tensors: Mapping[str, np.ndarray], config: _Config) -> dict[str, ModuleUpdate]:
-    grouped: dict[str, dict[str, np.ndarray]] = {}
-    for key, x in tensors.items():
-        module, _, part = key.rpartition(".")
-        if part not in FACTORS:
-            raise LoraError(f"{key}: not an adapter's tensor; expected <module>.{FACTORS}")
-        grouped.setdefault(module, {})[part] = x
+    grouped = by_module(tensors, FACTORS[: 3 if config.method == "dora" else 2])
     _check_layers(grouped, config)
     found: dict[str, ModuleUpdate] = {}
-    wanted, keys = set(FACTORS[: 3 if config.method == "dora" else 2]), set(config.keys or ())
-    for module, parts in grouped.items():
-        if set(parts) != wanted:
-            raise LoraError(f"{module!r} has {sorted(parts)}, expected {sorted(wanted)}")
-        if config.keys is not None and not {_key(module), module} & keys:
+    names = set(config.keys or ())
+    for module, keys in grouped.items():
+        if config.keys is not None and not {_key(module), module} & names:
             raise LoraError(
                 f"{module!r} is not among lora_parameters.keys {shown(config.keys)}, "
                 f"and mlx-lm would not load it; correct {CONFIG}"
             )
-        a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
+        a, b, m = (tensors[keys[part]] if part in keys else None for part in FACTORS)
+        assert a is not None and b is not None
         name = module.replace(".switch_mlp.", ".experts.")
         if a.ndim == 2:
             a, b = a.T, b.T
