@@ -151,8 +151,8 @@ def reading(folder: RemotePath) -> Iterator[None]:
         if isinstance(cause, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
             raise
         if errno_of(cause) in _PASSING:
-            raise LoraError(f"{folder} cannot be read: {_said(cause)}. {cure(cause)}") from error
-        raise DamagedError(f"{folder} is damaged: {_said(cause)}") from error
+            raise LoraError(f"{folder} cannot be read: {_text_of(cause)}. {cure(cause)}") from error
+        raise DamagedError(f"{folder} is damaged: {_text_of(cause)}") from error
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def writing(folder: RemotePath) -> Iterator[None]:
     except Exception as error:
         cause = _innermost(error)
         help = "" if errno_of(cause) is None else f". {cure(cause)}"
-        raise LoraError(f"{folder} cannot be written: {_said(cause)}{help}") from error
+        raise LoraError(f"{folder} cannot be written: {_text_of(cause)}{help}") from error
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -175,7 +175,7 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _said(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     """Return the type and text of an error, without the settings that TensorStore appends."""
     return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec')[0][:1000]}"
 

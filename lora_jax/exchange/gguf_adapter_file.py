@@ -21,6 +21,7 @@ import numpy as np
 
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange.gguf_base import TABLE, read_header
+from lora_jax.exchange.module_update import by_module
 
 KIND, ARCHITECTURE = "general.type", "general.architecture"
 TYPE, ALPHA = "adapter.type", "adapter.lora.alpha"
@@ -45,8 +46,8 @@ class GgufAdapterFile(NamedTuple):
         with naming(path):
             alpha = _alpha(fields)
             factors = {}
-            for tensor in _adapted(tensors):
-                a, b = (_numbers(tensors[f"{tensor}.lora_{side}"]) for side in "ab")
+            for tensor, keys in by_module(tensors, ("lora_a", "lora_b")).items():
+                a, b = (_numbers(tensors[keys[side]]) for side in ("lora_a", "lora_b"))
                 factors[tensor] = (a.T if tensor == TABLE else a), b
         return cls(fields[ARCHITECTURE], alpha, factors)
 
@@ -103,24 +104,6 @@ def _alpha(fields: Mapping[str, Any]) -> float:
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise LoraError(f"{ALPHA} is {alpha!r}, expected a finite float")
     return alpha
-
-
-def _adapted(tensors: Mapping[str, Any]) -> list[str]:
-    """Return the tensors of the base for which the file has both factors."""
-    found = []
-    for key in tensors:
-        tensor, _, side = key.rpartition(".")
-        if side not in ("lora_a", "lora_b"):
-            raise LoraError(
-                f"{key}: not the name of a factor, and llama.cpp does not apply it; expected "
-                "<tensor>.lora_a or .lora_b"
-            )
-        other = f"{tensor}.lora_{'b' if side == 'lora_a' else 'a'}"
-        if other not in tensors:
-            raise LoraError(f"{key} is there, and {other} is not")
-        if side == "lora_a":
-            found.append(tensor)
-    return found
 
 
 def _numbers(tensor: Any) -> np.ndarray:

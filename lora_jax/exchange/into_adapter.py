@@ -13,7 +13,6 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError
-from lora_jax.exchange import whole
 from lora_jax.exchange.axes import a_from_module, rows_of
 from lora_jax.exchange.module_update import (
     Modules,
@@ -23,7 +22,7 @@ from lora_jax.exchange.module_update import (
     twin_of,
 )
 from lora_jax.exchange.names import NameTable, TensorPlace
-from lora_jax.exchange.whole import is_shared, places_of
+from lora_jax.exchange.whole_parameters import into_parameters, is_shared, places_of
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule
 from lora_jax.primitives import jaxprs
@@ -64,7 +63,7 @@ def into_adapter(
         targets.append(target)
         parameters[target.path] = arrays
     layout = Layout(tuple(targets))
-    return Adapter(layout, parameters, whole.into_parameters(modules, table, leaves, used, layout))
+    return Adapter(layout, parameters, into_parameters(modules, table, leaves, used, layout))
 
 
 def _pieces(
@@ -135,9 +134,9 @@ def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
                 f"the model ({target.path!r})"
             )
     if any(p.entry.part is not None for p in pieces):
-        divided = _in_parts(target, pieces)
-        if divided is not None:
-            return divided
+        in_parts = _in_parts(target, pieces)
+        if in_parts is not None:
+            return in_parts
         pieces = _whole(target, pieces)
     limit = min(target.fan_in, target.fan_out)
     pieces = [p._replace(update=p.update.within(limit)) for p in pieces]

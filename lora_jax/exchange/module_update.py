@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +98,23 @@ class Modules(NamedTuple):
     base: Mapping[str, np.ndarray] = {}
     rows: Mapping[str, tuple[Any, np.ndarray]] = {}
     ties: bool = False
+
+
+def by_module(keys: Iterable[str], endings: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return {module: {ending: key}} of keys `<module>.<ending>`; a module has all endings."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        module, _, ending = key.rpartition(".")
+        if ending not in endings:
+            expected = " or ".join(f"<module>.{ending}" for ending in endings)
+            raise LoraError(f"{key}: not the name of a factor; expected {expected}")
+        found.setdefault(module, {})[ending] = key
+    for module, own in found.items():
+        if missing := [ending for ending in endings if ending not in own]:
+            raise LoraError(
+                f"{next(iter(own.values()))} is there, and {module}.{missing[0]} is not"
+            )
+    return found
 
 
 def twin_of(update: ModuleUpdate) -> ModuleUpdate:

@@ -22,7 +22,7 @@ from lora_jax.exchange.module_update import (
     twin_of,
 )
 from lora_jax.exchange.names import NameTable, written
-from lora_jax.exchange.whole import out_of_parameters
+from lora_jax.exchange.whole_parameters import out_of_parameters
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule, HfNames
 from lora_jax.target import Target

@@ -21,6 +21,7 @@ import numpy as np
 
 from lora_jax.errors import LoraError
 from lora_jax.system import json_file, regular_files
+from lora_jax.system.whole_files import FileWriter
 
 # Axes of an array, characters of a name, arrays in a file, bytes of their descriptions.
 DIMENSIONS, LONGEST, MOST, MOST_BYTES = 8, 1_000, 100_000, 2**24
@@ -112,6 +113,31 @@ def write_lazily(
             assert (array.shape, array.dtype) == (x.shape, x.dtype), x.name
             file.write(array.reshape(-1).view(np.uint8).data)
             done(x.nbytes)
+
+
+def folder_writers(
+    tensors_name: str,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    settings_name: str,
+    settings: Mapping[str, Any],
+) -> dict[str, FileWriter]:
+    """Return the writers of a folder with tensors and settings, for `write_together`."""
+    text = json.dumps(settings, indent=2) + "\n"
+    return {
+        tensors_name: lambda path: write(path, tensors, metadata),
+        settings_name: lambda path: path.write_text(text),
+    }
+
+
+def pickle_error(path: pathlib.Path, converted: str) -> LoraError:
+    """Return the error of a pickle, which is not opened, with the way to convert it."""
+    return LoraError(
+        f"{path} is a pickle, which can run any code when it is read, and is not opened. If you "
+        "trust it, convert it in PyTorch:\n"
+        f"    weights = torch.load({path.name!r}, weights_only=True)\n"
+        f"    safetensors.torch.save_file(weights, {converted!r})"
+    )
 
 
 def digest(x: np.ndarray) -> str:
