@@ -50,7 +50,7 @@ from lora_jax.training import (
 )
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
-from lora_jax.training.evaluation import first_batch, merged_difference
+from lora_jax.training.evaluation import merged_difference
 from lora_jax.training.loop import Loop
 from lora_jax.training.run import Run, Setup
 
@@ -136,13 +136,7 @@ def train(
     state = step.create(layout, base, tx, key, place, init, weights, adapters)
     identity = lora_jax.fingerprint(frozen)
     setup = Setup(config, workload, place, layout, frozen, identity, path, began)
-    del (
-        params,
-        first,
-        base,
-        weights,
-        adapters,
-    )  # `state` has the trained parameters, `frozen` the rest
+    del params, first, base, weights, adapters  # `state` and `frozen` have what is needed
 
     # ---- the run
     with (
@@ -164,19 +158,12 @@ def train(
                 loop.checkpoint(n)
             if stop:
                 raise processes.Preempted(f"step {n}")
-        loop.finish()
 
         # ---- the results
-        best = loop.run.best(loop.state.trained)
-        tested = loop.evaluate_best(config.steps, best)
-        difference = None
-        if not summary.is_quantised(frozen):  # merged weights are floats, which may not fit
-            compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
-            batch = place.batch(first_batch(workload, place, example))
-            difference = float(compare(best, frozen, batch))
-        finished = summary.summarise(loop.run, loop.state, tested, difference)
-        loop.run.finish(finished)
-    return finished
+        loop.settle()
+        compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
+        difference = lambda best, batch: float(compare(best, frozen, batch))  # noqa: E731
+        return summary.conclude(loop.run, loop.state, loop.batch_loss, difference, example)
 
 
 def train_group(name: str, config: GroupConfig) -> int:

@@ -53,6 +53,8 @@ class Layout:
       targets: the adapted parameters.
       left_out: the parameters that `"all-linear"` left out, each with the reason. They are printed
         and saved, but ignored when layouts are compared.
+      chosen: the targets of which an axis may be meant in two ways, and what was chosen. They are
+        printed and saved where there are any, and ignored when layouts are compared.
       dequantised: the quantised parameters, adapted or not, that some operation needs as a whole
         float array: a lookup, or an operation without a rule. (A product reads the codes.) They are
         printed and saved where there are any, and ignored when layouts are compared.
@@ -64,6 +66,7 @@ class Layout:
     targets: tuple[Target, ...] = ()
     left_out: tuple[Remark, ...] = dataclasses.field(default=(), compare=False)
     dequantised: tuple[Remark, ...] = dataclasses.field(default=(), compare=False)
+    chosen: tuple[Remark, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -99,7 +102,10 @@ class Layout:
 
     def to_json(self) -> str:
         """Return the layout as JSON text. `from_json` reads it back as an equal layout."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+        data = {"format": FORMAT, **dataclasses.asdict(self)}
+        if not self.chosen:
+            del data["chosen"]
+        return json.dumps(data, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Layout:
@@ -118,7 +124,7 @@ class Layout:
         where = f"this is not a layout: {text[:80]!r}"
         data = json_file.parse_object(text.encode(errors="surrogatepass"), where, LoraError)
         known = ["format", *(f.name for f in dataclasses.fields(Layout))]
-        if missing := [name for name in known if name not in data]:
+        if missing := [name for name in known if name not in data and name != "chosen"]:
             raise LoraError(f"{where} has no {missing[0]!r}")
         version = data["format"]
         _check_understood("a layout", version, set(data) - {*known})
@@ -129,6 +135,7 @@ class Layout:
             read,
             _read(Remark, "a parameter that a layout left out", data["left_out"], version),
             _read(Remark, "a dequantised parameter of a layout", data["dequantised"], version),
+            _read(Remark, "a choice of a layout", data.get("chosen", ()), version),
         )
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
@@ -173,8 +180,9 @@ class Layout:
             heading = (*heading[:words], *heading[words + 1 :])
             rows = [(path, (*x[:words], *x[words + 1 :]), size) for path, x, size in rows]
         lines = [table.of_paths(heading, rows, words, self.size)]
-        for title, remarks in (("left out:", self.left_out), ("dequantised:", self.dequantised)):
-            said = [(x.path, _times(x.shape), x.reason) for x in remarks]
+        for name in ("left_out", "dequantised", "chosen"):
+            title = name.replace("_", " ") + ":"
+            said = [(x.path, _times(x.shape), x.reason) for x in getattr(self, name)]
             lines += table.remarks(title, said)
         return "\n".join(lines)
 

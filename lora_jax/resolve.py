@@ -11,7 +11,7 @@ from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Remark
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.analysis import Facts, analyse
+from lora_jax.primitives.analysis import Findings, analyse
 from lora_jax.primitives.recorder import Use
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
 from lora_jax.target import Target
@@ -70,7 +70,7 @@ class Trace(NamedTuple):
     """The results of a trace: the parameters by path, and what was found about them."""
 
     avals: dict[str, Any]
-    facts: Facts
+    facts: Findings
 
     def layout(self, spec: LoraSpec) -> Layout:
         """Find the spec's targets and the roles of their axes; see `resolve`."""
@@ -80,15 +80,24 @@ class Trace(NamedTuple):
             _check_not_hidden(rule, matched, chosen)
             chosen = {**dict.fromkeys(matched, rule), **chosen}
         fold = {path for pattern in spec.fold for path in _matching(pattern, self.facts.uses)}
+        targets = [_target(p, self, chosen[p], p in fold) for p in self.avals if p in chosen]
+        unsaid = [t for t in targets if chosen[t.path].inputs is None]
         return Layout(
-            tuple(_target(p, self, chosen[p], p in fold) for p in self.avals if p in chosen),
+            tuple(targets),
             _left_out(spec, chosen, self),
             tuple(_whole(p, self.avals[p], where) for p, where in self.facts.dequantised.items()),
+            tuple(Remark(t.path, t.shape, why) for t in unsaid if (why := _ambiguous(t))),
         )
 
     def use(self, path: str) -> Use | None:
         """Return the use that gives each axis of a parameter its role; None where there is none."""
-        return _canonical(self.avals[path].shape, self.facts.uses[path])
+        use = _canonical(self.avals[path].shape, self.facts.uses[path])
+        if use is None:
+            return None
+        members = tuple(i for i in use.outputs if (path, i) in self.facts.members)
+        rest = tuple(i for i in use.outputs if i not in members)
+        stack = tuple(sorted((*use.stack, *members)))
+        return dataclasses.replace(use, stack=stack, outputs=rest) if rest else use
 
     def kernels(self) -> list[str]:
         """Return the weights of all products and the embeddings, in the order of the tree."""
@@ -114,10 +123,9 @@ class Trace(NamedTuple):
             return None
         else:
             why = f"{known.kernels[path]} uses it along axes that are not input, output or stack"
-        return (
-            f"{why}; to adapt it, name it, say its axes with Rule({path!r}, inputs=, outputs=), "
-            "and add it to fold"
-        )
+        axes = f", say its axes with Rule({path!r}, inputs=, outputs=)"
+        known_axes = any(u.has_axes and u.covers(aval.shape) for u in uses)
+        return f"{why}; to adapt it, name it{'' if known_axes else axes}, and add it to fold"
 
 
 def _not_float(dtype: Any) -> str:
@@ -163,6 +171,19 @@ def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: Trace) -> tuple
     return tuple(Remark(path, found.avals[path].shape, why) for path, why in rows if why)
 
 
+def _ambiguous(t: Target) -> str | None:
+    """Return what was chosen for output axes before an input axis, with other outputs after it."""
+    first = tuple(i for i in t.outputs if t.inputs and i < min(t.inputs))
+    rest = tuple(i for i in t.outputs if i not in first)
+    if not first or not rest:
+        return None
+    axes = f"stack={(*t.stack, *first)}, inputs={t.inputs}, outputs={rest}"
+    return (
+        f"its axes {first} are outputs: all slices along them share one `a`. If they are members "
+        f"or relations, each with its own, say so: Rule({t.path!r}, {axes})"
+    )
+
+
 def _whole(path: str, aval: Any, where: str) -> Remark:
     megabytes = aval.size * aval.dtype.itemsize / 1e6
     return Remark(path, aval.shape, f"{where} takes it as {aval.dtype}, {megabytes:.1f} MB")
@@ -185,7 +206,8 @@ def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
     if not jaxprs.is_float(aval.dtype):
         raise LoraError(f"{path!r} cannot be adapted: {_not_float(aval.dtype)}")
     lost = next((use for use in uses if use.barrier), None)
-    if lost is not None and not fold and any(use.has_axes for use in uses):
+    has_axes = rule.inputs is not None or any(use.has_axes for use in uses)
+    if lost is not None and not fold and has_axes:
         raise LoraError(
             f"{path!r} cannot be adapted: `{lost.kind}` at {lost.where} takes it, and has no "
             "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be formed "
@@ -197,7 +219,7 @@ def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
     elif (own := kind_named(rule.kind or "", path).roles(aval.shape, scanned)) is not None:
         stack, (inputs, outputs) = scanned, own
     else:
-        use = _canonical(aval.shape, uses)
+        use = found.use(path)
         if use is None:
             raise _no_axes(path, aval.shape, uses)
         stack, inputs, outputs = use.stack, use.inputs, use.outputs
@@ -221,8 +243,12 @@ def _stated(path: str, found: Trace, rule: Rule) -> tuple[Any, Any, Any]:
     if rule.stack is None:
         stack = tuple(i for i in axes if i not in (*inputs, *outputs))
     traced = [u for u in found.facts.uses[path] if u.has_axes and u.covers(shape)]
-    known = [(u.stack, u.inputs, u.outputs) for u in traced]
-    if known and (stack, inputs, outputs) not in known and path not in found.facts.partners:
+    # An output axis may be stated as a stack axis: then each slice along it has its own `a`.
+    known = [
+        u.inputs == inputs and {*u.stack} <= {*stack} and {*stack} <= {*u.stack, *u.outputs}
+        for u in traced
+    ]
+    if known and not any(known) and path not in found.facts.partners:
         use = traced[0]
         raise LoraError(
             f"{path!r}: its rule says stack={stack}, inputs={inputs}, outputs={outputs}, but "
@@ -250,5 +276,12 @@ def _no_axes(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> LoraEr
         f"axes is an input, an output or the stack; it is used by:\n"
         f"{listed(how) or '  nothing reads it'}\n"
         "Narrow the pattern to weights of products, convolutions and embeddings, or say the "
-        f"axes, if it does enter a product: Rule({path!r}, inputs=..., outputs=...)"
+        f"axes, if it does enter a product: {_cure(path, uses)}"
     )
+
+
+def _cure(path: str, uses: tuple[Use, ...]) -> str:
+    """Return how a rule states the axes, and that W may be formed, where that is needed too."""
+    rule = f"Rule({path!r}, inputs=..., outputs=...)"
+    lost = any(use.barrier for use in uses)
+    return f"LoraSpec(..., targets={rule}, fold={path!r})" if lost else rule

@@ -105,11 +105,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is applied
-def pytest_itemcollected_in_matrices(items: list[pytest.Item]) -> None:
-    pass
-
-
 @pytest.fixture(scope="session", autouse=True)
 def draw_curves() -> Iterator[Callable[[pathlib.Path], bytes] | None]:
     """Give the real function that draws curves.png; runs of tests write an empty file instead."""

@@ -121,7 +121,7 @@ MUTANTS = (  # name, where, old, new, test
         "self._file.flush()", "None",
         "tests/training/test_metrics.py::test_what_is_synced_is_in_the_file"),
     Mutant("checkpoint-of-unread-steps", "training/loop.py:checkpoint",
-        "self._settle()", "None",
+        "self.settle()", "None",
         "tests/training/test_run.py::test_a_nonfinite_step_stops_the_run_and_is_named"),
     Mutant("rows-by-data-first", "training:BATCH",
         '("fsdp", "data")', '("data", "fsdp")',

@@ -332,3 +332,21 @@ def test_one_type_for_each_name() -> None:
             where.setdefault(name, []).append(name_of(path))
     twice = [f"{name}: {', '.join(found)}" for name, found in where.items() if len(found) > 1]
     assert not twice, "\n".join(sorted(twice))
+
+
+def test_primitives_are_named_in_one_room() -> None:
+    """What is known of a primitive is in its table; no other room asks for one by its name."""
+    from lora_jax.primitives import table
+
+    names = {name for name in table.PRIMITIVES if "_" in name} | {"gather"}
+    found = []
+    for path in sources("lora_jax"):
+        if path.parent.name == "primitives":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            texts = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant)]
+            named = isinstance(node, ast.Compare) and any(text in names for text in texts)
+            asked = isinstance(node, ast.Attribute) and node.attr == "primitive"
+            if named or asked:
+                found.append(f"{name_of(path)}:{node.lineno}")
+    assert not found

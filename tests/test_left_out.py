@@ -176,6 +176,39 @@ def in_a_custom_vjp(h: Any, p: Any) -> Any:
     return _doubled(h, p["w"])
 
 
+@case(SQUARE)
+def met_by_an_argument_of_a_scan(h: Any, p: Any) -> Any:
+    step = lambda w, t: (w, h @ (w + t))  # noqa: E731
+    return lax.scan(step, p["w"], h.sum(1))[1].sum(0)
+
+
+@case(SQUARE)
+def scaled_by_an_activation(h: Any, p: Any) -> Any:
+    return h @ (p["w"] * h.mean())
+
+
+@case(SQUARE)
+def modulated_for_each_example(h: Any, p: Any) -> Any:
+    return jnp.einsum("bi,bio->bo", h, p["w"][None] * h[:, :, None])
+
+
+@case(SQUARE)
+def fast_weights_for_each_example(h: Any, p: Any) -> Any:
+    return jnp.einsum("bi,bio->bo", h, p["w"][None] + h[:, :, None] * h[:, None])
+
+
+@case(TWO)
+def behind_a_barrier_over_the_whole_tree(h: Any, p: Any) -> Any:
+    p, h = lax.optimization_barrier((p, h))
+    return h @ p["w"] + h @ p["v"]
+
+
+@case(SQUARE)
+def put_on_a_device_with_its_operand(h: Any, p: Any) -> Any:
+    w, h = jax.device_put((p["w"], h))
+    return h @ jax.device_put(w, jax.memory.Space.Device)
+
+
 def program(name: str, last: bool) -> tuple[Callable[..., Any], dict[str, Any]]:
     product, params = REGISTRY[name]
     params = {**params, "first": normal(4, 6, 8), "head": normal(5, 8, 5)}
@@ -216,6 +249,65 @@ def test_a_named_kernel_can_be_adapted_by_the_cure(name: str) -> None:
     (target,) = layout.targets
     assert (target.inputs, target.outputs) == ((len(stack),), (len(stack) + 1,))
     laws.assert_adapt_equals_merge(layout, f, params, X, tolerance=5e-5)
+
+
+PASSES = ("scaled_by_an_activation", "put_on_a_device_with_its_operand")
+
+
+@pytest.mark.parametrize("name", [*PASSES, "behind_a_barrier_over_the_whole_tree"])
+def test_a_weight_that_passes_is_a_target(name: str) -> None:
+    """Scales, barriers and transfers pass a weight on; a barrier does not hide the output head."""
+    f, params = program(name, last=False)
+    layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, X)
+    assert {t.path for t in layout.targets} == {*params} - {"head"}
+
+
+def members(p: Any, x: Any) -> Any:
+    """Four models that see one x."""
+    one = lambda p, x: jax.nn.gelu(x @ p["a"] + p["b"][None]) @ p["c"]  # noqa: E731
+    return jnp.tanh(jax.vmap(one, in_axes=(0, None))(p, x)).mean(0) @ p["d"][0]
+
+
+@pytest.mark.standard_promotion
+def test_the_members_of_an_ensemble_have_adapters_of_their_own() -> None:
+    """The member axis is a stack axis in the first layer too, where all members see one x."""
+    params = {"a": normal(2, 4, 6, 8), "b": normal(3, 4, 8), "c": normal(4, 4, 8, 7)}
+    params["d"] = normal(5, 4, 7, 2)
+    layout = lora_jax.resolve(LoraSpec(2, 4.0), members, params, X)
+    assert {t.path: t.stack for t in layout.targets} == {"a": (0,), "c": (0,)}
+    laws.assert_adapt_equals_merge(layout, members, params, X)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_output_axis_may_be_stated_as_a_stack_axis(kind: str) -> None:
+    """Where the trace cannot tell, the layout says what it chose, and a rule may say otherwise."""
+
+    def f(p: Any, x: Any) -> Any:
+        kv = jnp.einsum("bd,ckdh->cbkh", x, p["kv"])
+        return (kv[0] * kv[1]).reshape(3, 8) @ p["head"]
+
+    params = {"kv": normal(2, 2, 2, 6, 4), "head": normal(3, 8, 5)}
+    layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, X)
+    assert (layout["kv"].stack, layout["kv"].outputs) == ((), (0, 1, 3))
+    (remark,) = layout.chosen
+    assert "Rule('kv', stack=" in remark.reason and remark.reason.split()[0] in str(layout)
+    assert lora_jax.Layout.from_json(layout.to_json()).chosen == layout.chosen
+    rule = Rule("kv", stack=(0,), inputs=(2,), outputs=(1, 3))
+    layout = lora_jax.resolve(LoraSpec(1, 4.0, rule, kind=kind), f, params, X)
+    assert layout["kv"].stack == (0,) and not layout.chosen
+    adapters = lora_jax.init(jax.random.key(0), layout, params=params)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    got = lora_jax.adapt(layout, f)(params, adapters, X)
+    want = f(lora_jax.merge(layout, params, adapters), X)
+    assert jnp.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cure_names_both_steps_at_once() -> None:
+    f, params = program("summed", last=False)
+    with pytest.raises(LoraError, match=r"Rule\('w'(.|\n)*fold='w'"):
+        lora_jax.resolve(LoraSpec(2, 4.0, "w"), f, params, X)
+    with pytest.raises(LoraError, match=r"'w'(.|\n)*fold="):
+        lora_jax.resolve(LoraSpec(2, 4.0, Rule("w", inputs=0, outputs=1)), f, params, X)
 
 
 def test_a_kernel_inside_pallas_is_folded() -> None:

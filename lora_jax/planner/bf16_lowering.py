@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.extend.core import primitives
 
 from lora_jax.primitives import jaxprs
 
@@ -115,16 +114,16 @@ class _Rewriter:
 def _narrowed(eqn: Any) -> list[Any]:
     """Rewrite a product of float16 operands with a float32 result to one with a float16 result."""
     narrow = all(v.aval.dtype == FLOAT16 for v in eqn.invars)
-    if eqn.primitive is not primitives.dot_general_p or not narrow:
+    if "preferred_element_type" not in eqn.params or not narrow:
         return [eqn]
     (out,) = eqn.outvars
     if out.aval.dtype == FLOAT16:
         return [eqn]
     short = core.Var(out.aval.update(dtype=FLOAT16))
-    cast = {"new_dtype": out.aval.dtype, "weak_type": False, "sharding": None}
+    (cast,) = jax.make_jaxpr(lambda x: x.astype(out.aval.dtype))(short.aval).eqns
     return [
         eqn.replace(outvars=[short], params={**eqn.params, "preferred_element_type": FLOAT16}),
-        eqn.replace(primitive=primitives.convert_element_type_p, invars=[short], params=cast),
+        cast.replace(invars=[short], outvars=[out]),
     ]
 
 

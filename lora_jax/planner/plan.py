@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
-from lora_jax.planner import measure, simulated_devices
+from lora_jax.planner import measure
 from lora_jax.planner.devices import DEVICES, Device
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.options import PlanOptions
@@ -17,6 +19,8 @@ from lora_jax.training.config_file import workload_of
 from lora_jax.training.summary import is_quantised
 from lora_jax.training.workload import Workload
 
+# XLA's host platform believes that 4,096 devices are of two processes, and refuses to compile.
+LIMIT = 2048
 LORA, FULL = "lora", "full"  # the run itself, and the same run with every parameter trained
 
 
@@ -105,7 +109,7 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     except ConfigError as error:
         raise ConfigError(f"--plan-devices {options.plan_devices}: {error}") from None
     compiled = _compilable(sizes)
-    there = simulated_devices.devices(max(math.prod(s.values()) for s in compiled))
+    there = simulated(max(math.prod(s.values()) for s in compiled))
     workload = workload_of(config)
     batch = {name: tuple(x.shape) for name, x in measure.example(workload).items()}
     for entry, shape in batch.items():  # every device must have its rows, as in a run
@@ -148,15 +152,31 @@ def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:
     >>> _compilable({"data": 64, "fsdp": 8, "tensor": 8})
     [{'data': 16, 'fsdp': 8, 'tensor': 8}, {'data': 32, 'fsdp': 8, 'tensor': 8}]
     """
-    if math.prod(sizes.values()) <= simulated_devices.LIMIT:
+    if math.prod(sizes.values()) <= LIMIT:
         return [sizes]
     copy = math.prod(sizes.values()) // sizes["data"]
-    smaller = [n for n in range(1, simulated_devices.LIMIT // copy + 1) if sizes["data"] % n == 0]
+    smaller = [n for n in range(1, LIMIT // copy + 1) if sizes["data"] % n == 0]
     if len(smaller) < 2:
         raise ConfigError(
-            f"--plan-devices {math.prod(sizes.values())}: at most {simulated_devices.LIMIT} "
+            f"--plan-devices {math.prod(sizes.values())}: at most {LIMIT} "
             "devices can be simulated; for more, a plan is extrapolated from two smaller values "
             f"of mesh.data that divide it; with fsdp x tensor = {copy} and data = {sizes['data']} "
             "there are none. Make fsdp x tensor smaller"
         )
     return [{**sizes, "data": n} for n in smaller[-2:]]
+
+
+def simulated(count: int) -> list[Any]:
+    """Return simulated devices. Call this before JAX is used for anything else."""
+    with contextlib.suppress(RuntimeError):  # JAX is in use, but may have enough devices
+        if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
+            jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
+    there = jax.devices("cpu")
+    if len(there) < count:
+        raise ConfigError(
+            f"a plan for {count} devices needs as many simulated ones, but JAX is in use in this "
+            f"process already and has {len(there)}: plan in a process of its own, and let "
+            "the config file use no device when it is imported"
+        )
+    return there[:count]

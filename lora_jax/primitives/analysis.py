@@ -25,14 +25,14 @@ from lora_jax.bases.weight import Deferred, Dense, Weight
 from lora_jax.primitives import flow, jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins
 from lora_jax.primitives.evaluator import Evaluator, Primitive
-from lora_jax.primitives.flow import RAW, ROWS, Flow, Paths
+from lora_jax.primitives.flow import RAW, ROWS, Atoms, Flow, Paths
 from lora_jax.primitives.jaxprs import Eqn
-from lora_jax.primitives.recorder import Recorder, Use
+from lora_jax.primitives.recorder import Datum, Recorder, Use
 from lora_jax.updates.named import Names, without
 from lora_jax.updates.update import Update
 
 
-class Facts(NamedTuple):
+class Findings(NamedTuple):
     """The facts about the parameters of a traced call.
 
     uses: the uses of each parameter, in the order of the program.
@@ -41,6 +41,8 @@ class Facts(NamedTuple):
     heads: the output heads.
     partners: for each parameter, the parameters that it is multiplied with on the weight side of a
       product.
+    members: the output axes of parameters along which the rest of the program is a batch of its
+      own: another weight has a slice for each, and no product sums over them.
     dequantised: the bases that some operation takes as one float array, and the first such
       operation.
     """
@@ -50,10 +52,11 @@ class Facts(NamedTuple):
     tables: dict[str, str]
     heads: Paths
     partners: dict[str, Paths]
+    members: Atoms
     dequantised: dict[str, str]
 
 
-def analyse(traced: jaxprs.TracedCall) -> Facts:
+def analyse(traced: jaxprs.TracedCall) -> Findings:
     """Walk through a traced call; nothing is computed."""
     analysis = Analysis(traced.param_paths)
     heads = RAW
@@ -67,28 +70,22 @@ def analyse(traced: jaxprs.TracedCall) -> Facts:
         heads = RAW.union(*(way for out in outs if len(out.ways) == 1 for way in out.ways))
 
     jax.eval_shape(run, *traced.inputs)
-    return Facts(
+    return Findings(
         {path: tuple(found) for path, found in analysis.uses.items()},
         analysis.kernels,
         analysis.tables,
         (heads - analysis.fed) & analysis.kernels.keys(),
         analysis.partners,
+        analysis.batched - analysis.mixed,
         analysis.dequantised,
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Datum:
-    """An array of the program, and what it depends on."""
-
-    array: jax.Array
-    flow: Flow = dataclasses.field(metadata={"static": True})
-
-
 def _flow(value: Any) -> Flow:
     if isinstance(value, AdaptedWeight):
-        return value.update.flow
+        known, own = value.update.flow, tuple(value.update.of((n,)) for n in value.names)
+        every = [own, known.axes] if len(known.axes) == len(own) else [own]
+        return dataclasses.replace(known, axes=flow.united(every))
     return value.flow if isinstance(value, Datum) else flow.CONSTANT
 
 
@@ -102,9 +99,11 @@ class Analysis(Evaluator):
         self.tables: dict[str, str] = {}
         self.partners: dict[str, Paths] = {}
         self.fed: Paths = RAW  # the parameters whose product feeds another parameter's product
+        self.batched: Atoms = frozenset()  # the output axes that meet an axis of another weight
+        self.mixed: Atoms = frozenset()
         self.dequantised: dict[str, str] = {}
         self._eqn: Eqn | None = None  # the present equation, outside of control flow
-        self._moving = 0  # its operands that depend on arguments
+        self._flows: list[Flow] = []  # of its operands
 
     def weight(self, path: str, w: Any) -> AdaptedWeight:
         names = self.fresh(len(w.shape))
@@ -135,8 +134,10 @@ class Analysis(Evaluator):
         whole = {path for path in v.update.paths if met.of(path).has_axes}
         for path in whole | v.update.flow.weights:
             self.uses[path].setdefault(met.of(path))
-        for path in whole if self._moving > 1 else ():
-            self.kernels.setdefault(path, jaxprs.operand_name(eqn))
+        if whole and sum(f.moving for f in self._flows) > 1:
+            self.fed = self.fed.union(*(way for f in self._flows for way in f.ways))
+            for path in whole:
+                self.kernels.setdefault(path, jaxprs.operand_name(eqn))
         return 0
 
     def renamed(self, update: Any, new: dict[int, int]) -> Update:
@@ -188,10 +189,12 @@ class Analysis(Evaluator):
             return known.rule(self, eqn, [v if known.view else self._settled(v) for v in ins]) or []
         flows = [_flow(v) for v in ins]
         facts = self.flows(eqn, flows)
-        before = self._eqn, self._moving
-        self._eqn, self._moving = eqn, sum(f.moving for f in flows)
+        before = self._eqn, self._flows
+        self._eqn, self._flows = eqn, flows
+        if known.general:
+            self._meet(eqn, ins, flows)
         outs = self._apply(eqn, known, [_array(v) for v in ins])
-        self._eqn, self._moving = before
+        self._eqn, self._flows = before
         pure = RAW.union(*(f.weights for f in flows if not f.moving))
         return [self._with(out, one, pure, known) for out, one in zip(outs, facts, strict=True)]
 
@@ -214,8 +217,19 @@ class Analysis(Evaluator):
             return Datum(_array(out), facts)
         if out.update.barrier is None and not (known.lookup or known.each):
             weights = out.update.flow.weights | pure
-            facts = dataclasses.replace(out.update.flow, weights=weights, matrix=facts.matrix)
+            own = out.update.flow
+            facts = dataclasses.replace(facts, weights=weights, moving=own.moving, ways=own.ways)
         return dataclasses.replace(out, update=dataclasses.replace(out.update, flow=facts))
+
+    def _meet(self, eqn: Eqn, ins: Ins, flows: Sequence[Flow]) -> None:
+        """Note which output axes of earlier weights are batch axes of a product with a weight."""
+        pure = [k for k in (0, 1) if _count(ins[k : k + 1]) and not flows[k].moving]
+        if len(pure) != 1 or not flows[1 - pure[0]].axes:
+            return
+        side, (_, batch) = pure[0], eqn.params["dimension_numbers"]
+        for i, j in zip(batch[1 - side], batch[side], strict=True):
+            if ins[side].update.of((ins[side].names[j],)):
+                self.batched |= flows[1 - side].axes[i]
 
     def _without_factor(self, eqn: Eqn, ins: Ins) -> Ins:
         """Treat the parameter with fewer axes, in a product of two, as a factor of the other."""
@@ -290,12 +304,13 @@ class Analysis(Evaluator):
         """Return what the outputs of an equation depend on."""
         known = self.primitive(eqn)
         if known.operands:
-            out = self._product(eqn, ins[: known.operands])
+            outs = [self._product(eqn, ins[: known.operands])] * len(eqn.outvars)
         elif known.lookup:
-            out = self._lookup(eqn, *ins)
+            outs = [self._lookup(eqn, *ins)]
         else:
-            return flow.step(eqn, known, ins)
-        return [flow.cut(out, v.aval) for v in eqn.outvars]
+            outs = flow.step(eqn, known, ins)
+        self.mixed = self.mixed.union(*(flow.lost(eqn, ins, out) for out in outs[:1]))
+        return [flow.cut(out, v.aval) for out, v in zip(outs, eqn.outvars, strict=True)]
 
     def _product(self, eqn: Eqn, ins: Sequence[Flow]) -> Flow:
         out = flow.join(ins, residual=False)
@@ -304,12 +319,14 @@ class Analysis(Evaluator):
             others = RAW.union(*(other for other in pure if other is not side))
             for path in side if others else ():
                 self.partners[path] = self.partners.get(path, RAW) | others
-        if not out.weights or not out.moving:
-            return out
-        for path in out.weights:
+        axes = flow.multiplied(eqn, [f.axes for f in ins])
+        weights = out.weights | (out.shifts if sum(f.moving for f in ins) > 1 else RAW)
+        if not weights or not out.moving:
+            return dataclasses.replace(out, axes=axes)
+        for path in weights:
             self.kernels.setdefault(path, jaxprs.operand_name(eqn))
         self.fed = self.fed.union(*out.ways)
-        return Flow(moving=True, ways=frozenset((out.weights,)))
+        return Flow(moving=True, ways=frozenset((weights,)), axes=axes, shifts=out.shifts)
 
     def _lookup(self, eqn: Eqn, rows: Flow, *indices: Flow) -> Flow:
         """Treat rows picked by an argument as values, but matrices picked by one as weights."""
@@ -329,7 +346,8 @@ class Analysis(Evaluator):
             one = jax.tree.map(_first, x)
             if not isinstance(x, Datum):
                 return one
-            facts = dataclasses.replace(x.flow, matrix=flow.is_matrix(one.array.shape))
+            whole = flow.is_matrix(one.array.shape)
+            facts = dataclasses.replace(x.flow, matrix=whole, axes=x.flow.axes[1:])
             return dataclasses.replace(one, flow=facts)
 
         part = jax.tree.map(first, xs, is_leaf=lambda x: isinstance(x, Datum))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from lora_jax.bases.weight import Deferred, Dense
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
-from lora_jax.primitives.evaluator import Evaluator, Primitive, Table
+from lora_jax.primitives.evaluator import Evaluator, Primitive, Primitives
 from lora_jax.primitives.jaxprs import Eqn, Program
 from lora_jax.updates.named import Named
 
@@ -261,7 +261,7 @@ def _custom_vjp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 REMATS = ("remat", "remat2", "checkpoint")
-PRIMITIVES: Table = {
+PRIMITIVES: Primitives = {
     **dict.fromkeys(CALLS, Primitive(_inline, body=True, view=True)),
     **dict.fromkeys(REMATS, Primitive(_remat, body=True, view=True)),
     "custom_jvp_call": Primitive(_custom_jvp, body=True, view=True),

@@ -22,7 +22,7 @@ from lora_jax.primitives.jaxprs import Eqn, Program
 from lora_jax.updates.named import Named, Names
 from lora_jax.updates.update import Update, Zero
 
-Rule = Callable[["Evaluator", Eqn, Ins], Outs]
+PrimitiveRule = Callable[["Evaluator", Eqn, Ins], Outs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Primitive:
     joins: whether it puts its operands side by side.
     """
 
-    rule: Rule | None = None
+    rule: PrimitiveRule | None = None
     operands: int = 0
     general: bool = False
     lookup: bool = False
@@ -57,7 +57,7 @@ class Primitive:
     joins: bool = False
 
 
-Table = Mapping[str, Primitive]  # by the primitive's name, and by "custom_vjp_call NAME"
+Primitives = Mapping[str, Primitive]  # by the primitive's name, and by "custom_vjp_call NAME"
 UNKNOWN = Primitive()
 EVERY = sys.maxsize  # an operation that may multiply any of its operands
 
@@ -72,7 +72,7 @@ class Evaluator:
     per_example: whether it runs for one example, under a `vmap` over all examples of a mixed batch.
     """
 
-    def __init__(self, table: Table, per_example: bool = False) -> None:
+    def __init__(self, table: Primitives, per_example: bool = False) -> None:
         self.table = table
         self.per_example = per_example
         self.paths_read: set[str] = set()

@@ -10,6 +10,7 @@ Two questions about "all-linear" are answered by it:
 - Which parameters are **kernels** at all? Those from which an operand of some product is computed,
   alone, with other parameters or with arguments, through any operations. A bias, or a gain, of an
   activation is not one: the activation spans the whole result, and comes from a product itself.
+  (If the two have the same shape, it is one if the result is multiplied with another activation.)
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from lora_jax.primitives.evaluator import Primitive
-from lora_jax.primitives.jaxprs import Aval, Eqn
+from lora_jax.primitives.jaxprs import Aval, Eqn, reshape_groups
 
 Paths = frozenset[str]
+Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
+Atoms = frozenset[Atom]
+Origins = tuple[Atoms, ...]
+NONE: Atoms = frozenset()
 RAW: Paths = frozenset()  # the way from an argument, before any product
 ROWS: Paths = frozenset(("\0rows",))  # the way from a lookup
 
@@ -35,8 +40,10 @@ class Flow:
     weights: the parameters that it is computed from. If it moves, those that arguments changed.
     moving: whether it depends on an argument that is not a parameter.
     ways: for each way to it, the parameters of the last product on that way.
+    shifts: the parameters that were added to an activation of their own shape, before any product.
     spread: whether all of its moving inputs have been broadcast.
     matrix: whether it has two axes or more, not counting those of size 1 and the broadcast ones.
+    axes: for each of its axes, the output axes of parameters that it is; () if that is lost.
     """
 
     weights: Paths = frozenset()
@@ -44,6 +51,8 @@ class Flow:
     ways: frozenset[Paths] = frozenset()
     spread: bool = False
     matrix: bool = False
+    axes: Origins = ()
+    shifts: Paths = frozenset()
 
 
 CONSTANT = Flow()
@@ -76,7 +85,63 @@ def join(flows: Sequence[Flow], residual: bool = True) -> Flow:
     moving = [f for f in flows if f.moving]
     weights = RAW.union(*(f.weights for f in flows))
     matrix = any(f.matrix for f in flows)
-    return Flow(weights, bool(moving), ways, all(f.spread for f in moving) and bool(moving), matrix)
+    spread = all(f.spread for f in moving) and bool(moving)
+    axes, shifts = united([f.axes for f in flows]), RAW.union(*(f.shifts for f in flows))
+    return Flow(weights, bool(moving), ways, spread, matrix, axes, shifts)
+
+
+def united(every: Sequence[Origins]) -> Origins:
+    """Return the axes of a value that is computed element by element."""
+    known = [axes for axes in every if axes]
+    if len({len(axes) for axes in known}) != 1:
+        return ()
+    return tuple(NONE.union(*atoms) for atoms in zip(*known, strict=True))
+
+
+def moved(eqn: Eqn, axes: Origins) -> Origins:
+    """Return the axes after an operation with one operand, so far as its parameters tell them."""
+    params, old, new = eqn.params, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    out = [NONE] * len(new)
+    if len(axes) != len(old):
+        return ()
+    if "permutation" in params:
+        pairs = list(zip(params["permutation"], range(len(new)), strict=True))
+    elif "broadcast_dimensions" in params:
+        pairs = list(enumerate(params["broadcast_dimensions"]))
+    elif "new_sizes" in params:
+        pairs = [(i[0], j[0]) for i, j in reshape_groups(old, new) if len(i) == len(j) == 1]
+    elif len(new) < len(old) and ("axes" in params or "dimensions" in params):
+        gone: Sequence[int] = params["axes" if "axes" in params else "dimensions"]
+        pairs = [(i, j) for j, i in enumerate(free(axes, gone))]
+    else:
+        return axes if len(new) == len(old) else ()
+    for i, j in pairs:
+        out[j] = axes[i]
+    return tuple(out)
+
+
+def multiplied(eqn: Eqn, axes: Sequence[Origins]) -> Origins:
+    """Return the axes of a product of two values: batch, then the free ones of either."""
+    dims = eqn.params.get("dimension_numbers")
+    if not (isinstance(dims, tuple) and len(dims) == 2):
+        return ()
+    contract, batch = dims
+    sizes = [len(v.aval.shape) for v in eqn.invars]
+    each = [a if len(a) == n else (NONE,) * n for a, n in zip(axes, sizes, strict=True)]
+    shared = tuple(each[0][i] | each[1][j] for i, j in zip(*batch, strict=True))
+    gone = [(*contract[k], *batch[k]) for k in (0, 1)]
+    return (*shared, *(own[i] for k, own in enumerate(each) for i in free(own, gone[k])))
+
+
+def free(axes: Origins, gone: Sequence[int]) -> list[int]:
+    return [i for i in range(len(axes)) if i not in gone]
+
+
+def lost(eqn: Eqn, ins: Sequence[Flow], out: Flow) -> Atoms:
+    """Return the axes that an operation has mixed with others; those of a sum are only gone."""
+    if "axes" in eqn.params or "dimensions" in eqn.params:
+        return NONE
+    return NONE.union(*(a for f in ins for a in f.axes)).difference(*out.axes)
 
 
 def step(eqn: Eqn, known: Primitive, flows: Sequence[Flow]) -> list[Flow]:
@@ -87,15 +152,16 @@ def step(eqn: Eqn, known: Primitive, flows: Sequence[Flow]) -> list[Flow]:
     if known.picks:
         flows, avals = flows[1:], avals[1:]
     out = eqn.outvars[0].aval if eqn.outvars else avals[0]
-    size, grown = _size(out), known.view and _size(out) > _size(avals[0])
-    if grown:
-        flows = [dataclasses.replace(f, spread=True) for f in flows]
-    kept = [
-        f if f.moving or not _is_shift(f, i, flows, avals, size)
-        else dataclasses.replace(f, weights=RAW)
-        for i, f in enumerate(flows)
-    ]  # fmt: skip
+    size = _size(out)
+    kept = [_met(f, i, flows, avals, size) for i, f in enumerate(flows)]
     whole = resized(join(kept, known.residual and not any(f.spread for f in flows)), eqn)
+    if len(avals) == 1:
+        grown = known.view and size > _size(avals[0])
+        whole = dataclasses.replace(
+            whole, axes=moved(eqn, flows[0].axes), spread=flows[0].spread or grown
+        )
+    if len(whole.axes) != len(out.shape):
+        whole = dataclasses.replace(whole, axes=())
     return [cut(whole, v.aval) for v in eqn.outvars]
 
 
@@ -106,12 +172,17 @@ def resized(flow: Flow, eqn: Eqn) -> Flow:
     return dataclasses.replace(flow, matrix=is_matrix(out.shape)) if smaller else flow
 
 
-def _is_shift(f: Flow, at: int, flows: Sequence[Flow], avals: Sequence[Aval], size: int) -> bool:
-    """Return whether parameters meet an activation here, or are vectors that meet arguments."""
+def _met(f: Flow, at: int, flows: Sequence[Flow], avals: Sequence[Aval], size: int) -> Flow:
+    """Return the flow of an operand where it meets the others: parameters may become a shift."""
     others = [(o, a) for i, (o, a) in enumerate(zip(flows, avals, strict=True)) if i != at]
     moving = [(o, a) for o, a in others if o.moving]
-    whole = (not o.spread and _size(a) == size and o.ways - {RAW} for o, a in moving)
-    return bool(moving) and (not f.matrix or any(whole))
+    if f.moving or not moving:
+        return f
+    activation = any(not o.spread and _size(a) == size and o.ways - {RAW} for o, a in moving)
+    if f.matrix and not activation:
+        return f
+    own = f.matrix and not f.spread and _size(avals[at]) == size
+    return dataclasses.replace(f, weights=RAW, shifts=f.weights if own else RAW)
 
 
 def _size(aval: Aval) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -225,6 +226,31 @@ def shard_map(eqn: Eqn, body: Callable[..., Any], in_specs: Any) -> Callable[...
         check_vma=p["check_vma"],
     )
     return jax.jit(mapped)  # JAX cannot run it op by op if it maps over only some axes
+
+
+def reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the smallest groups of axes of equal size that a reshape maps to each other.
+
+    >>> reshape_groups((4, 6), (4, 2, 3))
+    [((0,), (0,)), ((1,), (1, 2))]
+    >>> reshape_groups((2, 1, 3), (6,))
+    [((0, 1, 2), (0,))]
+    """
+    groups: list[Any] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i0, j0 = i, j
+        if i < len(old) and j < len(new):
+            i, j = i + 1, j + 1
+            while (p := math.prod(old[i0:i])) != (q := math.prod(new[j0:j])):
+                i, j = (i + 1, j) if p < q else (i, j + 1)
+        else:  # one side has only axes of size 1 left: they join the last group
+            i, j = len(old), len(new)
+            i0, j0 = (axes[0] for axes in groups.pop()) if groups else (i0, j0)
+        groups.append((tuple(range(i0, i)), tuple(range(j0, j))))
+    return groups
 
 
 def is_float(dtype: Any) -> bool:

@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax.bases.weight import Dense, Weight
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
-from lora_jax.primitives.evaluator import Evaluator, Primitive, Table
+from lora_jax.primitives.evaluator import Evaluator, Primitive, Primitives
 from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates.update import Piece, Zero, join
 
@@ -70,7 +70,7 @@ def _pad(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     return [v]
 
 
-PRIMITIVES: Table = {
+PRIMITIVES: Primitives = {
     "concatenate": Primitive(_concatenate, joins=True),
     "stack": Primitive(_stack),
     "pad": Primitive(_pad),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
-from lora_jax.primitives.evaluator import Evaluator, Primitive, Rule, Table
+from lora_jax.primitives.evaluator import Evaluator, Primitive, PrimitiveRule, Primitives
 from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates.lowrank import LowRank
 from lora_jax.updates.named import RANK, Named, without
@@ -34,7 +34,7 @@ def product(
     outputs: int,
     rows: Callable[..., Any] | None = None,
     sums: bool = False,
-) -> Rule:
+) -> PrimitiveRule:
     """Return the rule of a kernel that is linear in an array x [..., in] and in a weight.
 
     Args:
@@ -154,4 +154,4 @@ def batched(dot: Dot) -> Dot:
     return call
 
 
-PRIMITIVES: Table = {"ragged_dot_general": Primitive(ragged_dot, operands=2)}
+PRIMITIVES: Primitives = {"ragged_dot_general": Primitive(ragged_dot, operands=2)}

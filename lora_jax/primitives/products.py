@@ -13,7 +13,7 @@ from jax import lax
 
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
-from lora_jax.primitives.evaluator import EVERY, Evaluator, Primitive, Table
+from lora_jax.primitives.evaluator import EVERY, Evaluator, Primitive, Primitives
 from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates import lowrank
 from lora_jax.updates.lowrank import LowRank
@@ -207,7 +207,7 @@ def _collapsed(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 
 
 _OPAQUE = ("pallas_call", "ffi_call", "custom_call", "pure_callback")  # they may multiply
-PRIMITIVES: Table = {
+PRIMITIVES: Primitives = {
     "dot_general": Primitive(_dot, operands=2, general=True),
     "conv_general_dilated": Primitive(_conv, operands=2),
     "gather": Primitive(_gather, lookup=True),

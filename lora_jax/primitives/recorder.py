@@ -9,13 +9,9 @@ from typing import Any
 import jax
 
 from lora_jax.primitives.adapted_weight import UNKNOWN
-from lora_jax.primitives.flow import Flow, join
+from lora_jax.primitives.flow import NONE, Atoms, Flow, join
 from lora_jax.updates.named import Named, Names
 from lora_jax.updates.update import Piece, Update, Zero
-
-Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
-Atoms = frozenset[Atom]
-NONE: Atoms = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +57,15 @@ class Use:
     @property
     def is_product(self) -> bool:
         return self.has_axes and not self.lookup
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Datum:
+    """An array of the program under analysis, and what it depends on."""
+
+    array: jax.Array
+    flow: Flow = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

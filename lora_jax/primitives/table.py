@@ -9,7 +9,7 @@ folded, or refused. The same rules run an update (`lora_jax.adapt`) and find the
 from __future__ import annotations
 
 from lora_jax.primitives import control, joined, kernel, products, views
-from lora_jax.primitives.evaluator import EVERY, Primitive, Rule
+from lora_jax.primitives.evaluator import EVERY, Primitive, PrimitiveRule
 
 PRIMITIVES: dict[str, Primitive] = {
     **views.PRIMITIVES,
@@ -21,7 +21,11 @@ PRIMITIVES: dict[str, Primitive] = {
 
 
 def register(
-    rule: Rule, *, primitive: str | None = None, function: str | None = None, product: bool = True
+    rule: PrimitiveRule,
+    *,
+    primitive: str | None = None,
+    function: str | None = None,
+    product: bool = True,
 ) -> None:
     """Register a rule for a primitive, or for a function with a gradient rule of its own.
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,15 +13,15 @@ from jax import lax
 
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, Value
-from lora_jax.primitives.evaluator import Evaluator, Primitive, Rule, Table
-from lora_jax.primitives.jaxprs import Eqn
+from lora_jax.primitives.evaluator import Evaluator, Primitive, PrimitiveRule, Primitives
+from lora_jax.primitives.jaxprs import Eqn, reshape_groups
 from lora_jax.updates.named import Named, without
 
 # Returns a weight, several weights, or None if it does not apply.
 Change = Callable[[Any, Any, AdaptedWeight], Any]
 
 
-def of_one(change: Change) -> Rule:
+def of_one(change: Change) -> PrimitiveRule:
     """Return the rule of an operation whose only input is one weight."""
 
     def rule(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
@@ -173,31 +172,6 @@ def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     return dataclasses.replace(moved, update=update)
 
 
-def reshape_groups(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the smallest groups of axes of equal size that a reshape maps to each other.
-
-    >>> reshape_groups((4, 6), (4, 2, 3))
-    [((0,), (0,)), ((1,), (1, 2))]
-    >>> reshape_groups((2, 1, 3), (6,))
-    [((0, 1, 2), (0,))]
-    """
-    groups: list[Any] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        i0, j0 = i, j
-        if i < len(old) and j < len(new):
-            i, j = i + 1, j + 1
-            while (p := math.prod(old[i0:i])) != (q := math.prod(new[j0:j])):
-                i, j = (i + 1, j) if p < q else (i, j + 1)
-        else:  # one side has only axes of size 1 left: they join the last group
-            i, j = len(old), len(new)
-            i0, j0 = (axes[0] for axes in groups.pop()) if groups else (i0, j0)
-        groups.append((tuple(range(i0, i)), tuple(range(j0, j))))
-    return groups
-
-
 def _all_gather(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     """Gather W's shards along an axis inside a `shard_map`, and the factors' along theirs.
 
@@ -249,7 +223,7 @@ _VIEWS: dict[str, Change] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
 }
-PRIMITIVES: Table = {
+PRIMITIVES: Primitives = {
     **{name: Primitive(of_one(change), view=True) for name, change in _VIEWS.items()},
     **dict.fromkeys(("mul", "div"), Primitive(_mul, scales=True)),
     **dict.fromkeys(("add", "add_any"), Primitive(residual=True)),

@@ -28,7 +28,6 @@ from lora_jax.training import directory, processes, summary
 from lora_jax.training.checkpoints import steps_in
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.directory import Summary
-from lora_jax.training.evaluation import first_batch
 
 # If free slots would cost this many steps in total, the group is compiled again without them.
 WORTH = 200
@@ -132,7 +131,7 @@ class _Loop(contextlib.ExitStack):
         self._members = self._fitting(group, frozen)
         for member in self._members:
             if not self._is_finished(member.name):
-                self._begin(group, member)
+                self._start(group, member)
         self._train(group, preemption)
         return self._members
 
@@ -168,7 +167,7 @@ class _Loop(contextlib.ExitStack):
             group.leave(*(member.name for member in going[found.size :]))
         return list(group.members)
 
-    def _begin(self, group: Group, member: OpenMember) -> None:
+    def _start(self, group: Group, member: OpenMember) -> None:
         run = member.run
         (run.setup.path / "error.txt").unlink(missing_ok=True)
         run.open(Lines(self._display, member.name))
@@ -230,17 +229,10 @@ class _Loop(contextlib.ExitStack):
                 member.run.checkpoints.wait()
 
     def _finish(self, group: Group, member: OpenMember) -> None:
-        """Write the files of a finished member; its summary is the last."""
-        run, setup = member.run, member.run.setup
-        run.export("last", group.trained(member))
-        best = run.best(group.trained(member))
-        tested = run.evaluate_best(member.step, group.batch_loss(member, best))
-        difference = None
-        if not summary.is_quantised(setup.frozen):
-            batch = setup.place.batch(first_batch(setup.workload, setup.place, member.example))
-            difference = group.difference(member, best, batch)
-        found = summary.summarise(run, group.state(member), tested, difference)
-        run.finish(found)
+        """Write the files of a finished member."""
+        batch_loss = functools.partial(group.batch_loss, member)
+        difference = functools.partial(group.difference, member)
+        summary.conclude(member.run, group.state(member), batch_loss, difference, member.example)
 
     def _is_finished(self, name: str) -> bool:
         return directory.summary(self._path / name) is not None

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 _KEPT = 40  # at most this many characters of a text are kept
 
 
@@ -64,9 +66,7 @@ def number(value: float) -> str:
     ['2e-3', '0.25', '100', '1e-5', '1e6', '1.5e-5']
     """
     plain = repr(value).removesuffix(".0")
-    digits = next(d for d in range(18) if float(f"{value:.{d}e}") == value)
-    mantissa, exponent = f"{value:.{digits}e}".split("e")
-    short = f"{mantissa}e{int(exponent)}"
+    short = np.format_float_scientific(value, trim="-", exp_digits=1).replace("e+", "e")
     return plain if len(plain) <= len(short) and "e" not in plain else short
 
 

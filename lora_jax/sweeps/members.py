@@ -210,22 +210,20 @@ class Opener(contextlib.ExitStack):
         if common is None or first is None:
             trainable, frozen = split(workload.arrays(place.params), patterns)
             if changed := differences(base.fingerprint, fingerprint_of(frozen)):
-                raise ConfigError(
-                    f"{base.name!r} and {name!r} do not have the same base: {len(changed)} of its "
-                    f"parameters differ:\n{listed(changed)}\na group trains on one base"
+                raise _other_base(
+                    base, name, f"{len(changed)} of its parameters differ:\n{listed(changed)}"
                 )
             return trainable
         if common.base != first.base:
-            raise ConfigError(
-                f"{base.name!r} and {name!r} do not have the same base: {first.base} and "
-                f"{common.base}; a group trains on one base"
-            )
+            raise _other_base(base, name, f"{first.base} and {common.base}")
         drawn, known = common.fresh(), paths.flatten(base.frozen)
         for path in drawn:
             if path in known and not np.array_equal(drawn[path], known[path]):
-                raise ConfigError(
-                    f"{base.name!r} and {name!r} do not have the same base: {path!r} is drawn from "
-                    "the seed and not trained; train it (lora.trainable), or give both one seed"
+                raise _other_base(
+                    base,
+                    name,
+                    f"{path!r} is drawn from the seed and not trained; train it "
+                    "(lora.trainable), or give both one seed",
                 )
         return {p: drawn[p] if p in drawn else base.trainable[p] for p in shapes}
 
@@ -241,10 +239,14 @@ def _check_alike(base: SharedBase, name: str, trainable: dict[str, Any], frozen:
     ours, theirs = paths.shapes(base.frozen), paths.shapes(frozen)
     for path in dict.fromkeys([*ours, *theirs]):
         if ours.get(path) != theirs.get(path):
-            raise ConfigError(
-                f"{base.name!r} and {name!r} do not have the same base: {path!r} is "
-                f"{ours.get(path, 'missing')} and {theirs.get(path, 'missing')}"
-            )
+            both = f"{ours.get(path, 'missing')} and {theirs.get(path, 'missing')}"
+            raise _other_base(base, name, f"{path!r} is {both}")
+
+
+def _other_base(base: SharedBase, name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{base.name!r} and {name!r} do not have the same base: {why}\na group trains on one base"
+    )
 
 
 def workload_settings(config: Config) -> str:

@@ -16,10 +16,7 @@ from lora_jax.training.summary import in_units
 class Fit:
     """A division of members into as few groups as fit, of equal size except for the last.
 
-    members: the number of members.
-    size: the number of members of a group.
-    bytes: the bytes that a group's step takes on a device.
-    memory: the bytes that a device has.
+    `bytes` are those that the step of a group of `size` members takes on a device.
     """
 
     members: int

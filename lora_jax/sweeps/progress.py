@@ -53,4 +53,4 @@ class Lines:
 
     def evaluation(self, line: dict[str, Any], note: str = "") -> None:
         """Show an evaluation line."""
-        self._display.say_evaluation(line, note, f"{self._name}  ")
+        self._display.evaluation(line, note, f"{self._name}  ")

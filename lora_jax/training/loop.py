@@ -58,32 +58,24 @@ class Loop:
 
     def evaluate_before(self) -> None:
         """Evaluate every split before the first step."""
-        self.run.evaluate_before(self._of(self.state.trained))
+        self.run.evaluate_before(self.batch_loss(self.state.trained))
 
     def validate(self, step: int) -> None:
         """Evaluate on the validation split if there is one, and save the adapter if it is best."""
-        self._settle()
+        self.settle()
         trained = self.state.trained
-        self.run.validate(step, self._of(trained), lambda: trained)
-
-    def evaluate_best(self, step: int, trained: Trained) -> dict[str, dict[str, float]]:
-        """Evaluate the exported best adapter on the splits that did not pick it."""
-        return self.run.evaluate_best(step, self._of(trained))
+        self.run.validate(step, self.batch_loss(trained), lambda: trained)
 
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint in the background, after every step up to this one is known good."""
-        self._settle()
+        self.settle()
         self.run.checkpoint(step, self.state)
 
-    def finish(self) -> None:
-        """Wait for the last step and save the last adapter."""
-        self._settle()
-        self.run.export("last", self.state.trained)
-
-    def _of(self, trained: Trained) -> BatchLoss:
+    def batch_loss(self, trained: Trained) -> BatchLoss:
+        """Return the loss function of the run with these trained parameters."""
         return lambda batch: self._batch_loss(trained, self.run.setup.frozen, batch)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Report every step taken so far. This waits for the device."""
         with self.run.notes.clock("train"):
             for line in self._delayed.flush():

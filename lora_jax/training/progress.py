@@ -22,7 +22,7 @@ class CurveBar(Bar):
         super().__init__(console, *columns)
         self.task = self.bar.add_task("train", **{"loss": "-", "speed": "-", **task})
 
-    def say_evaluation(self, line: dict[str, Any], note: str = "", name: str = "") -> None:
+    def evaluation(self, line: dict[str, Any], note: str = "", name: str = "") -> None:
         """Show an evaluation line of metrics.jsonl, of the member `name` if there are several."""
         numbers = (f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "split"))
         self.say(f"{name}step {line['step']}  {line['split']}: {'  '.join(numbers)}{note}")
@@ -58,7 +58,3 @@ class Display(CurveBar):
                 f"step {step}/{self._steps}  loss {numbers['loss']}  "
                 f"lr {numbers['rate']}  {numbers['speed']}  {left:.0f} s left"
             )
-
-    def evaluation(self, line: dict[str, Any], note: str = "") -> None:
-        """Show an evaluation line of metrics.jsonl."""
-        self.say_evaluation(line, note)

@@ -6,6 +6,7 @@ import math
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,35 @@ from lora_jax.bases.quantise import bytes_of
 from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
-from lora_jax.training.run import Run
-from lora_jax.training.state import State
+from lora_jax.training.evaluation import first_batch
+from lora_jax.training.run import BatchLoss, Run
+from lora_jax.training.state import State, Trained
+from lora_jax.training.workload import Batch
+
+
+def conclude(
+    run: Run,
+    state: State,
+    batch_loss: Callable[[Trained], BatchLoss],
+    difference: Callable[[Trained, Any], float],
+    example: Batch,
+) -> Summary:
+    """Write the files of a run that has taken its steps; the summary is the last.
+
+    `batch_loss` returns the loss function of trained parameters, and `difference` the largest
+    |merged - unmerged| output of some on a placed batch.
+    """
+    setup = run.setup
+    run.export("last", state.trained)
+    best = run.best(state.trained)
+    tested = run.evaluate_best(int(state.step), batch_loss(best))
+    found = None
+    if not is_quantised(setup.frozen):  # merged weights are floats, which may not fit
+        batch = setup.place.batch(first_batch(setup.workload, setup.place, example))
+        found = difference(best, batch)
+    finished = summarise(run, state, tested, found)
+    run.finish(finished)
+    return finished
 
 
 def summarise(

@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 
 import lora_jax
-import train
 from configs import minilm_reviews
 from experiments.methods.config import MethodConfig, MethodTextConfig
 from lora_jax.cli import train as command_line
-from lora_jax.sweeps import loop
 from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.sweeps.sweep import SweepConfig
-from lora_jax.training import mesh
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig
@@ -26,7 +23,7 @@ from lora_jax.training.config_json import changes, identity, to_dict
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.experiments.test_method_runs import config_of, train_in
 from tests.training import tiny
-from tests.training.runs import ROOT
+from tests.training.runs import ROOT, train_group
 
 # Orbax warns that it takes the sharding from the file; one CPU array has no other.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -124,9 +121,7 @@ def test_lora_settings_beside_another_method_are_refused() -> None:
 
 
 def together(path: pathlib.Path, group: GroupConfig) -> list[dict[str, Any]]:
-    grid = mesh.make(group.mesh, jax.devices()[:1])
-    with jax.set_mesh(grid):
-        return loop.run(group, grid, path, train.Console(quiet=True))
+    return train_group(path, group, jax.devices()[:1])
 
 
 @pytest.mark.slow

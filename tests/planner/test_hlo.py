@@ -16,7 +16,7 @@ from lora_jax.planner import (
     collectives,
     hlo,
     measure,
-    simulated_devices,
+    plan,
 )
 from lora_jax.training import mesh
 from lora_jax.training.config import MeshConfig
@@ -24,7 +24,7 @@ from lora_jax.training.config import MeshConfig
 
 def grid(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
     count = data * fsdp * tensor
-    return mesh.make(MeshConfig(data, fsdp, tensor), simulated_devices.devices(count))
+    return mesh.make(MeshConfig(data, fsdp, tensor), plan.simulated(count))
 
 
 # ---- reading HLO

@@ -23,7 +23,6 @@ from lora_jax.planner import (
     measure,
     plan,
     plan_report,
-    simulated_devices,
 )
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.options import PlanOptions
@@ -239,7 +238,7 @@ def test_more_devices_than_can_be_simulated_are_extrapolated(
 ) -> None:
     """The extrapolation is close to the result of compiling for all eight devices."""
     real = planned(OWN, "--plan-devices", "8")
-    monkeypatch.setattr(simulated_devices, "LIMIT", 4)
+    monkeypatch.setattr(plan, "LIMIT", 4)
     found = planned(OWN, "--plan-devices", "8")
     assert (found.extrapolated, real.extrapolated) == (True, False)
     assert (found.compiled, real.compiled) == ((2, 4), (8,))

@@ -11,18 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.data.config import DataConfig
-from lora_jax.sweeps import loop
 from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.training import export, metrics
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig
-from lora_jax.training.mesh import make
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.sweeps.test_group_step import close
 from tests.training import tiny
+from tests.training.runs import train_group, train_in
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -75,16 +73,11 @@ def together(
     path: pathlib.Path, members: tuple[Member, ...], devices: int = 1, **options: Any
 ) -> list[dict[str, Any]]:
     config = GroupConfig(members=members, **options)
-    grid = make(config.mesh, jax.devices()[:devices])
-    with jax.set_mesh(grid):
-        return loop.run(config, grid, path, train.Console())
+    return train_group(path, config, jax.devices()[:devices])
 
 
 def alone(path: pathlib.Path, member: Member) -> dict[str, Any]:
-    path.mkdir(parents=True, exist_ok=True)
-    grid = make(MeshConfig(), jax.devices()[:1])
-    with jax.set_mesh(grid):
-        return train.train(member.config, grid, path, train.Console(quiet=True))
+    return train_in(path, member.config, jax.devices()[:1])
 
 
 def state(run: pathlib.Path, step: int) -> Any:

@@ -26,7 +26,7 @@ from lora_jax.training import export, metrics, processes
 from lora_jax.training.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.mesh import make
 from tests.sweeps.test_group_step import close
-from tests.training.runs import OWN, ROOT
+from tests.training.runs import OWN, ROOT, train_group, train_in
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -54,17 +54,11 @@ A, B, C = member("a", 0, 1), member("b", 1, 2, 3e-3), member("c", 2, 2, 1e-3, st
 
 
 def together(path: pathlib.Path, *members: Member, **options: Any) -> list[dict[str, Any]]:
-    config = GroupConfig(members=members, **options)
-    grid = make(config.mesh, DEVICES)
-    with jax.set_mesh(grid):
-        return loop.run(config, grid, path, train.Console())
+    return train_group(path, GroupConfig(members=members, **options), DEVICES)
 
 
 def alone(path: pathlib.Path, one: Member) -> dict[str, Any]:
-    path.mkdir(parents=True, exist_ok=True)
-    grid = make(MeshConfig(), DEVICES)
-    with jax.set_mesh(grid):
-        return train.train(one.config, grid, path, train.Console(quiet=True))
+    return train_in(path, one.config, DEVICES)
 
 
 @contextlib.contextmanager
@@ -256,8 +250,7 @@ def last(path: pathlib.Path, one: Member) -> Any:
 
 
 def test_free_slots_are_given_up_when_that_is_worth_a_compilation() -> None:
-    """Free slots are dropped only if that saves more than a compilation costs. Red without the
-    comparison with WORTH."""
+    """Free slots are dropped only if that saves more than a compilation costs."""
 
     class Slot:
         def __init__(self, name: str, left: int) -> None:
@@ -337,23 +330,20 @@ def test_what_is_said_of_a_group_is_not_said_of_a_member(tmp_path: pathlib.Path)
         together(tmp_path, Member("a", own))
 
 
-def test_members_that_accumulate_otherwise_are_refused(tmp_path: pathlib.Path) -> None:
-    other = member("other", 1, 1, accumulate=2)
-    with pytest.raises(ConfigError, match=r"accumulate must be the same .*, got \[1, 2\]"):
-        together(tmp_path, A, other)
-
-
-def test_batches_that_cannot_be_filled_up_are_refused(tmp_path: pathlib.Path) -> None:
-    """Rows cannot be added to these batches, as the loss of own_model.py counts every row."""
-    other = member("other", 1, 1, batch_size=16)
-    with pytest.raises(ConfigError, match=r"'a' are smaller .* from 8 to 16"):
-        together(tmp_path, A, other)
-
-
-def test_parameters_of_unequal_shape_are_refused(tmp_path: pathlib.Path) -> None:
-    other = member("other", 1, 1, width=8)
-    with pytest.raises(ConfigError, match="'a' and 'other' do not have the same base: 'first/"):
-        together(tmp_path, A, other)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"accumulate": 2}, r"accumulate must be the same .*, got \[1, 2\]"),
+        # Rows cannot be added to these batches, as the loss of own_model.py counts every row.
+        ({"batch_size": 16}, "'a' are smaller .* from 8 to 16"),
+        ({"width": 8}, "'a' and 'other' do not have the same base: 'first/"),
+    ],
+)
+def test_members_that_do_not_fit_together_are_refused(
+    changes: dict[str, int], says: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        together(tmp_path, A, member("other", 1, 1, **changes))
 
 
 def test_a_group_has_its_own_line_in_train_py(

@@ -15,53 +15,34 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 import lora_jax
 from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.cli import generate, predict, report
-from lora_jax.sweeps import loop
 from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.system import whole_files
-from lora_jax.training import directory, export, mesh
+from lora_jax.training import directory, export
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.text import ModelConfig
 from tests.training import tiny
-from tests.training.test_text import text_config, train_in
+from tests.training.runs import train_group, train_in
+from tests.training.test_text import text_config
 
 pytestmark = pytest.mark.slow
 
 QV = ("**/attention/{query,value,q,v}/kernel",)
-ONE_LAYER = {"num_hidden_layers": 1}
 Trained = Callable[[Any], tuple[pathlib.Path, dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("models") / "roberta"
-    return tiny.write_model(folder, tiny.ROBERTA | ONE_LAYER)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    return tiny.write_model(folder, tiny.LLAMA | ONE_LAYER)
 
 
 @pytest.fixture(scope="module")
 def two_layers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.write_model(tmp_path_factory.mktemp("models") / "llama", tiny.LLAMA)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_examples(tmp_path_factory.mktemp("data"), ("text",), int)
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +192,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
     sweep = SweepConfig(base=base, cases=cases, run_dir=str(tmp_path / "sweep")).expand()
     dropping = dataclasses.replace(base, lora=dataclasses.replace(base.lora, dropout=0.3))
     assert dropping.group_key != base.group_key
-    devices = mesh.make(sweep.mesh)
-    with jax.set_mesh(devices):
-        summaries = loop.run(sweep, devices, tmp_path / "sweep", Console(quiet=True))
+    summaries = train_group(tmp_path / "sweep", sweep)
     for member, ours in zip(sweep.members[1:], summaries[1:], strict=True):
         _, theirs = trained(member.config)
         for when in ("before", "after"):
@@ -271,9 +250,7 @@ def test_tasks_share_a_quantised_base(
     small = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=16))
     members = (Member("one", base), Member("two", small))
     config = GroupConfig(members=members, run_dir=str(tmp_path / "tasks"))
-    devices = mesh.make(config.mesh)
-    with jax.set_mesh(devices):
-        summaries = loop.run(config, devices, tmp_path / "tasks", Console(quiet=True))
+    summaries = train_group(tmp_path / "tasks", config)
     _, alone = trained(base)
     loss = alone["after"]["validation"]["loss"]
     assert summaries[0]["after"]["validation"]["loss"] == pytest.approx(loss, rel=1e-5)

@@ -14,8 +14,8 @@ from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.config import ConfigError
 from lora_jax.training.text import ModelConfig
 from tests.training import tiny
-from tests.training.runs import ROOT
-from tests.training.test_text import text_config, train_in
+from tests.training.runs import ROOT, train_in
+from tests.training.test_text import text_config
 
 pytestmark = pytest.mark.slow
 
@@ -23,11 +23,10 @@ GOLDEN = ROOT / "tests/golden/golden_models"
 
 
 @pytest.mark.parametrize("name", ["llama_nf4"])
-def test_a_folder_of_bitsandbytes(name: str, tmp_path: pathlib.Path) -> None:
+def test_a_folder_of_bitsandbytes(name: str, source: str, tmp_path: pathlib.Path) -> None:
     """A stored base gives the losses of its floats in less memory."""
     model = shutil.copytree(GOLDEN / name, tmp_path / "model")
     tiny.tokenizer(pair=False).save(str(model / "tokenizer.json"))
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
     found = {}
     for quantize in ("stored", "none"):
         config = text_config(
@@ -45,9 +44,7 @@ def test_a_folder_of_bitsandbytes(name: str, tmp_path: pathlib.Path) -> None:
     assert generate.main(["--adapter", run, "--prompt", "word1", "--out", out]) == 0
 
 
-def test_a_model_of_floats_has_nothing_stored(tmp_path: pathlib.Path) -> None:
-    model = tiny.write_model(tmp_path / "model", tiny.LLAMA)
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
-    settings = ModelConfig(str(model), quantize="stored")
+def test_a_model_of_floats_has_nothing_stored(llama: pathlib.Path, source: str) -> None:
+    settings = ModelConfig(str(llama), quantize="stored")
     with pytest.raises(ConfigError, match=r"holds no quantised weights; --model.quantize nf4"):
-        causal_lm(text_config(causal_lm, model, source, model=settings))
+        causal_lm(text_config(causal_lm, llama, source, model=settings))

@@ -15,13 +15,12 @@ import pytest
 import safetensors.numpy
 
 import lora_jax
-import train
 from lora_jax import models
 from lora_jax.cli import train as command_line
 from lora_jax.data.config import DataConfig
 from lora_jax.data.language_modelling import language_modelling
 from lora_jax.data.process_slice import Shard
-from lora_jax.training import mesh, scores, text
+from lora_jax.training import scores, text
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
@@ -29,7 +28,7 @@ from lora_jax.training.run import Run
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.serving import tiny as small
 from tests.training import tiny
-from tests.training.runs import ROOT, run
+from tests.training.runs import ROOT, run, train_in
 
 GLUE = "configs/glue_roberta.py"
 # Table 9 of the paper: learning rate, batch size, epochs; and the size of the training split.
@@ -43,18 +42,6 @@ TABLE_9 = {
     "rte": (5e-4, 32, 80, 2_490),
     "stsb": (4e-4, 16, 40, 5_749),
 }
-
-
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("models") / "roberta"
-    return tiny.write_model(folder, tiny.ROBERTA | {"num_hidden_layers": 1})
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    return tiny.write_model(folder, tiny.LLAMA | {"num_hidden_layers": 1})
 
 
 def test_pairs_are_told_apart_by_their_token_types() -> None:
@@ -165,9 +152,8 @@ def test_a_score_that_there_is_not_is_an_error_at_once() -> None:
 
 @pytest.mark.parametrize("kind", [causal_lm, classification])
 def test_select_is_checked_before_any_weight_is_read(
-    kind: Any, roberta: pathlib.Path, llama: pathlib.Path, tmp_path: pathlib.Path
+    source: str, kind: Any, roberta: pathlib.Path, llama: pathlib.Path
 ) -> None:
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
     model = llama if kind is causal_lm else roberta
     with pytest.raises(lora_jax.LoraError, match="'nosuch', but an evaluation gives"):
         kind(text_config(kind, model, source, select="nosuch"))
@@ -184,15 +170,9 @@ def test_an_adapter_names_its_base_from_every_folder(
     assert text.about(config)["model"]["reference"] == models.MINILM
 
 
-def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
-    path.mkdir(exist_ok=True)
-    grid = mesh.make(config.mesh)
-    with jax.set_mesh(grid):
-        return train.train(config, grid, path, train.Console(quiet=True))
-
-
-def test_an_encoder_learns_labels(roberta: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+def test_an_encoder_learns_labels(
+    source: str, roberta: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     config = text_config(classification, roberta, source, steps=30)
     summary = train_in(tmp_path / "run", config)
     before, after = summary["before"]["validation"], summary["after"]["validation"]
@@ -203,8 +183,7 @@ def test_an_encoder_learns_labels(roberta: pathlib.Path, tmp_path: pathlib.Path)
     assert shapes_of_a(tmp_path / "run") == own
 
 
-def test_a_decoder_learns_answers(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+def test_a_decoder_learns_answers(source: str, llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
     lora = LoraConfig(rank=4, targets=("**/kernel",))
     config = text_config(causal_lm, llama, source, lora=lora, steps=30)
     summary = train_in(tmp_path / "run", config)
@@ -215,9 +194,8 @@ def test_a_decoder_learns_answers(llama: pathlib.Path, tmp_path: pathlib.Path) -
     assert summary["tokens_per_second"] > 0
 
 
-def test_scanned_layers_have_stacked_adapters(tmp_path: pathlib.Path) -> None:
+def test_scanned_layers_have_stacked_adapters(source: str, tmp_path: pathlib.Path) -> None:
     roberta = tiny.write_model(tmp_path / "roberta", tiny.ROBERTA)
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
     model = ModelConfig(reference=str(roberta), scan_layers=True, remat="full")
     config = text_config(classification, roberta, source, model=model)
     workload = classification(config)
@@ -240,9 +218,8 @@ def shapes_of_a(run: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("name", "make"), [("roberta", classification), ("llama", causal_lm)])
 def test_dropout_needs_and_uses_the_key(
-    name: str, make: Any, request: pytest.FixtureRequest, tmp_path: pathlib.Path
+    source: str, name: str, make: Any, request: pytest.FixtureRequest
 ) -> None:
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
     weights = request.getfixturevalue(name)
     model = ModelConfig(reference=str(weights), dropout=0.5)
     workload = make(text_config(make, weights, source, model=model))
@@ -258,9 +235,8 @@ def test_dropout_needs_and_uses_the_key(
 
 
 def test_settings_of_the_other_kind_are_an_error(
-    roberta: pathlib.Path, llama: pathlib.Path, tmp_path: pathlib.Path
+    source: str, roberta: pathlib.Path, llama: pathlib.Path
 ) -> None:
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
     with pytest.raises(ConfigError, match="label_smoothing must be 0 for a classifier"):
         classification(text_config(classification, roberta, source, label_smoothing=0.1))
     model = ModelConfig(reference=str(llama), head_dropout=0.1)
@@ -269,9 +245,8 @@ def test_settings_of_the_other_kind_are_an_error(
 
 
 def test_the_wrong_kind_of_model_is_an_error(
-    roberta: pathlib.Path, llama: pathlib.Path, tmp_path: pathlib.Path
+    source: str, roberta: pathlib.Path, llama: pathlib.Path
 ) -> None:
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
     with pytest.raises(ConfigError, match="is a decoder"):
         classification(text_config(classification, llama, source))
     with pytest.raises(ConfigError, match="is an encoder of text"):
@@ -305,12 +280,11 @@ def test_pearson_is_numpys_over_any_cut_into_batches() -> None:
 
 
 def test_another_base_is_refused(
-    llama: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    source: str, llama: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run does not go on if the weights under its reference have changed since it began."""
     weights = tmp_path / "model"
     shutil.copytree(llama, weights)
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
     config = text_config(causal_lm, weights, source, steps=4)
     train_in(tmp_path / "run", config)
     (tmp_path / "run/summary.json").unlink()  # so that it goes on from its last checkpoint

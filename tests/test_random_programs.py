@@ -1,0 +1,22 @@
+"""Random programs: every matrix that reaches a product is a target, or is named with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cases import random_programs
+
+pytestmark = pytest.mark.standard_promotion
+
+
+@pytest.mark.parametrize("start", range(0, 60, 15))
+def test_random_programs(start: int) -> None:
+    for seed in range(start, start + 15):
+        random_programs.check(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(60, 2000, 97))
+def test_many_random_programs(start: int) -> None:
+    for seed in range(start, start + 97):
+        random_programs.check(seed)
