@@ -68,7 +68,7 @@ def expand(
     pairs = {
         (module, parameter): pair
         for module, levels in wrappers.items()
-        for parameter, pair in _assigned(module, levels, wanted, sizes).items()
+        for parameter, pair in _assigned(module, levels, wanted).items()
     }
     own = config.of_modules([".".join(both) for both in pairs])
     updates: dict[str, ModuleUpdate] = {}
@@ -135,7 +135,7 @@ def _parameters(module: str, wanted: list[str]) -> list[str]:
 
 
 def _assigned(
-    module: str, levels: dict[int, dict[str, np.ndarray]], wanted: list[str], sizes: _Sizes
+    module: str, levels: dict[int, dict[str, np.ndarray]], wanted: list[str]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Assign each wrapper to a parameter: the innermost to the module's first attribute."""
     names = _parameters(module, wanted)

@@ -1,4 +1,4 @@
-"""Classify images. Each image is decoded when its batch is made."""
+"""Classify images. Each stays in its file until its batch is made; all have one length."""
 
 from __future__ import annotations
 
@@ -49,14 +49,6 @@ class ImageClassifier(Classifier):
     def example_of(self, line: JsonLine, task: ClassifierTask) -> tuple[str, str]:
         """See `Classifier`. An example is the path of the image, and the line for messages."""
         return line.get(task.fields[0], str), line.where
-
-    def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
-        """See `Classifier`. Images stay in their files until their batch is made."""
-        return list(examples)
-
-    def length_of(self, row: Any) -> int:
-        """See `Classifier`. All images have the same length."""
-        return 0
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
         """Return the pixels, as in the batches of training."""
