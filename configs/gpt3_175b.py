@@ -25,7 +25,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.attention import attend, visible
-from lora_jax.models.layers import by_rows, divided
+from lora_jax.models.layers import by_rows, sharded
 from lora_jax.training.config import Config, ConfigError, LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.workload import Loss, Workload
 
@@ -89,7 +89,7 @@ class Gpt(nn.Module):
         tokens = self.param("tokens", initial, (config.vocabulary, config.width), BRAIN)
         positions = self.param("positions", initial, (config.length, config.width), BRAIN)
         # The lookup shards the table over `tensor` only, since `fsdp` shards the rows of the batch.
-        x = jnp.take(divided(tokens, "tensor"), ids, axis=0) + positions[None, : ids.shape[1]]
+        x = jnp.take(sharded(tokens, "tensor"), ids, axis=0) + positions[None, : ids.shape[1]]
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False),
             variable_axes={"params": 0},

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
+from lora_jax.spec import LoraSpec
 from lora_jax.target import Target
-from lora_jax.updates.conversion import as_factors
-from lora_jax.updates.kind import TargetInitializer, kind_of
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Initializer, kind_of
 from lora_jax.updates.kind import uniform as uniform_within
 
 Adapters = dict[str, Any]
@@ -61,7 +62,7 @@ def orthogonal(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
     return drawn.reshape(target.a_shape)
 
 
-INITIALIZERS: dict[str, TargetInitializer] = {
+INITIALIZERS: dict[str, Initializer] = {
     "gaussian": gaussian,
     "uniform": uniform,
     "orthogonal": orthogonal,
@@ -92,7 +93,7 @@ def init(
     key: jax.Array,
     layout: Layout,
     *,
-    method: str | TargetInitializer = "gaussian",
+    method: str | Initializer = "gaussian",
     params: Any = None,
     dtype: Any = jnp.float32,
 ) -> Adapters:
@@ -140,7 +141,7 @@ def init(
     return out
 
 
-def initializer(method: str | TargetInitializer) -> TargetInitializer:
+def initializer(method: str | Initializer) -> Initializer:
     """Return the function that draws `a`, for a method given by name or as a function.
 
     Raises:
@@ -282,6 +283,45 @@ def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
     ('lora', 4, (9, 4))
     """
     check(layout, adapters)
-    found = [as_factors(t, adapters[t.path]) for t in layout.targets]
+    found = [_as_factors(t, adapters[t.path]) for t in layout.targets]
     lora = dataclasses.replace(layout, targets=tuple(target for target, _ in found))
     return lora, {target.path: factors for target, factors in found}
+
+
+def _as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
+    """Return the target with a plain low-rank update, and the factors of that update.
+
+    Raises:
+      LoraError: DoRA (its update depends on W), or a bias (it has no factors).
+    """
+    kind = kind_of(target)
+    factors = kind.factors(target, parameters)
+    if factors is None or kind.rescales:
+        why = "has no factors" if factors is None else "rescales W itself"
+        raise LoraError(
+            f"{target.path!r}: an update of the kind {target.kind!r} {why}, so it cannot be "
+            "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt), or merge it"
+        )
+    scale, rank = kind.scale(target), factors.a.shape[-1]
+    if factors is parameters and scale == target.scale:
+        return dataclasses.replace(target, kind=LoraSpec.kind), factors
+    limit = min(target.fan_in, target.fan_out)
+    if rank > limit:
+        factors = _of_full_rank(target, factors)
+    lora = target.plain(min(rank, limit))
+    return dataclasses.replace(lora, alpha=scale * lora.rank), factors
+
+
+def _of_full_rank(target: Target, factors: Factors) -> Factors:
+    """Return factors of the same product, one of which is an identity."""
+    stack = target.sizes(target.stack)
+    a = factors.a.reshape(*stack, target.fan_in, -1)
+    b = factors.b.reshape(*stack, a.shape[-1], target.fan_out)
+    limit = min(target.fan_in, target.fan_out)
+    product = jnp.matmul(a, b, precision="highest")
+    unit = jnp.broadcast_to(jnp.eye(limit, dtype=product.dtype), (*stack, limit, limit))
+    a, b = (unit, product) if limit == target.fan_in else (product, unit)
+    return Factors(
+        a.reshape(*target.a_shape[:-1], limit),
+        b.reshape(*stack, limit, *target.sizes(target.outputs)),
+    )

@@ -5,11 +5,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+# The names that the core gives to types of arguments.
+Array: TypeAlias = jax.Array
+Leaf: TypeAlias = Any  # an array, or what stands for one in its tree: a shape, axes, a placement
+Parameters: TypeAlias = Any  # the NamedTuple of arrays of a kind of update
 
 
 class Base(abc.ABC):
@@ -41,11 +47,11 @@ class Base(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The dtype of the float array."""
 
     @abc.abstractmethod
-    def dense(self) -> Any:
+    def dense(self) -> Array:
         """Return the weight as a float array of `shape` and `dtype`."""
 
     @property
@@ -57,6 +63,9 @@ class Base(abc.ABC):
     def size(self) -> int:
         """The number of elements of the float array."""
         return math.prod(self.shape)
+
+
+W: TypeAlias = Array | Base  # W as the caller has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +106,11 @@ class QuantisedMatrix(Base):
     def dtype(self) -> np.dtype:
         return jnp.dtype(self.float_dtype)
 
-    def dense(self) -> jax.Array:
-        stored = self.numbers().astype(self.dtype).reshape(*self.lead, *self.sizes)
-        lead = len(self.lead)
-        return jnp.transpose(stored, (*range(lead), *(lead + axis for axis in self.order)))
+    def dense(self) -> Array:
+        lead, dtype = self.lead, self.dtype
+        stored = self.numbers().astype(dtype).reshape(*lead, *self.sizes)
+        n = len(lead)
+        return jnp.transpose(stored, (*range(n), *(n + axis for axis in self.order)))
 
 
 def is_base(x: Any) -> bool:
@@ -112,7 +122,7 @@ def is_base(x: Any) -> bool:
     return isinstance(x, Base)
 
 
-def dense(w: Any) -> Any:
+def dense(w: Array | Base) -> Array:
     """Return the weight as a plain array: the result of `Base.dense`, or the array itself.
 
     Args:
@@ -121,12 +131,12 @@ def dense(w: Any) -> Any:
     return w.dense() if isinstance(w, Base) else w
 
 
-def wide_dtype(dtype: Any) -> Any:
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
     """Return the dtype in which sums with W are formed: float32, or W's dtype if it is wider.
 
     Args:
       dtype: the dtype of W.
     """
     if jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64:
-        return dtype
-    return jnp.float32
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32)

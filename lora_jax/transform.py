@@ -101,7 +101,7 @@ UpdateOf = Callable[[Target, Any, Names], Update | jax.Array]
 
 
 class Several(abc.ABC):
-    """What `adapt` takes in the place of one adapter: many of them, or one that is changed."""
+    """Many adapters, or one that is changed, as `adapt` takes them in the place of one."""
 
     @abc.abstractmethod
     def run(

@@ -27,9 +27,9 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"errors", "system"},
     "frozen": {"base", "errors", "paths"},
     "target": {"errors", "spec"},
-    "updates": {"base", "errors", "spec", "target"},
+    "updates": {"base", "errors", "target"},
     "layout": {"base", "errors", "paths", "spec", "system", "target", "updates"},
-    "adapters": {"errors", "layout", "paths", "target", "updates"},
+    "adapters": {"errors", "layout", "paths", "spec", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
     "models": {"base", "bases", "errors", "system"},
@@ -40,10 +40,10 @@ ARROWS: dict[str, set[str]] = {
     | {"updates"},
     "transform": {"adapters", "bases", "errors", "layout", "paths", "primitives"}
     | {"target", "updates"},
-    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "transform"} | {"updates"},
+    "multi": {"adapters", "base", "errors", "layout", "primitives", "spec", "target"}
+    | {"transform", "updates"},
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
     | {"primitives", "spec", "target", "transform", "updates"},
-    "multi/moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
     "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
     | {"layout", "models", "multi", "paths", "system", "transform", "updates"},
     "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
@@ -62,10 +62,9 @@ ARROWS: dict[str, set[str]] = {
     | {"models", "paths", "planner", "primitives", "report", "resolve", "serving"}
     | {"spec", "sweeps", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
-    | {"layout", "multi", "multi/moe", "paths", "resolve", "sharding", "spec"}
-    | {"target", "transform", "updates"},
+    | {"layout", "multi", "paths", "resolve", "sharding", "spec", "target"}
+    | {"transform", "updates"},
 }
-ROOMS_IN_ROOMS = ("multi/moe",)
 # The rooms that are not part of the core.
 AROUND = ("system", "models", "data", "training", "sweeps", "planner", "serving")
 AROUND = (*AROUND, "exchange", "report", "cli", "__main__")
@@ -125,17 +124,14 @@ def libraries(path: pathlib.Path) -> set[str]:
 
 
 def room(path: pathlib.Path) -> str:
-    first, *rest = path.relative_to(PACKAGE).with_suffix("").parts
-    if rest and f"{first}/{rest[0]}" in ROOMS_IN_ROOMS:
-        return f"{first}/{rest[0]}"
+    first = path.relative_to(PACKAGE).with_suffix("").parts[0]
     return "" if first == "__init__" else first
 
 
 def room_of(imported: str) -> str:
     """The room that holds `lora_jax.x.y`; the facade, if x is not a room."""
-    _, first, second, *_ = [*imported.split("."), "", ""]
-    inner = f"{first}/{second}"
-    return inner if inner in ROOMS_IN_ROOMS else first if first in ARROWS else ""
+    first = [*imported.split("."), ""][1]
+    return first if first in ARROWS else ""
 
 
 def rooms_imported(path: pathlib.Path) -> set[str]:

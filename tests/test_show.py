@@ -16,8 +16,8 @@ from lora_jax.cli import show
 from lora_jax.cli.parameter_tree import Branch, Leaf, tree
 from lora_jax.cli.shaped_model import open_shaped
 from lora_jax.cli.show import ShowOptions, run
-from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.resolve import trace
+from lora_jax.system.safetensors_reader import StoredTensor
 
 MODELS = pathlib.Path(__file__).parent / "golden/golden_models"
 ATTENTION = "**/attention/{q,v,query,value}/kernel"
@@ -30,7 +30,7 @@ def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         raise AssertionError("a weight is read")
 
-    monkeypatch.setattr(StoredTensor, "read", read)
+    monkeypatch.setattr(StoredTensor, "part", read)
 
 
 def shown(name: str, width: int = 80, encoding: str = "utf-8", **options: object) -> str:

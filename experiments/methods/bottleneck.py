@@ -49,11 +49,7 @@ class Bottleneck:
     epsilon: float = 1e-5
 
     def init(self, key: Array) -> Tree:
-        """Return fresh parameters, nested by the paths of the modules.
-
-        Args:
-          key: the random key.
-        """
+        """Return fresh parameters, nested by the paths of the modules."""
         layers = {
             site: self._layer(jax.random.fold_in(key, index))
             for index, site in enumerate(self.sites)
@@ -71,25 +67,13 @@ class Bottleneck:
         )
 
     def layer(self, params: Mapping[str, Any], x: Array) -> Array:
-        """Apply one adapter layer.
-
-        Args:
-          params: the parameters of the layer.
-          x: the output of a module, [B, T, D].
-
-        Returns:
-          [B, T, D], in the dtype of x.
-        """
+        """Apply one adapter layer to x [B, T, D], the output of a module, in the dtype of x."""
         h = _normed(params["norm"], x, self.epsilon) if self.norm else x
         h = _ACTIVATIONS[self.activation](_dense(params["down"], h))
         return x + _dense(params["up"], h)
 
     def around(self, params: Tree) -> AbstractContextManager[None]:
-        """Return a context manager in which calls of the model go through the adapter layers.
-
-        Args:
-          params: the parameters of all layers, as `init` returns them.
-        """
+        """Return a context manager in which calls of the model go through the adapter layers."""
         here = {site: _at(params, site) for site in self.sites}
 
         def through(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:

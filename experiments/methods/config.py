@@ -87,11 +87,7 @@ class MethodConfig(Checked):
         return {f: defaults[f] if value is None else value for f, value in given.items()}
 
     def on(self, config: BuiltInConfig, length: int) -> Method:
-        """Return the method for a model whose longest row has `length` tokens.
-
-        Raises:
-          ConfigError: the method does not work with the model.
-        """
+        """Return the method for a model whose longest row has `length` tokens."""
         make, settings = _METHODS[self.name][0], dict[str, Any](self.settings)
         if "prefix" in settings:
             settings["length"] = length

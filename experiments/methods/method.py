@@ -33,17 +33,7 @@ class Method(base.Method):
         return {} if self.extra is None else {EXTRA: self.extra.init(key)}
 
     def apply(self, model: nn.Module, params: Tree, *args: Any, **kwargs: Any) -> Any:
-        """Call `model.apply({"params": ...}, *args, **kwargs)` with the method's additions.
-
-        Args:
-          model: an unmodified model of `lora_jax.models`.
-          params: the parameters of the model and, under `EXTRA`, of the method.
-          *args: arguments of the model.
-          **kwargs: arguments of `apply`.
-
-        Returns:
-          The outputs of the model.
-        """
+        """Call `model.apply({"params": ...}, *args, **kwargs)` with the method's additions."""
         if self.extra is None:
             return super().apply(model, params, *args, **kwargs)
         own = {name: value for name, value in params.items() if name != EXTRA}
@@ -52,11 +42,7 @@ class Method(base.Method):
 
 
 def full(config: BuiltInConfig) -> Method:
-    """Return full fine-tuning, which trains every parameter.
-
-    Args:
-      config: the config of the model, which makes no difference.
-    """
+    """Return full fine-tuning, which trains every parameter."""
     return Method(("**",))
 
 
@@ -64,13 +50,6 @@ def top_layers(config: BuiltInConfig, top_layers: int) -> Method:
     """Return the method that trains the last `top_layers` layers.
 
     Source: FT-Top2 of Li and Liang, arXiv 2101.00190.
-
-    Args:
-      config: the config of the model.
-      top_layers: the number of layers, counted from the output.
-
-    Raises:
-      LoraError: the model has fewer layers, or they are scanned.
     """
     layers = sites.layers(config)
     if not 0 < top_layers <= len(layers):
@@ -82,25 +61,12 @@ def bitfit(config: BuiltInConfig) -> Method:
     """Return BitFit, which trains every bias vector, also in norms.
 
     Source: Ben-Zaken et al., arXiv 2106.10199.
-
-    Args:
-      config: the config of the model.
-
-    Raises:
-      LoraError: the model has no biases.
     """
     return Method((sites.biases(config),))
 
 
 def head(config: BuiltInConfig) -> Method:
-    """Return the method that trains only the new head, as a probe of the frozen model.
-
-    Args:
-      config: the config of the model.
-
-    Raises:
-      LoraError: the model is a decoder, which has no new head.
-    """
+    """Return the method that trains only the new head, as a probe of the frozen model."""
     if not isinstance(config, BertConfig):
         raise LoraError("a decoder has no new head to be trained alone; take another method")
     return Method()
@@ -112,13 +78,6 @@ def houlsby(config: BuiltInConfig, size: int) -> Method:
     All norms are trained as well. The activation is GELU, as in the authors' code.
 
     Source: Adapter^H, Houlsby et al., arXiv 1902.00751.
-
-    Args:
-      config: the config of the model.
-      size: the width of the bottleneck.
-
-    Raises:
-      LoraError: the layers are scanned.
     """
     modules = tuple(f"{layer}/{m}" for layer in sites.layers(config) for m in ("attention", "mlp"))
     extra = Bottleneck(modules, config.hidden_size, size, "gelu")
@@ -129,13 +88,6 @@ def pfeiffer(config: BuiltInConfig, size: int) -> Method:
     """Return adapter layers after the MLP, before the residual.
 
     Source: Adapter^P, Pfeiffer et al., arXiv 2005.00247.
-
-    Args:
-      config: the config of the model.
-      size: the width of the bottleneck.
-
-    Raises:
-      LoraError: the layers are scanned.
     """
     return _after_mlp(config, size)
 
@@ -144,14 +96,6 @@ def adapter_drop(config: BuiltInConfig, size: int, drop: int) -> Method:
     """Return `pfeiffer` without the adapter layers of the first `drop` layers.
 
     Source: Adapter^D, Rücklé et al., arXiv 2010.11918.
-
-    Args:
-      config: the config of the model.
-      size: the width of the bottleneck.
-      drop: the number of layers without an adapter, counted from the input.
-
-    Raises:
-      LoraError: no layer would keep its adapter, or the layers are scanned.
     """
     count = config.num_layers
     if not 0 < drop < count:
@@ -166,13 +110,6 @@ def lin(config: BuiltInConfig, size: int) -> Method:
     """Return adapter layers after the MLP, before the residual, each with its own layer norm.
 
     Source: Adapter^L, Lin et al., arXiv 2004.03829.
-
-    Args:
-      config: the config of the model.
-      size: the width of the bottleneck.
-
-    Raises:
-      LoraError: the layers are scanned.
     """
     return _after_mlp(config, size, norm=True)
 
@@ -183,32 +120,12 @@ def _after_mlp(config: BuiltInConfig, size: int, drop: int = 0, norm: bool = Fal
 
 
 def prefix_embedding(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
-    """Return learned word embeddings of special tokens before and after each row.
-
-    Args:
-      config: the config of the model.
-      prefix: the number of tokens before a row.
-      infix: the number of tokens after a row.
-      length: tokens of the longest row without them.
-
-    Raises:
-      LoraError: the model is a decoder, there is no token, or there are more tokens than positions.
-    """
+    """Return learned word embeddings of special tokens before and after each row."""
     return _prefix(config, prefix, infix, length)
 
 
 def prefix_layer(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
-    """Return `prefix_embedding` with learned vectors at the input of every layer.
-
-    Args:
-      config: the config of the encoder.
-      prefix: the number of learned vectors before the tokens of a row.
-      infix: the number of learned vectors after its last token.
-      length: the largest number of tokens of a row.
-
-    Raises:
-      LoraError: as for `prefix_embedding`, or the layers are scanned.
-    """
+    """Return `prefix_embedding` with learned vectors at the input of every layer."""
     return _prefix(config, prefix, infix, length, sites.layers(config))
 
 

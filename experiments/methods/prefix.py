@@ -38,14 +38,11 @@ class Places(NamedTuple):
 def places(mask: Array, prefix: int, infix: int) -> Places:
     """Return rows with positions for learned vectors before and after their real tokens.
 
+    `mask` [B, T] is True at real tokens, which are the first of their row.
+
     >>> found = places(jnp.array([[True, True, False]]), prefix=1, infix=2)
     >>> found.slot.tolist(), found.real.tolist()
     ([[0, -1, -1, 1, 2, -1]], [[True, True, True, True, True, False]])
-
-    Args:
-      mask: [B, T] bool, True at real tokens, which are the first of their row.
-      prefix: the number of positions before the tokens.
-      infix: the number of positions after the last real token.
     """
     length = mask.shape[1]
     index = jnp.arange(prefix + length + infix)[None] - prefix
@@ -82,11 +79,7 @@ class Prefix:
     layers: tuple[str, ...] = ()
 
     def init(self, key: Array) -> Tree:
-        """Return fresh parameters.
-
-        Args:
-          key: the random key.
-        """
+        """Return fresh parameters."""
         names = [path.rpartition("/")[2] for path in self.layers] or ["embedding"]
         shape = (self.prefix + self.infix, self.width)
         return {
@@ -95,11 +88,7 @@ class Prefix:
         }
 
     def around(self, params: Tree) -> AbstractContextManager[None]:
-        """Return a context manager in which calls of the model have the learned vectors.
-
-        Args:
-          params: the learned vectors, as `init` returns them.
-        """
+        """Return a context manager in which calls of the model have the learned vectors."""
 
         def longer(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:
             if context.method_name != "__call__" or _path(context) != self.encoder:

@@ -15,11 +15,7 @@ ENCODER = "bert"
 
 
 def layers(config: BuiltInConfig) -> tuple[str, ...]:
-    """Return the path of each layer, starting at the input.
-
-    Raises:
-      LoraError: the layers are scanned, so that single layers have no path.
-    """
+    """Return the path of each layer, starting at the input."""
     if config.scan_layers:
         raise LoraError(
             "single layers are needed, and model.scan_layers stacks them into one scan; leave it "
@@ -30,11 +26,7 @@ def layers(config: BuiltInConfig) -> tuple[str, ...]:
 
 
 def biases(config: BuiltInConfig) -> str:
-    """Return the pattern of all bias vectors, also in norms.
-
-    Raises:
-      LoraError: the model has none.
-    """
+    """Return the pattern of all bias vectors, also in norms."""
     if not config.has_biases:
         raise LoraError(
             "this model has no bias vectors, so there is nothing to train; take another method, "

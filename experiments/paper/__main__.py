@@ -69,15 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: PaperOptions, root: pathlib.Path) -> None:
-    """Run what has not finished, write the report, and print its path to stdout.
-
-    Args:
-      options: the options of the command line.
-      root: the checkout of the repository.
-
-    Raises:
-      LoraError, OSError: an error of the user, such as an unknown experiment.
-    """
+    """Run what has not finished, write the report, and print its path to stdout."""
     base = BaseChoice(base=options.base)
     chosen = questions.chosen(options.experiments, base)
     runs = pathlib.Path(options.runs).expanduser()

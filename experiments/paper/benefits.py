@@ -126,11 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: BenefitsOptions, console: Console) -> None:
-    """Measure, write the file, and print the tables to stdout and the progress to `console`.
-
-    Raises:
-      LoraError, OSError: an error of the user.
-    """
+    """Measure, write the file, and print the tables to stdout and the progress to `console`."""
     if options.steps < 1 or not options.models:
         raise LoraError("--steps and the number of --models must be at least 1")
     out = measurement_file.prepared(options.out)
@@ -164,11 +160,7 @@ def measure(case: Case, steps: int, console: Console) -> Compared:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """Return the section about benefits.json in `folder`, or none if there is no such file.
-
-    Raises:
-      LoraError: the file is damaged.
-    """
+    """Return the section about benefits.json in `folder`, or none if there is no such file."""
     file = folder / FILE
     command = _COMMAND.format(file)
     found = measurement_file.read(file, Benefits, command)

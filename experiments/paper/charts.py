@@ -12,13 +12,7 @@ from lora_jax.report import svg
 
 
 def dots(found: Mapping[str, Sequence[float]], label: str, title: str) -> Figure:
-    """Plot every value, the mean and the standard deviation, in one row for each name.
-
-    Args:
-      found: name -> values, which may be empty; the first name is on top.
-      label: the label of the values.
-      title: the title of the figure.
-    """
+    """Plot every value, the mean and the standard deviation, in one row for each name."""
     with svg.drawing(4.6, 1.1 + 0.3 * max(len(found), 3)) as (figure, axis):
         for row, values in enumerate(found.values()):
             if not values:
@@ -39,14 +33,7 @@ def lines(
     label: str,
     title: str,
 ) -> Figure:
-    """Plot a line for each name over a whole number on a logarithmic axis.
-
-    Args:
-      found: name -> number -> values, of which means and standard deviations are drawn.
-      xlabel: the label of the numbers.
-      label: the label of the values.
-      title: the title of the figure.
-    """
+    """Plot a line for each name over a whole number on a logarithmic axis."""
     with svg.drawing() as (figure, axis):
         places = sorted({x for line in found.values() for x, values in line.items() if values})
         for number, (name, line) in enumerate(found.items()):

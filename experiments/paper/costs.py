@@ -56,17 +56,6 @@ def run(task: Task, root: pathlib.Path) -> bool:
     """Run a command unless it has finished before, with its output on the screen.
 
     Its cost is written to its folder, and the cost of earlier attempts is added.
-
-    Args:
-      task: the command and its folder.
-      root: the working directory of the command.
-
-    Returns:
-      Whether it ran; False if it had finished before.
-
-    Raises:
-      LoraError: it failed.
-      KeyboardInterrupt: it was stopped; when it is run again, it continues.
     """
     before = read(task.folder)
     if before is not None and before.arguments != task.arguments:
@@ -120,11 +109,7 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage
 
 
 def read(folder: pathlib.Path) -> Cost | None:
-    """Read the cost that `run` has written to a folder; None if there is none.
-
-    Raises:
-      LoraError: it cannot be read.
-    """
+    """Read the cost that `run` has written to a folder; None if there is none."""
     file = folder / FILE
     if not file.is_file():
         return None
@@ -138,11 +123,7 @@ def read(folder: pathlib.Path) -> Cost | None:
 
 
 def parsed(found: Any) -> Cost:
-    """Read a cost from JSON values.
-
-    Raises:
-      TypeError, KeyError: the values are not from a cost.
-    """
+    """Read a cost from JSON values."""
     return Cost(**{**found, "arguments": tuple(found["arguments"])})
 
 

@@ -18,14 +18,9 @@ def lora(rank: int, shapes: Iterable[tuple[int, int]]) -> int:
 
 
 def adapter(width: int, size: int, adapters: int, norms: int = 0, per_norm: int = 2) -> int:
-    """Return L_adpt (2 d r + r + d) + 2 L_LN d.
+    """Return L_adpt (2 d r + r + d) + 2 L_LN d for `adapters` layers of the width `size`.
 
-    Args:
-      width: d.
-      size: r.
-      adapters: L_adpt, the number of adapter layers.
-      norms: L_LN, the number of trained layer norms.
-      per_norm: vectors of a norm: 2 for scale and bias, 1 for the RMS norms of a decoder.
+    `norms` layer norms are trained; `per_norm` is 1 for the RMS norms of a decoder, with no bias.
 
     >>> adapter(1024, 6, adapters=24, norms=24)  # GPT-2 medium, Adapter^L
     368784

@@ -100,9 +100,9 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
     """Return Table 7 for the first matrix of the middle layer, with the paper's numbers."""
     rows = []
     for rank, one in found.items():
-        layer = one.there.middle
-        at = next(i for i, place in enumerate(one.there.places) if place.layer == layer)
-        ours, paper = one.ours[at], _GAIN[rank]
+        layer = one.modules.middle_layer
+        at = next(i for i, place in enumerate(one.modules.places) if place.layer == layer)
+        ours, paper = one.measured[at], _GAIN[rank]
         numbers = (
             ("of ΔW", ours.along_update, paper.along_update),
             ("of W", ours.along_weight, paper.along_weight),
@@ -111,7 +111,7 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
             ("‖ΔW‖", ours.update, paper.update),
             ("factor", ours.factor, paper.update / paper.along_update),
         )
-        place = f"{one.there.places[at].matrix}, layer {label(layer)}"
+        place = f"{one.modules.places[at].matrix}, layer {label(layer)}"
         rows += [
             (f"r = {rank}", place, name, f"{mine:.4g}", f"{its:.4g}") for name, mine, its in numbers
         ]
@@ -125,7 +125,7 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
 
 
 def _factors(rank: int, one: update_analysis.AmplifiedUpdate) -> list[Figure]:
-    factors = [float(ours.factor) for ours in one.ours]
+    factors = [float(ours.factor) for ours in one.measured]
     what, caption = f"amplification factor, r = {rank}", "Amplification factor of every layer"
     name = f"amplification-{rank}"
-    return update_analysis.by_layer(one.there, factors, name, what, f"{caption}, rank {rank}.")
+    return update_analysis.by_layer(one.modules, factors, name, what, f"{caption}, rank {rank}.")

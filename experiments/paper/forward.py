@@ -123,11 +123,7 @@ def text(program: jax.stages.Compiled) -> str:
 
 
 def flops(program: jax.stages.Compiled) -> float:
-    """Return the FLOPs of one run as XLA counts them, which excludes exponentials and the like.
-
-    Raises:
-      LoraError: this backend does not count them.
-    """
+    """Return the FLOPs of one run as XLA counts them, which excludes exponentials and the like."""
     analysis = program.cost_analysis()
     if not analysis or "flops" not in analysis:
         raise LoraError(

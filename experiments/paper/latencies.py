@@ -106,11 +106,7 @@ class Latencies:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """Return the section about latency.json in `folder`, or none if there is no such file.
-
-    Raises:
-      LoraError: the file is damaged.
-    """
+    """Return the section about latency.json in `folder`, or none if there is no such file."""
     file = folder / FILE
     command = _COMMAND.format(file)
     found = measurement_file.read(file, Latencies, command)

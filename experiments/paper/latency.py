@@ -76,11 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: LatencyOptions, console: Console) -> None:
-    """Measure, write the file, and print the table to stdout and the progress to `console`.
-
-    Raises:
-      LoraError, OSError: an error of the user.
-    """
+    """Measure, write the file, and print the table to stdout and the progress to `console`."""
     on_cpu = jax.default_backend() == "cpu"
     layers = _LAYERS if on_cpu else MEDIUM.num_layers
     if options.layers is not None:
@@ -122,23 +118,7 @@ def measure(
     console: Console,
     whole: int = MEDIUM.num_layers,
 ) -> Timings:
-    """Compile and time all methods at one shape.
-
-    Args:
-      config: the config of the model.
-      sizes: the sizes of what the methods add.
-      batch: rows of a batch.
-      length: tokens of a row.
-      repeats: timed passes of each method.
-      console: shows the progress.
-      whole: layers of the full model.
-
-    Returns:
-      The measurements.
-
-    Raises:
-      LoraError: merged LoRA does not compile to the program of the base.
-    """
+    """Compile and time all methods at one shape."""
     say(console, f"{batch} x {length}: {config.num_layers} layers, {repeats} repeats")
     made = forward.variants(config, sizes)
     programs = {name: forward.compiled(one, batch, length) for name, one in made.items()}

@@ -13,13 +13,7 @@ MatrixScores = Mapping[tuple[str, ...], tuple[float, float]]  # matrices -> Wiki
 
 
 def blocks(found: Sequence[Setting], published: MatrixScores, name: str) -> list[Block]:
-    """Make a figure and a table of settings that differ in their matrices; none without settings.
-
-    Args:
-      found: the settings.
-      published: the paper's scores; empty if it has none for this model.
-      name: the start of the pictures' names.
-    """
+    """Make a figure and a table of settings that differ in their matrices, if there are any."""
     if not found:
         return []
     found, unit = sorted(found, key=_place), found[0].unit

@@ -37,12 +37,7 @@ def bar(console: Console, text: str, total: int) -> Iterator[Callable[[], None]]
 
 
 def prepared(out: str) -> pathlib.Path:
-    """Make the folder of a results file, before anything is measured, and return its path.
-
-    Raises:
-      LoraError: the path is a folder.
-      OSError: the folder cannot be made.
-    """
+    """Make the folder of a results file, before anything is measured, and return its path."""
     file = pathlib.Path(out).expanduser()
     if file.is_dir():
         raise LoraError(f"--out {out} is a folder; give a file in it, such as {file / 'out.json'}")
@@ -56,17 +51,7 @@ def write(file: pathlib.Path, found: Any) -> None:
 
 
 def read(file: pathlib.Path, kind: type[T], command: str) -> T | None:
-    """Read and check a file that `write` wrote; return None if there is no such file.
-
-    Args:
-      file: the JSON file.
-      kind: the dataclass. Its fields are numbers, strings, bools, dataclasses and tuples of these;
-        a tuple has at least one entry.
-      command: the command that writes the file, for the error message.
-
-    Raises:
-      LoraError: `write` did not write this file.
-    """
+    """Read and check a file that `write` wrote; return None if there is no such file."""
     if not file.is_file():
         return None
     try:

@@ -28,11 +28,7 @@ NAMES = (
 
 
 def experiments(base: BaseChoice) -> tuple[Experiment, ...]:
-    """Return all experiments.
-
-    Args:
-      base: the base model that Table 7 compares the updates with.
-    """
+    """Return all experiments."""
     every = (
         Experiment(
             "matrices",
@@ -91,11 +87,7 @@ def experiments(base: BaseChoice) -> tuple[Experiment, ...]:
 
 
 def chosen(names: Sequence[str], base: BaseChoice) -> tuple[Experiment, ...]:
-    """Return the experiments with these names, or all of them without names.
-
-    Raises:
-      LoraError: there is no experiment of one of the names.
-    """
+    """Return the experiments with these names, or all of them without names."""
     for name in names:
         if name not in NAMES:
             near = nearest(name, NAMES)

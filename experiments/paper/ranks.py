@@ -17,10 +17,6 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
     """Make a figure and a table of settings that differ in rank and matrices, if there are any.
 
     Accuracies are compared with Table 6, losses with Table 18.
-
-    Args:
-      found: the settings.
-      name: the start of the pictures' names.
     """
     if not found:
         return []

@@ -46,11 +46,7 @@ Answers = Mapping[str, Answer]  # name of the experiment -> its results
 
 
 def of(experiment: Experiment, folder: pathlib.Path) -> Answer | None:
-    """Return the results of the runs in a folder; None if there is nothing yet.
-
-    Raises:
-      LoraError: a file of a run cannot be read.
-    """
+    """Return the results of the runs in a folder; None if there is nothing yet."""
     sections = tuple(experiment.sections(folder))
     if not sections:
         return None
@@ -68,19 +64,7 @@ def of(experiment: Experiment, folder: pathlib.Path) -> Answer | None:
 def gather(
     experiments: Sequence[Experiment], runs: pathlib.Path, before: Answers
 ) -> tuple[dict[str, Answer], list[str]]:
-    """Return the results of all experiments that have some, from their runs if there are any.
-
-    Args:
-      experiments: the experiments.
-      runs: the folder with a folder for each experiment.
-      before: the results in an earlier report, for experiments without runs.
-
-    Returns:
-      The results in the order of the experiments, and the names of those from the earlier report.
-
-    Raises:
-      LoraError: a file of a run cannot be read.
-    """
+    """Return the results of all experiments that have some, from their runs if there are any."""
     found, kept = {}, []
     for one in experiments:
         answer = of(one, runs / one.name)
@@ -104,11 +88,7 @@ def write(answers: Answers, folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, Answer]:
-    """Read the results that `write` wrote into a folder; none if there is no such file.
-
-    Raises:
-      LoraError: the file cannot be read, or a figure is missing in the page.
-    """
+    """Read the results that `write` wrote into a folder; none if there is no such file."""
     file = folder / FILE
     if not file.is_file():
         return {}

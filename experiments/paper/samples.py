@@ -27,11 +27,7 @@ def tasks(folder: pathlib.Path) -> Sequence[Task]:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """Return the section about the runs in the folder; none if there are no runs.
-
-    Raises:
-      LoraError: a file of a run cannot be read.
-    """
+    """Return the section about the runs in the folder; none if there are no runs."""
     runs = sweeps.runs(folder, METHODS)
     notes = sweeps.notes(tasks(folder), runs)
     found = by_limit(runs)

@@ -22,15 +22,7 @@ def plain(section: Section) -> dict[str, Any]:
 
 
 def read(found: Any, drawings: Mapping[str, str]) -> Section:
-    """Return the section of the JSON values that `plain` returned.
-
-    Args:
-      found: the JSON values.
-      drawings: the SVG of each panel, by its name.
-
-    Raises:
-      KeyError, TypeError, ValueError: `plain` did not return this, or a panel has no drawing.
-    """
+    """Return the section of the JSON values that `plain` returned."""
     return Section(found["title"], tuple(_block(block, drawings) for block in found["blocks"]))
 
 

@@ -38,14 +38,7 @@ class _Placed(NamedTuple):
 
 
 def draw(points: Sequence[NamedPoint], along: str, up: str, counts: str = "lora") -> Figure:
-    """Draw the points, with their spreads as bars.
-
-    Args:
-      points: the points.
-      along: the label of the horizontal axis.
-      up: the label of the vertical axis.
-      counts: the name of the point that has another colour.
-    """
+    """Draw the points, with their spreads as bars."""
     ordered = sorted(points, key=lambda point: point.trained)
     groups = _groups(ordered)
     with svg.drawing(4.6, 3.8) as (figure, axis):

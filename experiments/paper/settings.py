@@ -119,11 +119,7 @@ def settings(runs: Sequence[SavedRun]) -> list[Setting]:
 
 
 def there(folder: pathlib.Path) -> tuple[SavedRun, ...]:
-    """Read the runs in a folder and in its folders; none if there are none yet.
-
-    Raises:
-      LoraError: a file of a run cannot be read.
-    """
+    """Read the runs in a folder and in its folders; none if there are none yet."""
     if not folder.is_dir():
         return ()
     if is_run(folder):

@@ -20,13 +20,7 @@ Runs = dict[str, list[SavedRun]]  # name of the group -> its runs
 
 
 def tasks(folder: pathlib.Path, file: str, groups: Sequence[str]) -> list[Task]:
-    """Return the command of each group.
-
-    Args:
-      folder: the folder of the experiment.
-      file: the config file, as a path from the root of the repository.
-      groups: the names of its attributes.
-    """
+    """Return the command of each group."""
     return [
         Task(
             folder / group,
@@ -40,9 +34,6 @@ def runs(folder: pathlib.Path, methods: Sequence[str]) -> Runs:
     """Read all runs in a folder, finished or not, and group them by the methods of their configs.
 
     The methods are in the order given; a method without runs is left out.
-
-    Raises:
-      LoraError: a file of a run cannot be read.
     """
     found: Runs = {method: [] for method in methods}
     for run in there(folder):
@@ -52,12 +43,7 @@ def runs(folder: pathlib.Path, methods: Sequence[str]) -> Runs:
 
 
 def notes(tasks: Sequence[Task], found: Runs) -> list[Note]:
-    """Return notes about missing and unfinished runs, with the commands that make them.
-
-    Args:
-      tasks: the return value of `tasks`.
-      found: the return value of `runs`.
-    """
+    """Return notes about missing and unfinished runs, with the commands that make them."""
     missing = [task for task in tasks if task.folder.name not in found]
     waiting = [run for saved in found.values() for run in saved if run.summary is None]
     many = len(waiting) > _NOTES

@@ -175,14 +175,7 @@ def memory(side: TrainingSide) -> StepBytes:
 
 
 def written(side: TrainingSide, state: step.State, folder: pathlib.Path, name: str) -> int:
-    """Export the trained parameters as train.py does, and return their bytes on disk.
-
-    Args:
-      side: LoRA or full fine-tuning.
-      state: the state to export.
-      folder: a run directory; the export is its adapters/`name`.
-      name: the name of the adapter.
-    """
+    """Export the trained parameters as train.py does, and return their bytes on disk."""
     identity = lora_jax.fingerprint(side.frozen)
     export.save(folder, name, side.layout, state.trained, identity)
     return export.size(export.folder(folder, name))

@@ -14,7 +14,8 @@ from lora_jax.base import dense
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, kind_of
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import kind_of
 
 
 def plain(layout: Layout, adapters: Adapters, params: Any = None) -> Adapter:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.base import QuantisedMatrix, dense
+from lora_jax.base import QuantisedMatrix
 from lora_jax.bases import dynamic
 from lora_jax.errors import LoraError
 
@@ -49,17 +49,15 @@ class FourBit(QuantisedMatrix):
         codes = codes.reshape(*self.codes.shape[:-1], -1)
         table = jnp.asarray(self.table, jnp.float32)
         found = table.at[codes].get(mode="promise_in_bounds")
-        return scaled(found, dense(self.scales), self.block, math.prod(self.sizes))
+        scales = self.scales.dense() if isinstance(self.scales, dynamic.Dynamic) else self.scales
+        return scaled(found, scales, self.block, math.prod(self.sizes))
 
 
 def scaled(values: jax.Array, scales: jax.Array, block: int, size: int) -> jax.Array:
-    """Return each block of `values` times its scale.
+    """Return each block of `values` [*lead, rows, columns] times its scale [*lead, rows, blocks].
 
-    Args:
-      values: float32 [*lead, rows, columns]; the columns may end with padding of half a byte.
-      scales: float32 [*lead, rows, blocks].
-      block: the number of elements that share a scale.
-      size: the number of elements of a slice, `rows * columns` without that padding.
+    The columns may end with padding of half a byte; `size` is the number of elements of a slice
+    without it.
     """
     *start, blocks = scales.shape
     missing = blocks * block - values.shape[-1]  # the last block may be short
@@ -77,15 +75,11 @@ jax.tree_util.register_dataclass(
 def quantise(
     x: jax.Array, block: int, double: bool
 ) -> tuple[jax.Array, jax.Array | dynamic.Dynamic]:
-    """Return the codes and scales of one slice.
+    """Return the codes and scales of one slice, float32 [fan_out, fan_in].
 
     A number is multiplied by `1 / absmax`, the reciprocal rounded to float32, and gets the nearest
-    value of the table. A tie takes the lower value: a number must exceed the midpoint.
-
-    Args:
-      x: float32 [fan_out, fan_in].
-      block: the number of elements that share a scale.
-      double: whether to quantise the scales as well.
+    value of the table. A tie takes the lower value: a number must exceed the midpoint. `double`
+    asks to quantise the scales as well.
     """
     rows = x.shape[0] if x.shape[1] % block == 0 else 1
     x = x.reshape(rows, x.size // rows)

@@ -9,39 +9,24 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import PartitionSpec
 
-from lora_jax.base import QuantisedMatrix
+from lora_jax.base import Array, QuantisedMatrix
 from lora_jax.errors import LoraError
 
 B = TypeVar("B", bound=QuantisedMatrix)
 
 
 def names_of(entry: Any) -> tuple[str, ...]:
-    """Return the mesh axes of one entry of a PartitionSpec.
-
-    Args:
-      entry: None, a name, or a tuple of names.
-
-    Returns:
-      The names as a tuple.
-    """
+    """Return the mesh axes of one entry of a PartitionSpec: None, a name, or a tuple of names."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> B:
-    """Return the base with a `PartitionSpec` in place of each array.
+    """Return the base with a `PartitionSpec` in place of each array (or shape).
 
     An axis of W is an axis of the stored matrix, or the first of several that the matrix flattens
     into one. A shard of W and its codes and scales are on the same device. An array that is too
     small to be sharded (one scale per output, the statistics of double quantisation) is replicated.
-
-    Args:
-      base: the weight, with arrays or `jax.ShapeDtypeStruct`s.
-      spec: the placement of W.
-      mesh: the size of each mesh axis by its name (`mesh.shape`).
-      path: the path of W, for messages.
-
-    Raises:
-      LoraError: the shards would split a block, or an axis that is not contiguous in the storage.
+    Shards that would split a block, or an axis that is not contiguous in the storage, are errors.
     """
     lead = len(base.lead)
     entries = [*spec, *[None] * (base.ndim - len(spec))]
@@ -51,7 +36,7 @@ def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> 
 
     widest = [max(sizes) for sizes in zip(*_matrices(base), strict=True)]
 
-    def one(x: Any) -> PartitionSpec:
+    def one(x: Array) -> PartitionSpec:
         matrix = x.shape[lead : lead + 2]
         if len(matrix) < 2:
             return PartitionSpec(*entries[:lead])

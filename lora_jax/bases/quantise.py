@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.base import Base, is_base
+from lora_jax.base import Array, Base, is_base
 from lora_jax.bases import nf4, scaled
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
@@ -120,10 +120,6 @@ class Scheme(NamedTuple):
 def scheme_of(base: Base, path: str) -> Scheme:
     """Return the scheme of a quantised weight, with which another can be quantised.
 
-    Args:
-      base: the quantised weight.
-      path: its path, for messages.
-
     Raises:
       LoraError: a base that `quantize` does not make, such as one read from a GGUF file.
 
@@ -160,12 +156,9 @@ def dequantize(params: Tree) -> Tree:
 
 
 def bytes_of(tree: Tree) -> int:
-    """Return the number of bytes that the arrays of a tree take on a device.
+    """Return the number of bytes that the arrays (or shapes) of a tree take on a device.
 
     Two int4 share a byte, which `nbytes` does not know.
-
-    Args:
-      tree: a pytree of arrays, quantised bases or `jax.ShapeDtypeStruct`s.
 
     >>> bytes_of({"w": jnp.zeros((3, 4), jnp.int4), "b": jnp.zeros(4)})
     22
@@ -173,7 +166,7 @@ def bytes_of(tree: Tree) -> int:
     return sum(_bytes(x) for x in jax.tree.leaves(tree))
 
 
-def _bytes(x: Any) -> int:
+def _bytes(x: Array) -> int:
     if jnp.issubdtype(x.dtype, jnp.integer):
         bits = jnp.iinfo(x.dtype).bits
     elif jnp.issubdtype(x.dtype, jnp.floating):

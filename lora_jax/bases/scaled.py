@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import LoraError
@@ -40,15 +40,11 @@ jax.tree_util.register_dataclass(
 )
 
 
-def quantise(x: jax.Array, block: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the codes and scales of one slice; a scale is absmax divided by the largest code.
+def quantise(x: jax.Array, block: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Return the codes and scales of one slice, float32 [fan_out, fan_in].
 
+    A scale is the absmax of `block` elements along the inputs, divided by the largest code.
     Integers are symmetric (-127 to 127, -7 to 7) and rounded to the nearest, ties to even.
-
-    Args:
-      x: float32 [fan_out, fan_in].
-      block: the number of elements along the inputs that share a scale; it divides fan_in.
-      dtype: int8, int4 or float8_e4m3fn.
     """
     groups = x.reshape(x.shape[0], -1, block)
     integer = jnp.issubdtype(dtype, jnp.integer)

@@ -19,13 +19,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from lora_jax.base import Base
+from lora_jax.base import Array, Base, Leaf
 from lora_jax.updates.named import OTHER, Named, Names
 
+Arrays = tuple[Array, ...]
+Function = Callable[..., Any]
 Move = Callable[..., Named]  # (named array, *operands) -> named array
 
 
@@ -38,28 +41,28 @@ class Weight(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def dtype(self) -> Any: ...
+    def dtype(self) -> np.dtype: ...
 
     @abc.abstractmethod
-    def dense(self) -> Any:
+    def dense(self) -> Array:
         """Return W as one array."""
 
     @abc.abstractmethod
-    def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         """Return `fn(W, *operands)`."""
 
-    def product(self, fn: Callable[..., Any], x: Any, *rest: Any) -> Any:
+    def product(self, fn: Function, x: Array, *rest: Array) -> Array:
         """Return `fn(W, x, *rest)`, which is linear in x."""
         return self.use(fn, x, *rest)
 
     @abc.abstractmethod
     def move(
-        self, names: Names, fn: Move, *operands: Any, along: Names = ()
+        self, names: Names, fn: Move, *operands: Array, along: Names = ()
     ) -> tuple[Weight, Names]:
         """Return W after `fn`, and the names of its axes; `fn` touches only the axes `along`."""
 
     @staticmethod
-    def of(w: Any) -> Weight:
+    def of(w: Array | Base) -> Weight:
         """Return W in the form in which a program takes it.
 
         No gradient flows into the codes and scales of a base.
@@ -67,7 +70,7 @@ class Weight(abc.ABC):
         return Deferred(jax.tree.map(lax.stop_gradient, w)) if isinstance(w, Base) else Dense(w)
 
     @staticmethod
-    def join(parts: Sequence[Weight], fn: Callable[..., Any]) -> Weight:
+    def join(parts: Sequence[Weight], fn: Function) -> Weight:
         """Return `fn` of several weights: an array if all of them are arrays, else deferred."""
         if all(isinstance(p, Dense) for p in parts):
             return Dense(fn(*(p.dense() for p in parts)))
@@ -79,24 +82,24 @@ class Weight(abc.ABC):
 class Dense(Weight):
     """A weight that is one array."""
 
-    array: Any
+    array: Leaf
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.array.dtype
 
-    def dense(self) -> Any:
+    def dense(self) -> Array:
         return self.array
 
-    def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         return fn(self.array, *operands)
 
     def move(
-        self, names: Names, fn: Move, *operands: Any, along: Names = ()
+        self, names: Names, fn: Move, *operands: Array, along: Names = ()
     ) -> tuple[Weight, Names]:
         moved = fn(Named(self.array, names), *operands)
         return Dense(moved.array), moved.names
@@ -114,18 +117,18 @@ class Absent(Weight):
         return tuple(self.like.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.like.dtype
 
-    def dense(self) -> Any:
+    def dense(self) -> Array:
         return jnp.zeros(self.shape, self.dtype)
 
-    def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         out = jax.eval_shape(fn, self.like, *operands)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
 
     def move(
-        self, names: Names, fn: Move, *operands: Any, along: Names = ()
+        self, names: Names, fn: Move, *operands: Array, along: Names = ()
     ) -> tuple[Weight, Names]:
         out = jax.eval_shape(lambda w: fn(Named(w, names), *operands), self.like)
         return Absent(out.array), out.names
@@ -136,9 +139,11 @@ class Absent(Weight):
 class Step:
     """One operation that a program applies to W before it uses it."""
 
-    fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
-    out: Any = dataclasses.field(metadata={"static": True})  # the shape and dtype of its result
-    operands: tuple[Any, ...] = ()
+    fn: Function = dataclasses.field(metadata={"static": True})
+    out: jax.ShapeDtypeStruct = dataclasses.field(
+        metadata={"static": True}
+    )  # the shape and dtype of its result
+    operands: Arrays = ()
 
 
 @jax.tree_util.register_dataclass
@@ -146,7 +151,7 @@ class Step:
 class Deferred(Weight):
     """A base (or weights that are put together), and the steps that make the weight out of it."""
 
-    source: Any
+    source: Base | Joined
     steps: tuple[Step, ...] = ()
 
     @property
@@ -154,32 +159,32 @@ class Deferred(Weight):
         return tuple(self.steps[-1].out.shape if self.steps else self.source.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.steps[-1].out.dtype if self.steps else self.source.dtype
 
-    def dense(self) -> Any:
+    def dense(self) -> Array:
         w = self.source.dense()
         for step in self.steps:
             w = step.fn(w, *step.operands)
         return w
 
-    def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         """Return `fn(W, *operands)`; the forward and the backward pass each form W."""
         return jax.checkpoint(lambda weight, operands: fn(weight.dense(), *operands))(
             self, operands
         )
 
-    def product(self, fn: Callable[..., Any], x: Any, *rest: Any) -> Any:
+    def product(self, fn: Function, x: Array, *rest: Array) -> Array:
         return recomputed(lambda known, x: fn(known[0].dense(), x, *known[1]), (self, rest), x)
 
     def move(
-        self, names: Names, fn: Move, *operands: Any, along: Names = ()
+        self, names: Names, fn: Move, *operands: Array, along: Names = ()
     ) -> tuple[Weight, Names]:
         out = jax.eval_shape(lambda w: fn(Named(w, names), *operands), shaped(self))
         leading = self.leading(names)
         if along and all(n in leading for n in along):
 
-            def one(x: Any) -> Any:
+            def one(x: Array) -> Leaf:
                 rest = tuple(OTHER - i for i in range(jnp.ndim(x) - len(leading)))
                 return fn(Named(x, (*leading, *rest)), *operands).array
 
@@ -211,33 +216,33 @@ class Joined:
     """Several weights put together, some of them quantised; the source of a `Deferred`."""
 
     parts: tuple[Weight, ...]
-    fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    fn: Function = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(jax.eval_shape(self.fn, *map(shaped, self.parts)).shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return jax.eval_shape(self.fn, *map(shaped, self.parts)).dtype
 
-    def dense(self) -> Any:
+    def dense(self) -> Array:
         return self.fn(*(p.dense() for p in self.parts))
 
 
-def shaped(x: Any) -> jax.ShapeDtypeStruct:
+def shaped(x: Array | Weight | Base) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def recomputed(fn: Callable[[Any, Any], Any], known: Any, x: Any) -> Any:
+def recomputed(fn: Callable[[Any, Any], Any], known: Leaf, x: Array) -> Array:
     """Return `fn(known, x)`, linear in the array x; `known` is a pytree of arrays."""
     leaves, treedef = jax.tree.flatten(known)
 
-    def forward(*args: Any) -> Any:
+    def forward(*args: Array) -> Array:
         *leaves, x = args
         return fn(jax.tree.unflatten(treedef, _after(tuple(leaves), x)), x)
 
-    def backward(*args: Any) -> Any:
+    def backward(*args: Array) -> Array:
         *leaves, dy = args
         known = jax.tree.unflatten(treedef, _after(tuple(leaves), dy))
         # The transpose by `vjp`, which also honours a custom gradient rule. It is linear: any x.
@@ -247,7 +252,7 @@ def recomputed(fn: Callable[[Any, Any], Any], known: Any, x: Any) -> Any:
     return _bind(forward, backward, leaves, x)
 
 
-def _bind(forward: Any, backward: Any, known: Sequence[Any], x: Any) -> Any:
+def _bind(forward: Function, backward: Function, known: Sequence[Array], x: Array) -> Array:
     """Bind the primitive, with `forward(*known, x)` and `backward(*known, dy)` traced."""
     shapes = list(map(shaped, known))
     one = jax.make_jaxpr(forward)(*shapes, shaped(x))
@@ -255,7 +260,7 @@ def _bind(forward: Any, backward: Any, known: Sequence[Any], x: Any) -> Any:
     return _product.bind(*known, x, forward=one, backward=other)
 
 
-def _after(known: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+def _after(known: Arrays, x: Array) -> Arrays:
     """Return the same arrays, in such a way that XLA cannot use them before `x` is ready.
 
     Otherwise XLA sees that both passes form the same W, forms it once, and keeps it; or it forms
@@ -263,10 +268,10 @@ def _after(known: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
     that XLA cannot recognise as one.
     """
 
-    def barrier(known: tuple[Any, ...], x: Any) -> Any:
+    def barrier(known: Arrays, x: Array) -> Arrays:
         return lax.optimization_barrier((known, x))[0]
 
-    def add_zero(known: tuple[Any, ...], x: Any) -> Any:
+    def add_zero(known: Arrays, x: Array) -> Arrays:
         one = x[(0,) * x.ndim]
         zero = (one * 0).astype(jnp.int32)  # infinity * 0 is NaN, and becomes 0 as an integer
         return tuple(x + zero.astype(x.dtype) for x in known)
@@ -277,15 +282,17 @@ def _after(known: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
 _product = Primitive("recomputed_product")
 
 
-def _call(program: Any) -> Callable[..., Any]:
+def _call(program: ClosedJaxpr) -> Function:
     return lambda *args: jaxpr_as_fun(program)(*args)[0]
 
 
-def _run(*args: Any, forward: Any, backward: Any) -> Any:
+def _run(*args: Array, forward: ClosedJaxpr, backward: ClosedJaxpr) -> Array:
     return _call(forward)(*args)
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, forward: Any, backward: Any) -> Any:
+def _jvp(
+    primals: Any, tangents: Any, *, forward: ClosedJaxpr, backward: ClosedJaxpr
+) -> tuple[Array, Array]:
     *known, x = primals
     *dknown, dx = tangents
     bind = functools.partial(_product.bind, forward=forward, backward=backward)
@@ -293,7 +300,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, forward: Any, backw
     moving = [i for i, t in enumerate(dknown) if not isinstance(t, ad.Zero)]
     if moving:  # an array that W was multiplied with is trained too
 
-        def of_moving(*values: Any) -> Any:
+        def of_moving(*values: Array) -> Array:
             leaves = list(known)
             for i, value in zip(moving, values, strict=True):
                 leaves[i] = value
@@ -304,14 +311,14 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, forward: Any, backw
     return bind(*primals), sum(parts[1:], parts[0])
 
 
-def _transpose(dy: Any, *args: Any, forward: Any, backward: Any) -> list[Any]:
+def _transpose(dy: Array, *args: Array, forward: ClosedJaxpr, backward: ClosedJaxpr) -> list[Any]:
     *known, x = args
     if isinstance(dy, ad.Zero):
         return [None] * len(known) + [ad.Zero(x.aval)]
     return [None] * len(known) + [_product.bind(*known, dy, forward=backward, backward=forward)]
 
 
-def _batch(args: Any, dims: Any, *, forward: Any, backward: Any) -> tuple[Any, int]:
+def _batch(args: Any, dims: Any, *, forward: ClosedJaxpr, backward: ClosedJaxpr) -> tuple[Any, int]:
     *known_dims, x_dim = dims
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     *known, x = args

@@ -9,9 +9,8 @@
     mlx      adapters.safetensors, for mlx-lm
     orbax    a copy of the adapter, for lora_jax.restore
 
-The run directory is not changed. Exit status: 0 success, 1 an error that was printed, 2 a command
-line that cannot be read, 130 stopped by Ctrl-C. The folder appears whole or not at all, even if the
-command is killed; the next export to the same folder deletes what a kill left (`.writing-*`).
+The run directory is not changed. The folder appears whole or not at all, even if the command is
+killed; the next export to the same folder deletes what a kill left (`.writing-*`).
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class ExportOptions(BaseChoice):
     """peft: the base model to name in the adapter's configuration. None: the run's own base."""
 
 
-def export(options: ExportOptions, console: Console) -> None:
+def export(options: ExportOptions, _: Console, console: Console) -> None:
     """Write the export that the options describe, whole or not at all, and report it."""
     out = pathlib.Path(options.out)
     if not 0 < options.shard_gb < math.inf:
@@ -195,6 +194,4 @@ _ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3
 _ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}
 
 
-main = command(
-    ExportOptions, "lora-jax export", __doc__, lambda given: export(given, Console(stderr=True))
-)
+main = command("export", ExportOptions, __doc__, export)

@@ -21,9 +21,6 @@ answers are JSONL: the fields of the line, and
 A line that cannot be used ends the command. With --skip-broken it is written again with the reason
 as its "error". A text ends at the model's own end token, and at the token that ended the training
 examples of the adapter.
-
-Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
-by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -185,10 +182,4 @@ def _closing(decoder: Decoder, count: int) -> str:
     return ", ".join(said)
 
 
-main = command(
-    GenerateOptions,
-    "lora-jax generate",
-    __doc__,
-    lambda given: run(given, Console(), Console(stderr=True)),
-    adding=True,
-)
+main = command("generate", GenerateOptions, __doc__, run, adding=True)

@@ -7,9 +7,8 @@ PEFT or `lora-jax export --format peft` wrote the folder. Every setting in it is
 error that names the key. Its classification head is imported too. Without --base, the base that the
 folder names is opened if it is a folder on this machine; it is never fetched.
 
-The run's path goes to stdout. Exit status: 0 success, 1 an error that was printed, 2 a command line
-that cannot be read, 130 stopped by Ctrl-C. After a kill or a full disk, the run has its adapter
-whole or not at all; the same command deletes what is incomplete and goes on.
+The run's path goes to stdout. After a kill or a full disk, the run has its adapter whole or not at
+all; the same command deletes what is incomplete and goes on.
 """
 
 from __future__ import annotations
@@ -63,14 +62,14 @@ class ImportOptions:
     """Replace the result of an earlier import."""
 
 
-def run(options: ImportOptions, console: Console) -> None:
-    """Read, check and write. Findings go to `console`, the run's path to stdout."""
+def run(options: ImportOptions, console: Console, aside: Console) -> None:
+    """Read, check and write. Findings go to `aside`, the run's path to `console`."""
     out = pathlib.Path(options.out).expanduser()
     if min(options.lengths, default=1) < 1:
         raise LoraError(f"--lengths must be at least 1, got {options.lengths}")
     _check_out(out, options.overwrite)  # before the base is opened, which takes long
     model = {name: getattr(options, name) for name in ("scan_layers", "dtype", "param_dtype")}
-    with console.status("opening the base ..."):
+    with aside.status("opening the base ..."):
         found = peft_run.read(
             options.folder,
             peft_run.ImportSettings(
@@ -96,7 +95,7 @@ def run(options: ImportOptions, console: Console) -> None:
     layout, parameters, trainable = found.adapter
     trained = f", and {count(dict(trainable)):,} trained in full" if trainable else ""
     say(
-        console,
+        aside,
         "\n".join(
             [
                 f"{options.folder} on {reference}: {len(layout.targets)} adapted parameters "
@@ -105,7 +104,7 @@ def run(options: ImportOptions, console: Console) -> None:
             ]
         ),
     )
-    say(Console(), str(out))
+    say(console, str(out))
 
 
 def _check_out(out: pathlib.Path, overwrite: bool) -> None:
@@ -129,6 +128,4 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
         raise LoraError(f"{out} exists; choose another --out, or give --overwrite to replace it")
 
 
-main = command(
-    ImportOptions, "lora-jax import", __doc__, lambda given: run(given, Console(stderr=True))
-)
+main = command("import", ImportOptions, __doc__, run)

@@ -17,8 +17,7 @@ written again, in the same order, with its own fields and
 A line that cannot be classified ends the command. With --skip-broken it is written again with the
 reason as its "error", so that there is still one line for each.
 
-Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
-by Ctrl-C. Lines written before an error or a stop are complete.
+Lines written before an error or a stop are complete.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class PredictOptions(AdapterOptions):
     """Lines that are read ahead and sorted by length. A prediction may wait for this many lines."""
 
 
-def run(options: PredictOptions, console: Console) -> None:
+def run(options: PredictOptions, _: Console, console: Console) -> None:
     """Read examples, classify them and write the predictions; print messages to `console`."""
     source, faults = options.source(("text", "image"), ("batch_size", "window")), list[str]()
     if not options.adapter:
@@ -164,10 +163,4 @@ def _closing(classifier: Classifier, count: int, seconds: float) -> str:
     return "\n".join([*said, *more])
 
 
-main = command(
-    PredictOptions,
-    "lora-jax predict",
-    __doc__,
-    lambda given: run(given, Console(stderr=True)),
-    adding=True,
-)
+main = command("predict", PredictOptions, __doc__, run, adding=True)

@@ -14,9 +14,6 @@ tasks write, or several directories, it compares the runs. It writes
 A run that has not finished is shown up to its last step. An adapter without a run, written by
 `lora-jax import` or `lora_jax.save`, has a page as well. The section on what of W the update
 amplifies needs the base model that the adapter names; if it cannot be opened, the report says so.
-
-Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
-by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -51,8 +48,8 @@ class ReportOptions(BaseChoice):
     in the report link there. None: they have no links."""
 
 
-def run(options: ReportOptions, console: Console) -> None:
-    """Write the report, print its path to stdout, and print what is missing to `console`."""
+def run(options: ReportOptions, console: Console, aside: Console) -> None:
+    """Write the report, print its path to `console`, and what is missing to `aside`."""
     given = [pathlib.Path(path) for path in options.run_dir]
     if not given:
         raise LoraError("no run directory: give one that train.py wrote, such as runs/reviews")
@@ -67,13 +64,13 @@ def run(options: ReportOptions, console: Console) -> None:
     made = make(given, options)
     made = glossary.with_glossary(made, options.docs)
     for note in notes(made):
-        say(console, f"note: {note.text}")
+        say(aside, f"note: {note.text}")
     run = given[0].expanduser()
     if options.out is None:  # the run may come from a stranger, and "report" in it be a link
         page = render.write(made, run / "report", below=run)
     else:
         page = render.write(made, pathlib.Path(options.out).expanduser())
-    say(Console(), str(page))
+    say(console, str(page))
 
 
 def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
@@ -95,6 +92,4 @@ def notes(made: Report) -> list[Note]:
     return [*made.notes, *(block for block in blocks if isinstance(block, Note))]
 
 
-main = command(
-    ReportOptions, "lora-jax report", __doc__, lambda given: run(given, Console(stderr=True))
-)
+main = command("report", ReportOptions, __doc__, run)

@@ -17,9 +17,6 @@ trace of the model tells the role of each axis in its products:
     in, out        the inputs and outputs of a product; the rows of an embedding are inputs
     layers         a stack of layers (--scan-layers); each has an adapter of its own
     experts        a stack of experts; each has an adapter of its own
-
-Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
-by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -128,6 +125,4 @@ def _by_rank(
     return [*counts, *(textwrap.wrap(f"-: {refused[0]}", width) if refused else [])]
 
 
-main = command(
-    ShowOptions, "lora-jax show", __doc__, lambda given: run(given, Console(), Console(stderr=True))
-)
+main = command("show", ShowOptions, __doc__, run)

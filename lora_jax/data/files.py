@@ -72,9 +72,9 @@ def _globbed(name: str) -> dict[str, Path]:
     found = {p: re.fullmatch(f"{before}(.+){after}", p.name) for p in pattern.parent.glob("*")}
     paths = {fit.group(1): p for p, fit in sorted(found.items()) if fit}
     if not paths:
-        there = sorted(p.name for p in found)[:5]
+        neighbours = sorted(p.name for p in found)[:5]
         raise DataError(
-            f"{name}: no file fits.\n  in {pattern.parent}: {', '.join(there) or 'nothing'}"
+            f"{name}: no file fits.\n  in {pattern.parent}: {', '.join(neighbours) or 'nothing'}"
         )
     return paths
 

@@ -227,9 +227,9 @@ def _measure(
     each = -(-_SAMPLE // len(rows))
     lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])
     scale = count / max(1, len(lengths))  # exactly 1 if one process has tokenised everything
-    lost = TextTruncation(*(round(number * scale) for number in dataclasses.astuple(truncation)))
+    scaled = TextTruncation(*(round(number * scale) for number in dataclasses.astuple(truncation)))
     places = int(np.maximum(lengths - 1, 0).sum())
-    return round(np.count_nonzero(lengths) * scale), round(places * scale), lost
+    return round(np.count_nonzero(lengths) * scale), round(places * scale), scaled
 
 
 def _lengths(rows: Sequence[TokenRow], sample: int) -> NDArray[np.int64]:

@@ -122,7 +122,7 @@ class Topics(TextBuilder):
         empty = sum(not row["text"] for found in rows.values() for _, row in found)
         assert empty == self.corpus.empty, empty
         full = {split: [r for r in found if r[1]["text"]] for split, found in rows.items()}
-        return {**divided(full["train"]), "test": full["test"]}
+        return {**with_validation(full["train"]), "test": full["test"]}
 
     def _rows(self, split: str) -> list[KeyedRow]:
         file = f"{_FOLDER}{self.corpus.stem}-{split}.tab"
@@ -147,7 +147,7 @@ def read(path: Path) -> Iterator[KeyedRow]:
             yield number, {"text": text, "label": label}
 
 
-def divided(rows: Iterable[KeyedRow]) -> dict[str, list[KeyedRow]]:
+def with_validation(rows: Iterable[KeyedRow]) -> dict[str, list[KeyedRow]]:
     """Divide rows into the training and the validation split.
 
     A class whose rows would all be in the validation split keeps them in the training split.

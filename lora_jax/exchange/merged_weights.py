@@ -29,8 +29,8 @@ from lora_jax.models.weights.families import table_of
 from lora_jax.models.weights.stored import StoredParameter, parameters
 from lora_jax.models.weights.tensor_names import TensorName
 from lora_jax.serving.served_adapters import Served
-from lora_jax.updates.conversion import sliced
 from lora_jax.updates.kind import kind_of
+from lora_jax.updates.sliced import sliced
 
 
 class MergedWeights:

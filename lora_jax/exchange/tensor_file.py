@@ -1,12 +1,4 @@
-"""Read and write safetensors files, which may come from a stranger.
-
-The format: eight bytes that hold the length of a JSON header, the header
-`{name: {"dtype", "shape", "data_offsets"}}`, and the numbers. Every size is compared with the size
-of the file before memory is allocated for it. There is no code in such a file.
-
-The safetensors package, which reads the weights of a base in slices, is an extra; it takes a key
-that is there twice, and 597 MB and 14 s for a header of 53 MB (version 0.8). Here both are refused.
-"""
+"""Read and write whole safetensors files of floats; `system.safetensors_reader` checks them."""
 
 from __future__ import annotations
 
@@ -19,18 +11,14 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import LoraError
-from lora_jax.system import json_file, regular_files
+from lora_jax.system import json_file, safetensors_reader
+from lora_jax.system.safetensors_reader import FLOATS
 from lora_jax.system.whole_files import FileWriter
 
-# Axes of an array, characters of a name, arrays in a file, bytes of their descriptions.
-DIMENSIONS, LONGEST, MOST, MOST_BYTES = 8, 1_000, 100_000, 2**24
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
-FLOATS: dict[str, Any] = {name: np.dtype(x) for name, x in DTYPES.items()}
-FLOATS["BF16"] = np.dtype(jnp.bfloat16)
+LONGEST = 1_000  # characters of a name
 DIGESTS = "lora_jax.digests"  # the key of our own entry in the file's metadata
 
 
@@ -42,20 +30,16 @@ class TensorFile(NamedTuple):
 
 
 def read(path: pathlib.Path) -> TensorFile:
-    """Read a whole file of floats."""
-    with regular_files.opened(path, LoraError) as file:
-        data = np.fromfile(file, np.uint8)
-    header, body = _header(path, data)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or any(not isinstance(x, str) for x in metadata.values()):
-        raise LoraError(f"{path}: __metadata__ must map names to texts, got {shown(metadata)}")
-    tensors, spans = {}, []
-    for name, entry in header.items():
+    """Read a whole file of floats; a message names the file and, if there is one, the key."""
+    metadata, stored = safetensors_reader.read(path, LoraError)
+    tensors = {}
+    for name, tensor in stored.items():
         check_name(path, name)
-        dtype, shape, span = _entry(path, name, entry, len(body))
-        spans.append((*span, name))
-        tensors[name] = body[slice(*span)].view(dtype).reshape(shape)
-    _check_spans(path, spans, len(body))
+        if tensor.dtype not in FLOATS:
+            raise LoraError(
+                f"{path}: {name} is stored as {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+            )
+        tensors[name] = tensor.whole()
     for name, x in tensors.items():
         with np.errstate(over="ignore"):  # every reader takes float32, which F64 may not fit
             narrow = x if x.itemsize <= 4 else x.astype(np.float32)
@@ -172,60 +156,3 @@ def shown(value: Any) -> str:
     """Return a value from a file, cut to fit into a message."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
-
-
-def _header(path: pathlib.Path, data: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-    if len(data) < 8:
-        raise LoraError(f"{path} has {len(data)} bytes, too few for a safetensors file")
-    (length,) = struct.unpack("<Q", data[:8].tobytes())
-    header = {}
-    if length <= min(MOST_BYTES, len(data) - 8):
-        header = parse_json(path, data[8 : 8 + length].tobytes())
-    if length > min(MOST_BYTES, len(data) - 8) or len(header) > MOST:
-        raise LoraError(
-            f"{path} declares a header of {length:,} bytes, but the file has {len(data):,} and a "
-            f"header may have {MOST_BYTES:,} and {MOST:,} arrays: it is not a safetensors file of "
-            "an adapter, or it is damaged"
-        )
-    return header, data[8 + length :]
-
-
-def _entry(
-    path: pathlib.Path, name: str, entry: Any, available: int
-) -> tuple[Any, tuple[int, ...], tuple[int, int]]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise LoraError(
-            f"{path}: {name} is described by {shown(entry)}; expected dtype, shape, data_offsets"
-        )
-    shape, span = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in FLOATS:
-        raise LoraError(
-            f"{path}: {name} is stored as {shown(entry['dtype'])}, expected one of "
-            f"{', '.join(FLOATS)}"
-        )
-    if not _sizes(shape) or len(shape) > DIMENSIONS or not _sizes(span) or len(span) != 2:
-        raise LoraError(f"{path}: {name} has no shape and place that can be: {shown(entry)}")
-    dtype = FLOATS[entry["dtype"]]
-    start, stop = span
-    if not start <= stop <= available or stop - start != math.prod(shape) * dtype.itemsize:
-        raise LoraError(
-            f"{path}: {name} of shape {shown(shape)} takes {math.prod(shape) * dtype.itemsize:,} "
-            f"bytes; its place is {start:,} to {stop:,} of {available:,}"
-        )
-    return dtype, tuple(shape), (start, stop)
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-
-
-def _check_spans(path: pathlib.Path, spans: list[tuple[int, int, str]], available: int) -> None:
-    end = 0
-    for start, stop, name in sorted(spans):
-        if start != end:
-            raise LoraError(
-                f"{path}: {name} begins at byte {start:,} of the data, expected {end:,}"
-            )
-        end = stop
-    if end != available:
-        raise LoraError(f"{path} has {available:,} bytes of data, its header speaks of {end:,}")

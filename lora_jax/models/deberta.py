@@ -51,11 +51,11 @@ def _row_of(relative: Disentangled, length: int) -> np.ndarray:
     """
     distance = np.arange(1 - length, length)
     if relative.buckets:
-        middle, far = relative.buckets // 2, np.float32(relative.distances - 1)
-        size = np.maximum(np.abs(distance), middle).astype(np.float32)
-        scale = np.log(far / np.float32(middle))
-        wide = np.ceil(np.log(size / np.float32(middle)) / scale * (middle - 1)) + middle
-        near = np.abs(distance) <= middle
+        half, far = relative.buckets // 2, np.float32(relative.distances - 1)
+        size = np.maximum(np.abs(distance), half).astype(np.float32)
+        scale = np.log(far / np.float32(half))
+        wide = np.ceil(np.log(size / np.float32(half)) / scale * (half - 1)) + half
+        near = np.abs(distance) <= half
         distance = np.where(near, distance, np.sign(distance) * wide.astype(np.int64))
     span = relative.span
     return np.clip(distance + span, 0, 2 * span - 1).astype(np.int32)
@@ -76,8 +76,8 @@ def position_scores(
     for rows, positions in zip((query, key), by_position, strict=True):
         if positions is None:
             continue
-        form = ("btnh,pnh->bntp", rows, positions)
-        each = jnp.einsum(*form, preferred_element_type=jnp.float32)
+        operands = ("btnh,pnh->bntp", rows, positions)
+        each = jnp.einsum(*operands, preferred_element_type=jnp.float32)
         # A key takes the pairs in which it is the second token.
         which = jnp.broadcast_to((index if rows is query else index.T)[None, None], shape)
         found = jnp.take_along_axis(each, which, axis=-1)

@@ -250,7 +250,7 @@ class DecoderModel(nn.Module):
         if last is not None:
             x = x[:, -last:]
         x = norm(config, "norm", config.norm)(x)
-        form = "btd,vd->btv" if config.tied else "btd,dv->btv"
+        equation = "btd,vd->btv" if config.tied else "btd,dv->btv"
         weight = embed.embedding if config.tied else _DecoderHead(config, name="lm_head")()
 
         def head(x: Array) -> Array:
@@ -260,7 +260,7 @@ class DecoderModel(nn.Module):
                 # were it the right-hand side.
                 logits = jnp.einsum("vd,btd->vbt", kernel, x, preferred_element_type=jnp.float32)
                 return capped(logits.transpose(1, 2, 0), config.logit_cap)
-            logits = jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
+            logits = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
             return capped(logits, config.logit_cap)
 
         return x, head, fresh

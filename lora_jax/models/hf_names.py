@@ -46,8 +46,8 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
         path = start + (row.stacked_path if config.scan_layers else row.path)
         found[path] = _module(config, row, head)
         name = hf_prefix(config, row, head) + row.hf
-        if isinstance(config, VitConfig) and _today(name) != name:
-            found[path] = (HfModule(_today(name)), HfModule(name))  # the first one is written
+        if isinstance(config, VitConfig) and _module_name(name) != name:
+            found[path] = (HfModule(_module_name(name)), HfModule(name))  # the first one is written
         if row.of_experts and (both := _of_all_experts(config, row)).name != name:
             found[path] = (HfModule(name), both)
     return found
@@ -62,7 +62,7 @@ def _of_all_experts(config: StoredConfig, row: TensorName) -> HfModule:
     return HfModule(name, layer="experts", rows=rows)
 
 
-def _today(name: str) -> str:
+def _module_name(name: str) -> str:
     """Return the name in transformers 5 of a tensor of ViT."""
     for old, new in _VIT_MODULES.items():
         name = name.replace(old, new)

@@ -186,7 +186,7 @@ class Embed(nn.Module):
     def __call__(self, index: Array) -> Array:
         # Gathered over `fsdp` first: if the table is sharded over both axes, and the rows of the
         # batch over `fsdp` as well, XLA replicates the activations.
-        table = divided(self.embedding, *([None] * self.tensor), "tensor")
+        table = sharded(self.embedding, *([None] * self.tensor), "tensor")
         # The lookup comes before the cast, because a cast of the whole table would copy it.
         return jnp.take(table, index, axis=0).astype(self.config.dtype)
 
@@ -202,10 +202,10 @@ def by_rows(x: Array) -> Array:
     Otherwise XLA may shard the activations like the weights: if kernels are sharded over `fsdp`, it
     gathers the batch and divides the hidden axis, and every device computes the whole attention.
     """
-    return divided(x, ("fsdp", "data"))
+    return sharded(x, ("fsdp", "data"))
 
 
-def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+def sharded(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """Shard each axis of `x` over the mesh axes (a name, several, None) given for it, and over no
     others.
 

@@ -32,27 +32,27 @@ class _Sight(NamedTuple):
 
 class _Attention(nn.Module):
     config: LayersConfig
-    form: PreNorm
+    options: PreNorm
     deterministic: bool
 
     @nn.compact
     def __call__(self, x: Array, sight: _Sight) -> Array:
-        config, form = self.config, self.form
+        config, options = self.config, self.options
         count, width = config.num_heads, config.hidden_size // config.num_heads
         names = ("query", "key", "value")
         query, key, value = heads(
-            config, x, (count,) * 3, width, names, fused=form.fused, bias=form.qkv_bias
+            config, x, (count,) * 3, width, names, fused=options.fused, bias=options.qkv_bias
         )
         if sight.turn is not None:
             query, key = rotate(query, sight.turn), rotate(key, sight.turn)
         drop = kept_weights(config, x, self.deterministic)
         mixed = attend(query, key, value, sight.seen, drop).reshape(x.shape)
-        return dense(config, config.hidden_size, "output", bias=form.output_bias)(mixed)
+        return dense(config, config.hidden_size, "output", bias=options.output_bias)(mixed)
 
 
 class _Layer(nn.Module):
     config: LayersConfig
-    form: PreNorm
+    options: PreNorm
     deterministic: bool = True
     kind: int = 0
 
@@ -60,11 +60,11 @@ class _Layer(nn.Module):
     def __call__(
         self, x: Array, whole: _Sight, local: _Sight | None, kind: Array | None = None
     ) -> tuple[Array, None]:
-        config, form = self.config, self.form
+        config, options = self.config, self.options
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
         sight, normed = whole, x
         if kind is not None or not self.kind & FIRST:
-            normed = norm(config, "attention_norm", form.norm)(x)
+            normed = norm(config, "attention_norm", options.norm)(x)
         if kind is not None:  # one program for layers of all kinds
             normed = jnp.where((kind & FIRST) > 0, x, normed)
             if local is not None:
@@ -72,11 +72,13 @@ class _Layer(nn.Module):
                 sight = jax.tree.map(pick, whole, local)
         elif self.kind & LOCAL and local is not None:
             sight = local
-        attention = _Attention(config, form, self.deterministic, name="attention")
+        attention = _Attention(config, options, self.deterministic, name="attention")
         x = by_rows(x + drop(attention(normed, sight)))
-        rate = config.dropout if form.gated else 0.0
-        mlp = Mlp(config, form.gated, True, form.mlp_bias, rate, self.deterministic, name="mlp")
-        return by_rows(x + drop(mlp(norm(config, "mlp_norm", form.norm)(x)))), None
+        rate = config.dropout if options.gated else 0.0
+        mlp = Mlp(
+            config, options.gated, True, options.mlp_bias, rate, self.deterministic, name="mlp"
+        )
+        return by_rows(x + drop(mlp(norm(config, "mlp_norm", options.norm)(x)))), None
 
 
 class PreNormEncoder(nn.Module):
@@ -87,14 +89,14 @@ class PreNormEncoder(nn.Module):
     """
 
     config: LayersConfig
-    form: PreNorm
+    options: PreNorm
     deterministic: bool = True
 
     @nn.compact
     def __call__(
         self, x: Array, mask: Array | None, segment_ids: Array | None, positions: Array | None
     ) -> Array:
-        config, form, length = self.config, self.form, x.shape[1]
+        config, options, length = self.config, self.options, x.shape[1]
 
         def sight(theta: float | None, window: int | None) -> _Sight:
             seen = visible(length, mask, segment_ids, window=window)
@@ -104,11 +106,11 @@ class PreNormEncoder(nn.Module):
                 turn = angles(positions, width, theta)
             return _Sight(turn, seen)
 
-        windowed = form.windowed or (False,) * config.num_layers
+        windowed = options.windowed or (False,) * config.num_layers
         kinds = [LOCAL * local for local in windowed]
-        kinds[0] |= 0 if form.first_norm else FIRST
-        local = sight(form.local_rope_theta, form.window) if any(windowed) else None
+        kinds[0] |= 0 if options.first_norm else FIRST
+        local = sight(options.local_rope_theta, options.window) if any(windowed) else None
         layers = stack(
-            *(_Layer, config, "layer", kinds), form=form, deterministic=self.deterministic
+            *(_Layer, config, "layer", kinds), options=options, deterministic=self.deterministic
         )
-        return norm(config, "norm", form.norm)(layers(x, sight(form.rope_theta, None), local))
+        return norm(config, "norm", options.norm)(layers(x, sight(options.rope_theta, None), local))

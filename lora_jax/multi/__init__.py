@@ -4,10 +4,10 @@ from lora_jax.multi.combine import combine as combine
 from lora_jax.multi.combine import truncate as truncate
 from lora_jax.multi.dropout import Dropout as Dropout
 from lora_jax.multi.dropout import dropout as dropout
+from lora_jax.multi.selected import Stack as Stack
 from lora_jax.multi.stack import BASE as BASE
 from lora_jax.multi.stack import Scaled as Scaled
 from lora_jax.multi.stack import Selection as Selection
-from lora_jax.multi.stack import Stack as Stack
 from lora_jax.multi.stack import pad as pad
 from lora_jax.multi.stack import put as put
 from lora_jax.multi.stack import select as select

@@ -29,7 +29,7 @@ from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.spec import check_rank
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors
+from lora_jax.updates.factors import Factors
 
 
 class Truncation(NamedTuple):

@@ -39,7 +39,6 @@ class Dropout(Choice):
         return isinstance(self.adapters, Choice) and self.adapters.per_example
 
     def choice(self, layout: Layout) -> Any:
-        """Return the choice of the adapters, and a key (for each example)."""
         inner = self.adapters.choice(layout) if isinstance(self.adapters, Choice) else None
         if not self.per_example:
             return inner, self.key
@@ -47,12 +46,6 @@ class Dropout(Choice):
         return inner, jax.vmap(jax.random.fold_in, (None, 0))(self.key, numbers)
 
     def updates(self, layout: Layout, choice: Any) -> UpdateOf:
-        """Return the updates of the adapters, each with dropout.
-
-        Args:
-          layout: the layout that was passed to `adapt`.
-          choice: from `choice`; if `per_example`, the entry of one example.
-        """
         inner, key = choice
         several = isinstance(self.adapters, Choice)
         of = self.adapters.updates(layout, inner) if several else single(layout, self.adapters)

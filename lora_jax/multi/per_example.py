@@ -30,17 +30,12 @@ def each(
 ) -> Any:
     """Return `call(own_i, *args_i, **kwargs_i)` for every example i, with the outputs stacked.
 
-    Args:
-      call: a function of one example's own values and then a batch of one.
-      own: a pytree of arrays with a leading axis of examples, [B, ...].
-      args, kwargs: of the whole batch. Array leaves of rank 1 and more are split along the axis
-        that `in_axes` names. All other leaves are shared, except that a scalar PRNG key is folded
-        with the example's number, so that examples draw different numbers.
-      in_axes: the axis of the examples: one for all, or a tuple with an entry (an int, None for
-        shared, or a tree of them) for each of `args`. With a tuple, `kwargs` are split along axis
-        0.
-      out_axes: the axis of the examples in the outputs, one for all or a tree of them. A scalar
-        output becomes [B].
+    `own` is a pytree of arrays with a leading axis of examples. `args` and `kwargs` are of the
+    whole batch. Array leaves of rank 1 and more are split along the axis that `in_axes` names: one
+    for all, or a tuple with an entry (an int, None for shared, or a tree of them) for each of
+    `args`, and 0 for `kwargs`. All other leaves are shared, except that a scalar PRNG key is folded
+    with the example's number, so that examples draw different numbers. `out_axes` are the axes of
+    the examples in the outputs; a scalar output becomes [B].
 
     Raises:
       LoraError: an argument that does not have B examples, or an output whose axis is not of size

@@ -49,14 +49,8 @@ def pays(examples: int, adapters: int, rows: int, rank: int) -> bool:
 def product(x: Any, a: Any, b: Any, gain: Any, index: Any, precision: Any) -> Any:
     """Return `gain[index] * x a[index] b[index]`; grouped by index under a vmap over x and index.
 
-    Args:
-      x: [rows, in].
-      a, b, gain: [n, in, rank], [n, rank, out] and [n], of all adapters.
-      index: [] int; a number out of range gives NaN.
-      precision: of both products, as in `jax.numpy.matmul`.
-
-    Returns:
-      [rows, out].
+    x [rows, in]; a [n, in, rank], b [n, rank, out] and gain [n] of all adapters; index [] int, NaN
+    if it is out of range. The result is [rows, out].
     """
 
     def plain(x: Any, a: Any, b: Any, gain: Any, index: Any) -> Any:

@@ -21,11 +21,29 @@ from lora_jax.layout import Layout
 from lora_jax.multi import per_example, segmented_matmul
 from lora_jax.target import Target
 from lora_jax.transform import Several, UpdateOf
+from lora_jax.updates.factors import Gains, named
 from lora_jax.updates.gating import Gated
-from lora_jax.updates.kind import Gains, gained, gains_of, kind_of, named
+from lora_jax.updates.kind import gained, gains_of, kind_of
 from lora_jax.updates.lowrank import LowRank, is_matrix_product
 from lora_jax.updates.named import EXTRA, MEMBER, RANK, Named, Names, without
 from lora_jax.updates.update import Operation, Update, Wrapper, selected
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """n adapters in the shapes of a common layout, and the base as the last; arrays only.
+
+    Attributes:
+      factors: `{path: Factors(a [n + 1, *stack, *inputs, rank], b [n + 1, *stack, rank,
+        *outputs])}`; DoRA's `Directed` has magnitudes [n + 1, *stack, *outputs] too.
+      scales: `{path: [n + 1] float32}`.
+      size: n, without the base.
+    """
+
+    factors: Adapters
+    scales: dict[str, Any]
+    size: int = dataclasses.field(metadata={"static": True})
 
 
 class Choice(Several):
@@ -37,12 +55,21 @@ class Choice(Several):
         return False
 
     def choice(self, layout: Layout) -> Any:
-        """Return the choice: a pytree, with a leading axis of examples if `per_example`."""
+        """Return the choice: a pytree, with a leading axis of examples if `per_example`.
+
+        Args:
+          layout: the layout that was passed to `adapt`.
+        """
         return None
 
     @abc.abstractmethod
     def updates(self, layout: Layout, choice: Any) -> UpdateOf:
-        """Return the updates that the choice of one example, or of all examples, stands for."""
+        """Return the updates that the choice of one example, or of all examples, stands for.
+
+        Args:
+          layout: the layout that was passed to `adapt`.
+          choice: from `choice`; if `per_example`, the entry of one example.
+        """
 
     def run(
         self, layout: Layout, run: Callable[..., Any], args: Any, kwargs: Any, axes: tuple[Any, Any]

@@ -26,7 +26,7 @@ import numpy as np
 from lora_jax.adapters import Adapter, Adapters, as_lora, check, factors_alone
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.multi.selected import Choice, Mixed
+from lora_jax.multi.selected import Choice, Mixed, Stack
 from lora_jax.target import Target
 from lora_jax.transform import UpdateOf
 from lora_jax.updates.kind import kind_of
@@ -51,23 +51,6 @@ class Scaled(Choice):
     def updates(self, layout: Layout, choice: Any) -> UpdateOf:
         check(layout, self.factors)
         return Mixed(self.factors, self.scales)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """n adapters in the shapes of a common layout, and the base as the last; arrays only.
-
-    Attributes:
-      factors: `{path: Factors(a [n + 1, *stack, *inputs, rank], b [n + 1, *stack, rank,
-        *outputs])}`; DoRA's `Directed` has magnitudes [n + 1, *stack, *outputs] too.
-      scales: `{path: [n + 1] float32}`.
-      size: n, without the base.
-    """
-
-    factors: Adapters
-    scales: dict[str, Any]
-    size: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

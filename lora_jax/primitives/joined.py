@@ -12,7 +12,7 @@ from lora_jax.bases.weight import Dense, Weight
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
 from lora_jax.primitives.evaluator import Evaluator, Primitive, Primitives
 from lora_jax.primitives.jaxprs import Eqn
-from lora_jax.updates.update import Piece, Zero, join
+from lora_jax.updates.update import Segment, Zero, join
 
 
 def _concatenate(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
@@ -34,12 +34,12 @@ def _join(evaluator: Evaluator, ins: Ins, axis: int) -> AdaptedWeight | None:
     ins = [v.selected() if isinstance(v, AdaptedWeight) else v for v in ins]
     weights = [v for v in ins if isinstance(v, AdaptedWeight)]
     names, start = weights[0].names, 0
-    parts: list[Piece] = []
+    parts: list[Segment] = []
     for v in ins:
         size = int(v.shape[axis])
         if isinstance(v, AdaptedWeight) and type(v.update) is not Zero:
             renamed = evaluator.renamed(v.update, dict(zip(v.names, names, strict=True)))
-            parts.append(Piece(renamed, start, size))
+            parts.append(Segment(renamed, start, size))
         start += size
     update = join(parts, names[axis], start)
     if update is None:

@@ -11,7 +11,7 @@ import jax
 from lora_jax.primitives.adapted_weight import UNKNOWN
 from lora_jax.primitives.flow import NONE, Atoms, Flow, join
 from lora_jax.updates.named import Named, Names
-from lora_jax.updates.update import Piece, Update, Zero
+from lora_jax.updates.update import Segment, Update, Zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Recorder(Zero):
             return None
         return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         every = [p.update for p in parts]
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731

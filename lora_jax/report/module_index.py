@@ -65,7 +65,7 @@ class ModuleIndex:
         return list(map(label, self.layers))
 
     @property
-    def middle(self) -> int | None:
+    def middle_layer(self) -> int | None:
         """The middle layer: 3 for the layers 0 to 5."""
         return self.layers[len(self.layers) // 2]
 

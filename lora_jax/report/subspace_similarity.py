@@ -32,7 +32,7 @@ _SHARED = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class One:
+class RunAdapter:
     """A run that has saved an adapter.
 
     config: dotted path -> value, for the fields that decide the result.
@@ -60,8 +60,8 @@ def section(runs: Sequence[SavedRun]) -> Section:
             "random spaces of d-dimensional vectors it is about max(i, j)/d."
         )
     ]
-    found, lost = _open(runs)
-    blocks += lost
+    found, left_out = _open(runs)
+    blocks += left_out
     for what, pair, runs_that in (
         ("ranks", of_ranks(found), "with the same matrices and different ranks"),
         ("seeds", of_seeds(found), "that differ only in the seed"),
@@ -71,25 +71,24 @@ def section(runs: Sequence[SavedRun]) -> Section:
     return Section(_TITLE, tuple(blocks))
 
 
-def of_ranks(found: Sequence[One]) -> tuple[One, One] | None:
+def of_ranks(found: Sequence[RunAdapter]) -> tuple[RunAdapter, RunAdapter] | None:
     """Return the runs of smallest and largest rank that adapt the same matrices, or None.
 
     Among several such pairs it is the one with the fewest other differences, then the first.
     """
-    best: tuple[tuple[float, int], tuple[One, One]] | None = None
+    pairs = list[tuple[RunAdapter, RunAdapter]]()
     for ones in _same_targets(found):
         low, high = min(one.rank for one in ones), max(one.rank for one in ones)
-        pairs = itertools.product(
-            (one for one in ones if one.rank == low), (one for one in ones if one.rank == high)
-        )
-        for pair in pairs:
-            cost = (-high / low, len(_differences(*pair, _RANK)))
-            if low < high and (best is None or cost < best[0]):
-                best = (cost, pair)
-    return None if best is None else best[1]
+        if low < high:
+            pairs += [(a, b) for a in ones for b in ones if (a.rank, b.rank) == (low, high)]
+
+    def cost(pair: tuple[RunAdapter, RunAdapter]) -> tuple[float, int]:
+        return -pair[1].rank / pair[0].rank, len(_differences(*pair, _RANK))
+
+    return min(pairs, key=cost, default=None)
 
 
-def of_seeds(found: Sequence[One]) -> tuple[One, One] | None:
+def of_seeds(found: Sequence[RunAdapter]) -> tuple[RunAdapter, RunAdapter] | None:
     """Return two runs that differ only in the seed, of the largest rank that has two, or None."""
     pairs = [
         pair
@@ -100,34 +99,34 @@ def of_seeds(found: Sequence[One]) -> tuple[One, One] | None:
     return max(pairs, key=lambda pair: pair[0].rank) if pairs else None
 
 
-def _same_targets(found: Sequence[One]) -> list[list[One]]:
-    groups = defaultdict[Any, list[One]](list)
+def _same_targets(found: Sequence[RunAdapter]) -> list[list[RunAdapter]]:
+    groups = defaultdict[Any, list[RunAdapter]](list)
     for one in found:
         groups[tuple((t.path, t.form) for t in one.layout.targets)].append(one)
     return [ones for ones in groups.values() if ones[0].layout.targets]
 
 
-def _differences(one: One, two: One, without: Sequence[str]) -> list[str]:
+def _differences(one: RunAdapter, two: RunAdapter, without: Sequence[str]) -> list[str]:
     fields = dict.fromkeys([*one.config, *two.config])
     differ = (f for f in fields if one.config.get(f) != two.config.get(f))
     return [field for field in differ if field not in without]
 
 
-def _open(runs: Sequence[SavedRun]) -> tuple[list[One], list[Note]]:
-    found, lost = [], []
+def _open(runs: Sequence[SavedRun]) -> tuple[list[RunAdapter], list[Note]]:
+    found, left_out = [], []
     for run in runs:
         try:
             _, folder = adapter_path.find(str(run.path))[0]
             layout = adapter.restore_layout(folder)
         except LoraError as error:
-            lost.append(Note(f"{run.name} is left out: {error}"))
+            left_out.append(Note(f"{run.name} is left out: {error}"))
             continue
         rank = max((target.rank for target in layout.targets), default=0)
-        found.append(One(run.name, flat(run.config), folder, layout, rank))
-    return found, lost
+        found.append(RunAdapter(run.name, flat(run.config), folder, layout, rank))
+    return found, left_out
 
 
-def _compared(pair: tuple[One, One], what: str) -> list[Block]:
+def _compared(pair: tuple[RunAdapter, RunAdapter], what: str) -> list[Block]:
     """Make the table and figures of one pair. `what` is "ranks" or "seeds" and names the files."""
     one, two = pair
     try:
@@ -135,18 +134,18 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
         found = analysis.similarity(first, second)
     except LoraError as error:
         return [Note(f"{one.name} and {two.name} cannot be compared: {error}")]
-    there = ModuleIndex.of(one.layout)
-    phis = {place: found[place.path][place.at] for place in there.places}
+    modules = ModuleIndex.of(one.layout)
+    phis = {place: found[place.path][place.at] for place in modules.places}
     names = tuple(
         f"rank {x.rank}" if what == "ranks" else f"seed {x.config.get('seed')}" for x in pair
     )
     both = " against ".join(names)
     blocks: list[Block] = [Paragraph(f"{both}: {one.name} and {two.name}.")]
-    blocks.append(_maps(there, phis, names, what, one.layout))
-    top = [float(phis[place][0, 0]) for place in there.places]
+    blocks.append(_maps(modules, phis, names, what, one.layout))
+    top = [float(phis[place][0, 0]) for place in modules.places]
     widest = {t.path: t.fan_in for t in one.layout.targets}
     blocks += update_analysis.by_layer(
-        there,
+        modules,
         top,
         f"top-{what}",
         "φ(1, 1)",
@@ -157,20 +156,20 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     sides = {"A": phis}
     if not any(kind_of(target).rescales for target in one.layout.targets):  # DoRA's needs W
         updates = analysis.similarity(first, second, of="input")
-        sides["ΔW"] = {place: updates[place.path][place.at] for place in there.places}
-    blocks.append(_counted(there, sides, widest, both))
+        sides["ΔW"] = {place: updates[place.path][place.at] for place in modules.places}
+    blocks.append(_counted(modules, sides, widest, both))
     return blocks
 
 
 def _counted(
-    there: ModuleIndex,
+    modules: ModuleIndex,
     sides: dict[str, dict[Place, Any]],
     widest: dict[str, int],
     what: str,
 ) -> Table:
     rows = []
-    for name in there.names:
-        own = [place for place in there.places if place.matrix == name]
+    for name in modules.names:
+        own = [place for place in modules.places if place.matrix == name]
         for side, phis in sides.items():
             values = np.array([phis[place][0, 0] for place in own])
             known = values[np.isfinite(values)]
@@ -190,15 +189,15 @@ def _counted(
 
 
 def _maps(
-    there: ModuleIndex,
+    modules: ModuleIndex,
     phis: dict[Place, Any],
     names: Sequence[str],
     what: str,
     layout: Layout,
 ) -> Figure:
     """Draw the maps of two matrices of the middle layer, and either chance or enlarged corners."""
-    layer = there.middle
-    chosen = _chosen([place for place in there.places if place.layer == layer])
+    layer = modules.middle_layer
+    chosen = _chosen([place for place in modules.places if place.layer == layer])
     where = "" if layer is None else f", layer {layer}"
     maps = [phis[place] for place in chosen]
     if what == "seeds":

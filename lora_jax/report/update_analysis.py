@@ -35,13 +35,13 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
         return (Section(_TITLE, (Note(f"The adapter cannot be analysed: {error}"),)),)
     if not layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
-    there = ModuleIndex.of(layout)
+    modules = ModuleIndex.of(layout)
     whose = Paragraph(
         f"This is the update of adapters/{folder.name} of {run.name}."
         if folder != run
         else f"This is the update of {run}."
     )
-    spectra = Section(_TITLE, (whose, *_spectra(there, found, layout)))
+    spectra = Section(_TITLE, (whose, *_spectra(modules, found, layout)))
     return spectra, Section("Amplified directions of W", _amplified(run, base))
 
 
@@ -58,19 +58,19 @@ def _needed(layout: Layout, run: pathlib.Path, base: BaseChoice) -> Any:
 
 
 def _spectra(
-    there: ModuleIndex, found: dict[str, analysis.Spectrum], layout: Layout
+    modules: ModuleIndex, found: dict[str, analysis.Spectrum], layout: Layout
 ) -> tuple[Block, ...]:
-    ours = [_at(found[place.path], place) for place in there.places]
-    energy = sum(float(one.energy) for one in ours)
+    measured = [_at(found[place.path], place) for place in modules.places]
+    energy = sum(float(one.energy) for one in measured)
     columns = [
-        [label(place.layer) for place in there.places],
-        [place.matrix for place in there.places],
-        [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in there.places],
-        [str(layout[place.path].rank) for place in there.places],
-        formatting.column(one.effective_rank for one in ours),
-        formatting.column(one.values[0] for one in ours),
-        formatting.column(np.sqrt(one.energy) for one in ours),
-        [f"{one.energy / energy:.1%}" if energy else formatting.NONE for one in ours],
+        [label(place.layer) for place in modules.places],
+        [place.matrix for place in modules.places],
+        [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in modules.places],
+        [str(layout[place.path].rank) for place in modules.places],
+        formatting.column(one.effective_rank for one in measured),
+        formatting.column(one.values[0] for one in measured),
+        formatting.column(np.sqrt(one.energy) for one in measured),
+        [f"{one.energy / energy:.1%}" if energy else formatting.NONE for one in measured],
     ]
     names = ("layer", "matrix", "in x out", "rank", "effective rank", "σ₁", "‖ΔW‖", "energy")
     table = Table(
@@ -84,7 +84,7 @@ def _spectra(
         "by their sum. It is r if all r singular values are equal, and 1 if only one is not zero. "
         "Norms are Frobenius norms, and σ₁ is the largest singular value."
     )
-    return Paragraph(text), *_pictures(there, ours, energy), table
+    return Paragraph(text), *_pictures(modules, measured, energy), table
 
 
 def _at(found: Any, place: Place) -> Any:
@@ -92,38 +92,38 @@ def _at(found: Any, place: Place) -> Any:
     return type(found)(*(part[place.at] for part in found))
 
 
-def _pictures(there: ModuleIndex, ours: Sequence[Any], energy: float) -> list[Figure]:
-    rows, panels = there.layers, []
-    for number, name in enumerate(there.drawn):
-        every = zip(there.places, ours, strict=True)
+def _pictures(modules: ModuleIndex, measured: Sequence[Any], energy: float) -> list[Figure]:
+    rows, panels = modules.layers, []
+    for number, name in enumerate(modules.drawn):
+        every = zip(modules.places, measured, strict=True)
         own = [(place.layer, one.values) for place, one in every if place.matrix == name]
         found = np.full((len(rows), max(len(v) for _, v in own)), np.nan)
         for layer, values in own:
             found[rows.index(layer), : len(values)] = values
         largest = formatting.span([np.nanmin(found[:, 0]), np.nanmax(found[:, 0])])
         text = f"Singular values of the update of {name}: the largest of a layer is {largest}"
-        drawn = charts.values(found, there.labels, name)
+        drawn = charts.values(found, modules.labels, name)
         panels.append(Panel(f"values-{number + 1}", text, drawn))
-    caption = f"Singular values of the update, from dark (the largest) to light.{there.cut}"
+    caption = f"Singular values of the update, from dark (the largest) to light.{modules.cut}"
     figures = [Figure(caption, tuple(panels))]
-    if len(there.places) > 1:
-        shares = there.grid(one.energy / (energy or 1) for one in ours)
-        ranks = there.grid(one.effective_rank for one in ours)
+    if len(modules.places) > 1:
+        shares = modules.grid(one.energy / (energy or 1) for one in measured)
+        ranks = modules.grid(one.effective_rank for one in measured)
         panels = []
         for what, shown, name in (
             ("share of the energy", shares, "energy"),
             ("effective rank", ranks, "ranks"),
         ):
             text = f"Heat map of the {what} by layer and matrix: {formatting.span(shown.ravel())}"
-            drawn = charts.heat(shown[:, : len(there.drawn)], there.labels, there.drawn, what)
+            drawn = charts.heat(shown[:, : len(modules.drawn)], modules.labels, modules.drawn, what)
             panels.append(Panel(name, text, drawn))
-        caption = f"Energy and effective rank of the update by layer and matrix.{there.cut}"
+        caption = f"Energy and effective rank of the update by layer and matrix.{modules.cut}"
         figures.append(Figure(caption, tuple(panels)))
     return figures
 
 
 def by_layer(
-    there: ModuleIndex,
+    modules: ModuleIndex,
     numbers: Sequence[float],
     panel: str,
     what: str,
@@ -134,20 +134,20 @@ def by_layer(
 
     `options` are those of `charts.by_layer`.
     """
-    if len(there.layers) == 1:
+    if len(modules.layers) == 1:
         return []
-    lines = dict(zip(there.drawn, there.grid(numbers).T, strict=False))
+    lines = dict(zip(modules.drawn, modules.grid(numbers).T, strict=False))
     text = f"{what} by layer, a line for each matrix: {formatting.span(numbers)}"
-    drawn = charts.by_layer(lines, there.labels, what, **options)
-    return [Figure(f"{caption}{there.cut}", (Panel(panel, text, drawn),))]
+    drawn = charts.by_layer(lines, modules.labels, what, **options)
+    return [Figure(f"{caption}{modules.cut}", (Panel(panel, text, drawn),))]
 
 
 class AmplifiedUpdate(NamedTuple):
     """The directions of W that an adapter amplifies: an entry for each matrix, all in one order."""
 
     layout: Layout
-    there: ModuleIndex
-    ours: list[Any]  # an analysis.Amplification of each matrix
+    modules: ModuleIndex
+    measured: list[Any]  # an analysis.Amplification of each matrix
 
 
 def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
@@ -155,8 +155,9 @@ def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
     served = base.open([str(run)], object)
     layout, parameters = _matrices(served.members[0])
     found = analysis.amplification(layout, served.params, parameters)
-    there = ModuleIndex.of(layout)
-    return AmplifiedUpdate(layout, there, [_at(found[place.path], place) for place in there.places])
+    modules = ModuleIndex.of(layout)
+    numbers = [_at(found[place.path], place) for place in modules.places]
+    return AmplifiedUpdate(layout, modules, numbers)
 
 
 def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
@@ -170,7 +171,7 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
                 f"--allow-other-base accepts a base that differs. {error}"
             ),
         )
-    factors = np.array([one.factor for one in found.ours])
+    factors = np.array([one.factor for one in found.measured])
     known = factors[np.isfinite(factors)]
     middle = formatting.column([np.median(known)])[0] if known.size else formatting.NONE
     text = (
@@ -179,23 +180,23 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
     )
     caption = "Amplification factor of each layer."
     numbers = factors.tolist()
-    lines = by_layer(found.there, numbers, "amplification", "amplification factor", caption)
+    lines = by_layer(found.modules, numbers, "amplification", "amplification factor", caption)
     return Paragraph(text), *lines, table7(found)
 
 
 def table7(found: AmplifiedUpdate) -> Table:
     """Return the table of all matrices: the paper's Table 7."""
-    there, ours = found.there, found.ours
+    modules, measured = found.modules, found.measured
     columns = [
-        [label(place.layer) for place in there.places],
-        [place.matrix for place in there.places],
-        [str(found.layout[place.path].rank) for place in there.places],
-        formatting.column(one.weight for one in ours),
-        formatting.column(one.update for one in ours),
-        formatting.column(one.along_update for one in ours),
-        formatting.column(one.along_weight for one in ours),
-        formatting.column(one.along_random for one in ours),
-        formatting.column(one.factor for one in ours),
+        [label(place.layer) for place in modules.places],
+        [place.matrix for place in modules.places],
+        [str(found.layout[place.path].rank) for place in modules.places],
+        formatting.column(one.weight for one in measured),
+        formatting.column(one.update for one in measured),
+        formatting.column(one.along_update for one in measured),
+        formatting.column(one.along_weight for one in measured),
+        formatting.column(one.along_random for one in measured),
+        formatting.column(one.factor for one in measured),
     ]
     names = ("layer", "matrix", "r", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "random", "factor")
     return Table(

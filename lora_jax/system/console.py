@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 # Errors that a user can correct; any other error is a bug and shows its traceback.
 USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
+_STATUS = """Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read,
+130 stopped by Ctrl-C."""
 _LESS = "Lower --batch-size, if the command has it, or use a machine with more memory."
 
 
@@ -186,13 +188,21 @@ def refuse_empty(given: Sequence[str]) -> None:
 
 
 def command(
-    kind: type[T], program: str, about: str | None, run: Callable[[T], None], adding: bool = False
+    name: str,
+    kind: type[T],
+    about: str | None,
+    run: Callable[[T, Console, Console], None],
+    adding: bool = False,
 ) -> Callable[[Sequence[str] | None], int]:
-    """Return the `main` of a command: it takes its arguments and returns the exit status."""
+    """Return the `main` of a command: it takes its arguments and returns the exit status.
+
+    `run` gets the options, and the consoles of stdout and of stderr.
+    """
 
     def main(arguments: Sequence[str] | None = None) -> int:
-        given = read_options(kind, program, about, arguments, adding=adding)
-        return guarded(lambda: run(given))
+        text = f"{(about or '').rstrip()}\n\n{_STATUS}"
+        given = read_options(kind, f"lora-jax {name}", text, arguments, adding=adding)
+        return guarded(lambda: run(given, Console(), Console(stderr=True)))
 
     return main
 

@@ -20,8 +20,8 @@ from lora_jax.updates.bias import Bias as Bias
 from lora_jax.updates.bias import Shift as Shift
 from lora_jax.updates.dora import Directed as Directed
 from lora_jax.updates.dora import Dora as Dora
-from lora_jax.updates.kind import Factors as Factors
-from lora_jax.updates.kind import Gains as Gains
+from lora_jax.updates.factors import Factors as Factors
+from lora_jax.updates.factors import Gains as Gains
 from lora_jax.updates.kind import Kind as Kind
 from lora_jax.updates.kind import kind_of as kind_of
 from lora_jax.updates.kind import register as register

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lora_jax.base import Array, Leaf, W
 from lora_jax.target import Target
-from lora_jax.updates.kind import Kind, TargetInitializer
+from lora_jax.updates.kind import Initializer, Kind
 
 
 class Shift(NamedTuple):
@@ -18,7 +19,7 @@ class Shift(NamedTuple):
       delta: the difference, in the parameter's shape.
     """
 
-    delta: Any
+    delta: Leaf
 
 
 class Bias(Kind):
@@ -48,7 +49,7 @@ class Bias(Kind):
         return None
 
     def init(
-        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Shift:
         return Shift(jnp.zeros(target.shape, dtype))
 
@@ -58,5 +59,5 @@ class Bias(Kind):
     def scale(self, target: Target) -> float:
         return 1.0
 
-    def delta(self, target: Target, parameters: Shift, dtype: Any = jnp.float32) -> Any:
+    def delta(self, target: Target, parameters: Shift, dtype: DTypeLike = jnp.float32) -> Array:
         return jnp.asarray(parameters.delta, dtype)

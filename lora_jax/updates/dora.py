@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lora_jax.base import Base, dense, wide_dtype
+from lora_jax.base import Array, Base, Leaf, W, dense, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Gains, Kind, TargetInitializer, in_w_order
+from lora_jax.updates.factors import Factors, Gains, in_w_order
+from lora_jax.updates.kind import Initializer, Kind
 
 
 class Directed(NamedTuple):
@@ -23,9 +25,9 @@ class Directed(NamedTuple):
       magnitude: [*stack, *outputs].
     """
 
-    a: Any
-    b: Any
-    magnitude: Any
+    a: Leaf
+    b: Leaf
+    magnitude: Leaf
 
 
 class Dora(Kind):
@@ -67,7 +69,7 @@ class Dora(Kind):
         )
 
     def init(
-        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Directed:
         if w is None:
             raise LoraError(
@@ -78,20 +80,26 @@ class Dora(Kind):
         norms = jnp.sqrt(_squared_norms(target, w, jnp.zeros_like(a), b, 1.0))
         return Directed(a, b, norms.astype(dtype))
 
-    def from_factors(self, target: Target, factors: Factors, w: Any) -> Directed:
+    def from_factors(self, target: Target, factors: Factors, w: W) -> Directed:
         squares = _squared_norms(target, w, *factors, self.scale(target))
         return Directed(*factors, jnp.sqrt(squares).astype(factors.b.dtype))
 
     def factors(self, target: Target, parameters: Directed) -> Factors:
         return Factors(parameters.a, parameters.b)
 
-    def gains(self, target: Target, parameters: Directed, w: Any, scale: Any = None) -> Gains:
+    def gains(
+        self,
+        target: Target,
+        parameters: Directed,
+        w: W,
+        scale: Array | float | None = None,
+    ) -> Gains:
         w, a, b = jax.lax.stop_gradient((w, parameters.a, parameters.b))
         scale = self.scale(target) if scale is None else scale
         norms = jnp.sqrt(_squared_norms(target, w, a, b, scale))
         return Gains(_ratio(jnp.asarray(parameters.magnitude, norms.dtype), norms))
 
-    def merged(self, target: Target, parameters: Directed, w: Any) -> Any:
+    def merged(self, target: Target, parameters: Directed, w: W) -> Array:
         w = jnp.asarray(dense(w))
         wide = wide_dtype(w.dtype)
         v = w.astype(wide) + self.delta(target, parameters, wide)
@@ -101,11 +109,11 @@ class Dora(Kind):
         return (_ratio(magnitude, jax.lax.stop_gradient(norms)) * v).astype(w.dtype)
 
 
-def _ratio(magnitude: Any, norms: Any) -> Any:
+def _ratio(magnitude: Array, norms: Array) -> Array:
     return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1), 1)
 
 
-def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
+def _squared_norms(target: Target, w: W, a: Array, b: Array, scale: Array | float | None) -> Array:
     """Return `||W + scale * a @ b||^2` over the inputs, [*stack, *outputs], slice by slice."""
     n = len(target.stack)
     if not n:
@@ -116,7 +124,7 @@ def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
     if not isinstance(w, Base):
         w = jnp.moveaxis(jnp.asarray(w), target.stack, range(n))
 
-    def flat(x: Any) -> Any:
+    def flat(x: Array) -> Array:
         return jnp.asarray(x).reshape(math.prod(stack), *x.shape[n:])
 
     norms = lambda one: _of_slice(target, dense(one[0]), one[1], one[2], scale)  # noqa: E731
@@ -124,7 +132,7 @@ def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
     return found.reshape(*stack, *found.shape[1:])
 
 
-def _of_slice(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
+def _of_slice(target: Target, w: W, a: Array, b: Array, scale: Array | float | None) -> Array:
     """Return the same for one slice of the stack, [*outputs]."""
     wide = wide_dtype(w.dtype)
     w, a, b, scale = (jnp.asarray(x, wide) for x in (w, a, b, scale))
@@ -132,7 +140,7 @@ def _of_slice(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
     rank, other = len(target.shape), len(target.shape) + 1  # labels that are not axes of W
     inputs, outputs = target.inputs, target.outputs
 
-    def einsum(*operands: Any) -> Any:
+    def einsum(*operands: Any) -> Array:
         return jnp.einsum(*operands, precision="highest")
 
     square = einsum(w, axes, w, axes, outputs)

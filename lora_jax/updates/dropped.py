@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.base import Array
 from lora_jax.updates.lowrank import Gained
 from lora_jax.updates.named import EXTRA, Named, Names
 from lora_jax.updates.update import Operation, Update, Wrapper, Zero
@@ -47,7 +48,7 @@ class Dropped(Wrapper):
             return inner.around(self.around(inner.inner))
         return dataclasses.replace(self, inner=inner)
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         return self.inner.product(dataclasses.replace(p, drop=lambda x: self._drop(x, p.use)))
 
     def _drop(self, x: Named, use: int) -> Named:

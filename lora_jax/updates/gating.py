@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.base import Array
 from lora_jax.updates.lowrank import LowRank
 from lora_jax.updates.named import MEMBER, RANK, Named, without
 
 
-def gates(logits: Any, top: int | None = None) -> Any:
+def gates(logits: Array, top: int | None = None) -> Array:
     """Return `softmax(logits)` along the last axis; with `top`, over the `top` largest logits only.
 
     The other entries are then 0, and the chosen ones are divided by their sum.
@@ -38,13 +39,13 @@ def gates(logits: Any, top: int | None = None) -> Any:
     return jax.nn.softmax(logits, axis=-1)
 
 
-def tally(gates: Any, top: int | None) -> Any:
+def tally(gates: Any, top: int | None) -> Array:
     """Map [..., rows, n] to [..., 2, n]: sums over rows of the choices / top, and of the gates."""
     best = _best(gates, top or 1).astype(gates.dtype) / (top or 1)
     return jnp.stack([best.sum(-2), gates.sum(-2)], axis=-2)
 
 
-def _best(values: Any, top: int) -> Any:
+def _best(values: Array, top: int) -> Array:
     """Return whether each entry is among the `top` largest of its row; ties go to the first."""
     _, best = lax.top_k(lax.stop_gradient(values), top)
     return jax.nn.one_hot(best, values.shape[-1], dtype=jnp.bool_).any(-2)
@@ -55,13 +56,8 @@ def counted(value: Named, last: int, probe: Named, count: Callable[[Any], Any]) 
 
     A `scan` or `checkpoint` returns only the values that it was written to return, but cotangents
     always come back. The cotangent of the probe is summed over all places that read the probe, and
-    a scan that slices the probe stacks it.
-
-    Args:
-      value: the rows, with the axis `last` and any others.
-      last: the name of the axis along a row.
-      probe: zeros, with the stack axes of W and then the two axes of a count.
-      count: maps [*stack, rows, last] to a count for each slice of the stack.
+    a scan that slices the probe stacks it. `last` is the name of the axis along a row; the probe
+    has W's stack axes and the two axes of a count; `count` maps [*stack, rows, last] to counts.
     """
     stack = tuple(n for n in probe.names[:-2] if n in value.names)
     # A ragged product mixes the rows of all slices; then each slice gets the whole sum.
@@ -73,7 +69,7 @@ def counted(value: Named, last: int, probe: Named, count: Callable[[Any], Any]) 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _counted(rows: Any, probe: Any, count: Callable[[Any], Any]) -> Any:
+def _counted(rows: Array, probe: Array, count: Callable[[Any], Any]) -> Array:
     return rows
 
 

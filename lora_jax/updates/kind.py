@@ -4,52 +4,21 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lora_jax.base import dense, wide_dtype
+from lora_jax.base import Array, Parameters, W, dense, wide_dtype
 from lora_jax.errors import LoraError, listed
 from lora_jax.target import Target
+from lora_jax.updates.factors import Factors, Gains, in_w_order, named
 from lora_jax.updates.lowrank import Gained, LowRank
-from lora_jax.updates.named import RANK, Named, Names
+from lora_jax.updates.named import Named, Names
 from lora_jax.updates.update import Update
 
-TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
-
-
-class Factors(NamedTuple):
-    """The two factors of one update `scale * a @ b`, with the axes of the target.
-
-    Attributes:
-      a: [*stack, *inputs, rank], the paper's A transposed: it maps the input down.
-      b: [*stack, rank, *outputs], the paper's B transposed: it maps up to the output.
-    """
-
-    a: Any
-    b: Any
-
-
-class Gains(NamedTuple):
-    """The numbers that multiply each output and each input of `W + scale * a @ b`; None is 1.
-
-    Attributes:
-      outputs: [*stack, *outputs].
-      inputs: [*stack, *inputs].
-    """
-
-    outputs: Any = None
-    inputs: Any = None
-
-    def sides(self, target: Target) -> list[tuple[Any, tuple[int, ...]]]:
-        """Return the gains that are not 1, each with its axes of W without the stack.
-
-        Args:
-          target: from the layout.
-        """
-        both = zip(self, (target.outputs, target.inputs), strict=True)
-        return [(gain, side) for gain, side in both if gain is not None]
+Initializer = Callable[[jax.Array, Target, Any], jax.Array]
 
 
 class Kind(abc.ABC):
@@ -118,13 +87,8 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def init(
-        self,
-        key: jax.Array,
-        target: Target,
-        dtype: Any,
-        a_init: TargetInitializer,
-        w: Any = None,
-    ) -> Any:
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
+    ) -> Parameters:
         """Return arrays whose update is exactly zero.
 
         Args:
@@ -141,7 +105,7 @@ class Kind(abc.ABC):
           LoraError: the first values depend on W, and `w` is None.
         """
 
-    def from_factors(self, target: Target, factors: Factors, w: Any) -> Any:
+    def from_factors(self, target: Target, factors: Factors, w: W) -> Parameters:
         """Return arrays whose update gives `W + scale * a @ b` with the given factors.
 
         For methods that move a part of W into the factors; `w` is the rest.
@@ -164,7 +128,7 @@ class Kind(abc.ABC):
         )
 
     @abc.abstractmethod
-    def factors(self, target: Target, parameters: Any) -> Factors | None:
+    def factors(self, target: Target, parameters: Parameters) -> Factors | None:
         """Return the exact factors of the update, which is `scale(target) * a @ b`.
 
         Their rank may differ from `target.rank`. They must not depend on W.
@@ -196,13 +160,19 @@ class Kind(abc.ABC):
         """Whether the kind has gains: its factors alone are not the update, which depends on W."""
         return type(self).gains is not Kind.gains
 
-    def gains(self, target: Target, parameters: Any, w: Any, scale: Any = None) -> Gains:
+    def gains(
+        self,
+        target: Target,
+        parameters: Parameters,
+        w: W,
+        scale: Array | float | None = None,
+    ) -> Gains:
         """Return the factors of the outputs and of the inputs of `W + scale * a @ b`; None is 1.
 
         Args:
           target: from the layout.
           parameters: the arrays of the target.
-          w: W, an array or a `Base`.
+          w: Weight, an array or a `Base`.
           scale: the scale to use, which may be traced; None for the target's own.
 
         Returns:
@@ -211,13 +181,15 @@ class Kind(abc.ABC):
         """
         return Gains()
 
-    def update(self, target: Target, parameters: Any, w: Any, names: Names) -> Update | jax.Array:
+    def update(
+        self, target: Target, parameters: Parameters, w: W, names: Names
+    ) -> Update | jax.Array:
         """Return the update on its way through a program, or W' itself if it has no low rank.
 
         Args:
           target: from the layout.
           parameters: the arrays of the target.
-          w: W, an array or a `Base`.
+          w: Weight, an array or a `Base`.
           names: the names of W's axes.
         """
         factors = self.factors(target, parameters)
@@ -226,7 +198,7 @@ class Kind(abc.ABC):
         update = LowRank(*named(target, factors, names), self.scale(target))
         return gained(update, target, gains_of(target, parameters, w), names)
 
-    def merged(self, target: Target, parameters: Any, w: Any) -> Any:
+    def merged(self, target: Target, parameters: Parameters, w: W) -> Array:
         """Return W with its update, in W's dtype: the definition that the fast path must equal.
 
         The sum is formed in float32, or in W's dtype if it is wider, and rounded once.
@@ -234,7 +206,7 @@ class Kind(abc.ABC):
         Args:
           target: from the layout.
           parameters: the arrays of the target.
-          w: W, an array or a `Base`.
+          w: Weight, an array or a `Base`.
         """
         w = jnp.asarray(dense(w))
         wide = wide_dtype(w.dtype)
@@ -243,7 +215,9 @@ class Kind(abc.ABC):
             whole = whole * in_w_order(target, gain, side)
         return whole.astype(w.dtype)
 
-    def delta(self, target: Target, parameters: Any, dtype: Any = jnp.float32) -> Any:
+    def delta(
+        self, target: Target, parameters: Parameters, dtype: DTypeLike = jnp.float32
+    ) -> Array:
         """Return `scale * a @ b` with its axes in W's order.
 
         `a` [*stack, *inputs, rank] and `b` [*stack, rank, *outputs] are contracted over the rank,
@@ -295,7 +269,7 @@ class Kind(abc.ABC):
                 f"rank, or give this target its own: Rule({target.path!r}, rank={limit[0]})"
             )
 
-    def check_parameters(self, target: Target, parameters: Any) -> None:
+    def check_parameters(self, target: Target, parameters: Parameters) -> None:
         """Raise `LoraError` unless `parameters` are `fields` of arrays in the target's shapes.
 
         Args:
@@ -355,23 +329,14 @@ def kind_named(name: str, path: str) -> Kind:
     return _KINDS[name]
 
 
-def is_parameters(x: Any) -> bool:
+def is_parameters(x: Array) -> bool:
     """Return whether `x` is a NamedTuple of arrays of some registered kind."""
     return isinstance(x, tuple(kind.fields for kind in _KINDS.values()))
 
 
-def named(
-    target: Target, factors: Factors, names: Names, several: Names = ()
-) -> tuple[Named, Named]:
-    """Return the factors with the names of W's axes; `several` are axes that come before these."""
-    stack, inputs, outputs = (
-        tuple(names[i] for i in axes) for axes in (target.stack, target.inputs, target.outputs)
-    )
-    a = Named(factors.a, (*several, *stack, *inputs, RANK))
-    return a, Named(factors.b, (*several, *stack, RANK, *outputs))
-
-
-def gains_of(target: Target, parameters: Any, w: Any, scale: Any = None) -> Gains:
+def gains_of(
+    target: Target, parameters: Parameters, w: W, scale: Array | float | None = None
+) -> Gains:
     """Return `Kind.gains` for the target's kind, under a name that the planner knows."""
     # The planner counts the scope "lora" as adapters; JAX writes the outermost scope as
     # `jvp(output_gain)`, so "lora" is the inner one.
@@ -389,14 +354,7 @@ def gained(
     return update
 
 
-def in_w_order(target: Target, values: Any, side: tuple[int, ...]) -> Any:
-    """Return [*stack, *side] values with axes in W's order, and size 1 along the other axes."""
-    axes = (*target.stack, *side)
-    ordered = jnp.transpose(values, [axes.index(i) for i in sorted(axes)])
-    return jnp.expand_dims(ordered, [i for i in range(len(target.shape)) if i not in axes])
-
-
-def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> jax.Array:
+def uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, fan_in: int) -> jax.Array:
     """Draw from U(-s, s) with s = 1/sqrt(fan_in), PEFT's usual `kaiming_uniform_(a=sqrt(5))`."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)

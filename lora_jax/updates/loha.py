@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lora_jax.base import Array, Leaf, W
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, uniform
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Initializer, Kind, uniform
 
 
 class HadamardFactors(NamedTuple):
@@ -21,10 +24,10 @@ class HadamardFactors(NamedTuple):
       b1, b2: [*stack, rank, *outputs].
     """
 
-    a1: Any
-    b1: Any
-    a2: Any
-    b2: Any
+    a1: Leaf
+    b1: Leaf
+    a2: Leaf
+    b2: Leaf
 
 
 class Loha(Kind):
@@ -58,7 +61,7 @@ class Loha(Kind):
         return HadamardFactors(a, b, a, b)
 
     def init(
-        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> HadamardFactors:
         for_a, for_1, for_2 = jax.random.split(key, 3)
         b1, b2 = (uniform(k, target.b_shape, dtype, target.rank) for k in (for_1, for_2))

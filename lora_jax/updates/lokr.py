@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lora_jax.base import Array, Leaf, W
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, uniform
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Initializer, Kind, uniform
 
 LARGEST = 2**36  # of a size that is split: its divisors are looked for one by one
 
@@ -26,9 +29,9 @@ class KroneckerFactors(NamedTuple):
       b: [*stack, rank, k].
     """
 
-    left: Any
-    a: Any
-    b: Any
+    left: Leaf
+    a: Leaf
+    b: Leaf
 
 
 class Lokr(Kind):
@@ -84,7 +87,7 @@ class Lokr(Kind):
         return min(n, k), f"the smaller of the larger divisors {n} and {k}"
 
     def init(
-        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> KroneckerFactors:
         left, a, b = self.shapes(target)
         for_a, for_b = jax.random.split(key)
@@ -109,7 +112,7 @@ class Lokr(Kind):
         )
 
 
-def _kron(x: Any, y: Any) -> Any:
+def _kron(x: Array, y: Array) -> Array:
     """Return the Kronecker product of the last two axes, for each slice of the stack."""
     product = x[..., :, None, :, None] * y[..., None, :, None, :]
     rows, columns = x.shape[-2] * y.shape[-2], x.shape[-1] * y.shape[-1]

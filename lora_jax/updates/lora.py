@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lora_jax.base import Array, W
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Initializer, Kind
 
 
 class Lora(Kind):
@@ -68,7 +70,7 @@ class Lora(Kind):
         return (min(parts), "min(in, part)") if narrow else whole
 
     def init(
-        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Factors:
         if target.parts:
             keys = jax.random.split(key, len(target.parts))
@@ -77,7 +79,7 @@ class Lora(Kind):
             a = a_init(key, target, dtype)
         return Factors(a, jnp.zeros(self.shapes(target).b, dtype))
 
-    def from_factors(self, target: Target, factors: Factors, w: Any) -> Factors:
+    def from_factors(self, target: Target, factors: Factors, w: W) -> Factors:
         return super().from_factors(target, factors, w) if target.parts else factors
 
     def factors(self, target: Target, parameters: Factors) -> Factors:

@@ -24,11 +24,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 
-from lora_jax.base import wide_dtype
+from lora_jax.base import Array, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import RANK, ROWS, Named, Names, einsum, wider
-from lora_jax.updates.update import Operation, Piece, Update, Wrapper, join
+from lora_jax.updates.update import AnyWeight, Operation, Pairs, Segment, Update, Wrapper, join
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +59,10 @@ class LowRank(Update):
             array = array * self.gain.astype(array.dtype).aligned(h.names)
         return Named(array, h.names)
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         return p.low_rank(p.base(None if p.x is None else p.x.array), p.dropped, self)
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         wide = wide_dtype(w.array.dtype)
         present = tuple(n for n in w.names if self.role(n))
         a = self.scaled(self.a.astype(wide))
@@ -77,7 +78,7 @@ class LowRank(Update):
             return dataclasses.replace(self, a=self.a.times(factor))
         return super().times(factor)
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         """Return the parts' factors, each padded with zeros outside its place.
 
         If one factor has the axis, the ranks are concatenated. If both or neither have it, no two
@@ -90,7 +91,7 @@ class LowRank(Update):
             return super().join(parts, name, size)
         rank = max(p.update.a.size(RANK) for p in parts)
 
-        def factors(p: Piece) -> tuple[Named, Named]:
+        def factors(p: Segment) -> tuple[Named, Named]:
             ends, pair = {name: (p.start, size - p.start - p.size)}, (p.update.a, p.update.b)
             if not apart:
                 ends[RANK] = (0, rank - pair[0].size(RANK))
@@ -98,9 +99,11 @@ class LowRank(Update):
             return p.update.scaled(pair[0]).padded(ends), pair[1].padded(ends)
 
         a, b = (_put_together(ns, apart) for ns in zip(*map(factors, parts), strict=True))
-        return super().join(parts, name, size) if a is None or b is None else LowRank(a, b)
+        if a is None or b is None:
+            return super().join(parts, name, size)
+        return LowRank(a, b)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         names = ("a", "b") if self.gain is None else ("a", "b", "gain")
         along = [dataclasses.replace(self, **{n: getattr(tangent, n)}) for n in names]
         return list(zip((dw, *[none] * (len(names) - 1)), along, strict=True))
@@ -112,19 +115,17 @@ def _put_together(factors: Sequence[Named], apart: bool) -> Named | None:
     if any({*n.names} != {*names} for n in factors):
         return None
     arrays = [n.moved(names).array for n in factors]
-    return Named(jnp.concatenate(arrays, names.index(RANK)) if apart else sum(arrays), names)
+    return Named(
+        jnp.concatenate(arrays, names.index(RANK)) if apart else sum(arrays[1:], arrays[0]), names
+    )
 
 
-def add(base: Any, x: Named, update: LowRank, out: Names, precision: Any) -> Any:
+def add(base: Array, x: Named, update: LowRank, out: Names, precision: PrecisionLike) -> Array:
     """Return `base + scale * x a b` without forming `a b`.
 
-    Args:
-      base: the product with W itself, whose axes are named `out`.
-      x: the operand. It shares names with the axes of W that it is multiplied along.
-      update: the update; its factors are cast to x's dtype.
-      out: names of the result's axes. A name of x or of the factors that is not in `out` is
-        summed over. A name that only `out` has is an axis along which the update is constant.
-      precision: of both products, as in `jax.lax.dot_general`.
+    The axes of `base` are named `out`. x shares names with the axes of W that it is multiplied
+    along. A name of x or of the factors that is not in `out` is summed over. A name that only `out`
+    has is an axis along which the update is constant. The factors are cast to x's dtype.
     """
     names = dict.fromkeys((*x.names, *update.a.names, *update.b.names, *out))
     canonical = dict(zip([n for n in names if n >= 0], range(len(names)), strict=False))
@@ -134,7 +135,7 @@ def add(base: Any, x: Named, update: LowRank, out: Names, precision: Any) -> Any
 
 
 @functools.partial(jax.jit, static_argnames=("out", "precision"))
-def _add(base: Any, x: Named, update: Any, *, out: Names, precision: Any) -> Any:
+def _add(base: Array, x: Named, update: Any, *, out: Names, precision: PrecisionLike) -> Array:
     with jax.named_scope("lora"):
         a, b = update.a.astype(x.array.dtype), update.b.astype(x.array.dtype)
         first, second = _ordered(x, a, b, out)
@@ -170,7 +171,7 @@ def is_matrix_product(x: Named, first: Named, second: Named, out: Names) -> bool
 
 
 def _matrix_form(
-    x: Named, first: Named, second: Named, out: Names, update: LowRank, precision: Any
+    x: Named, first: Named, second: Named, out: Names, update: LowRank, precision: PrecisionLike
 ) -> Named:
     """Compute x as [*stack, rows, in] times [*stack, in, rank] times [*stack, rank, out]."""
     stack = tuple(n for n in first.names if n in second.names and n != RANK)
@@ -187,7 +188,7 @@ def _matrix_form(
 
 
 def _einsum_form(
-    x: Named, first: Named, second: Named, out: Names, update: LowRank, precision: Any
+    x: Named, first: Named, second: Named, out: Names, update: LowRank, precision: PrecisionLike
 ) -> Named:
     """Compute any other product: over inputs and outputs, with an input axis kept, and so on."""
     later = {*second.names, *out}
@@ -210,7 +211,7 @@ class Gained(Wrapper):
 
     additive = False
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         """Multiply x by the gain along contracted axes, or the result along the others.
 
         The product and the gain are in float32. A trained gain is within a few thousandths of 1,
@@ -229,7 +230,7 @@ class Gained(Wrapper):
             return self.inner.product(dataclasses.replace(p, x=scaled))
         dtype: Any = None
 
-        def base(x: Any) -> Any:
+        def base(x: Array) -> Array:
             nonlocal dtype
             dtype = jax.eval_shape(p.base, x).dtype
             wide = wider(dtype, jnp.float32)
@@ -238,11 +239,11 @@ class Gained(Wrapper):
         y = self.inner.product(dataclasses.replace(p, base=base))
         return Named(y, p.out).times(gain).array.astype(dtype)
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)
         return whole.times(self.gain).array.astype(w.array.dtype)
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         gained = [p for p in parts if isinstance(p.update, Gained)]
         bare = lambda u: u.inner if isinstance(u, Gained) else u  # noqa: E731
         whole = join([dataclasses.replace(p, update=bare(p.update)) for p in parts], name, size)
@@ -261,6 +262,6 @@ class Gained(Wrapper):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         along = super().tangents(w, dw, tangent, none)
         return [*along, (w, Gained(self.inner, tangent.gain))]

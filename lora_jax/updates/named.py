@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 
 Names = tuple[int, ...]
 
@@ -40,7 +42,7 @@ class Named:
     def to_front(self, names: Names) -> Named:
         return self.moved((*names, *(n for n in self.names if n not in names)))
 
-    def aligned(self, names: Names) -> Any:
+    def aligned(self, names: Names) -> jax.Array:
         """Return the array with the axes `names`, ready to broadcast: a missing axis has size 1."""
         moved = self.moved(tuple(n for n in names if n in self.names))
         return jnp.expand_dims(moved.array, [i for i, n in enumerate(names) if n not in self.names])
@@ -63,10 +65,10 @@ class Named:
         axes = tuple(i for i, n in enumerate(self.names) if n in gone)
         return Named(fn(self.array, axes), without(self.names, gone))
 
-    def astype(self, dtype: Any) -> Named:
+    def astype(self, dtype: DTypeLike) -> Named:
         return Named(jnp.asarray(self.array, dtype), self.names)
 
-    def matrix(self, stack: Names, left: Names, right: Names) -> Any:
+    def matrix(self, stack: Names, left: Names, right: Names) -> jax.Array:
         """Return the array as [*stack, left, right]; the axes of each side become one."""
         sides = (math.prod(map(self.size, side)) for side in (left, right))
         shape = (*map(self.size, stack), *sides)
@@ -77,7 +79,7 @@ class Named:
         return Named(self.array * factor.astype(self.array.dtype).aligned(self.names), self.names)
 
 
-def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:
+def einsum(left: Named, right: Named, out: Names, precision: PrecisionLike = None) -> jax.Array:
     """Return the product of two named arrays with the axes `out`, summed over all other names."""
     letters = {n: i for i, n in enumerate(dict.fromkeys((*left.names, *right.names)))}
     x, y, z = ([letters[n] for n in names] for names in (left.names, right.names, out))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.lax import PrecisionLike
 
-from lora_jax.base import wide_dtype
+from lora_jax.base import Array, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import Named, Names
+
+AnyWeight: TypeAlias = Any  # W on its way through a program: a `bases.weight.Weight`
+Pairs: TypeAlias = "list[tuple[AnyWeight, Update]]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Operation:
     low_rank: Callable[[Any, Any, Any], Any]
     matrix: bool = False
     sums: bool = False
-    precision: Any = None
+    precision: PrecisionLike = None
     spread: Callable[[Named], Named] | None = None
     use: int = 0
     drop: Callable[[Named], Named] | None = None
@@ -55,7 +59,7 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Segment:
     """The update of one of several weights that are concatenated, and its place along the axis."""
 
     update: Any
@@ -89,15 +93,15 @@ class Update(abc.ABC):
         """Return the role of an axis: "stack", "input", "output", or None."""
 
     @abc.abstractmethod
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         """Return the result of an operation with `W + update`, given as `p.base` for W."""
 
     @abc.abstractmethod
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         """Return `W + update` as an array with the axes of `w`, in w's dtype."""
 
     @abc.abstractmethod
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         """Return the derivative of `W + update` as a sum of weights: pairs of a W and an update.
 
         w, dw and none are W, its tangent and an absent W (`Absent`), all of the same shape;
@@ -112,7 +116,7 @@ class Update(abc.ABC):
             return None
         return Times(self, factor.reduced({*factor.names} - {*real}, lax.squeeze))
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         """Return the update of several weights concatenated along the axis `name`, or None.
 
         All parts have the same names, and `size` is the whole size of the axis. A weight without a
@@ -123,7 +127,7 @@ class Update(abc.ABC):
         if len(roles) > 1 or not all(additive(p.update) for p in parts):
             return None
 
-        def in_place(p: Piece) -> Update:
+        def in_place(p: Segment) -> Update:
             ends = {name: (p.start, size - p.start - p.size)}
             spread = lambda n: n.along(name, p.size) if None in roles else n  # noqa: E731
             placed: Update = p.update.map(lambda n: spread(n).padded(ends))
@@ -160,10 +164,10 @@ class Wrapper(Update):
     def role(self, name: int) -> str | None:
         return self.inner.role(name)
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         return self.inner.product(p)
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         return self.inner.merged(w)
 
     def times(self, factor: Named) -> Update | None:
@@ -173,7 +177,7 @@ class Wrapper(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         parts = self.inner.tangents(w, dw, tangent.inner, none)
         return [(w, self.around(update)) for w, update in parts]
 
@@ -196,7 +200,7 @@ def selected(update: Update) -> Update:
     return update.selected() if isinstance(update, Wrapper) else update
 
 
-def join(parts: Sequence[Piece], name: int, size: int) -> Update | None:
+def join(parts: Sequence[Segment], name: int, size: int) -> Update | None:
     """See `Update.join`. A part that rescales W, if there is one, does it for all."""
     if not parts:
         return Zero()
@@ -211,10 +215,10 @@ class Zero(Update):
     def role(self, name: int) -> str | None:
         return None
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         return p.base(None if p.x is None else p.x.array)
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         return w.array
 
     def sums(self, sizes: dict[int, int]) -> bool:
@@ -223,7 +227,7 @@ class Zero(Update):
     def times(self, factor: Named) -> Update | None:
         return self
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         return [(dw, self)]
 
 
@@ -237,13 +241,13 @@ class Sum(Update):
     def role(self, name: int) -> str | None:
         return self.updates[0].role(name)
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         y = self.updates[0].product(p)
         for update in self.updates[1:]:
             y = update.product(dataclasses.replace(p, base=_result(y)))
         return y
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         whole = w.astype(wide_dtype(w.array.dtype))
         for update in self.updates:
             whole = Named(update.merged(whole), w.names)
@@ -257,7 +261,7 @@ class Sum(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return all(update.sums(sizes) for update in self.updates)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         first, *rest = zip(self.updates, tangent.updates, strict=True)
         found = first[0].tangents(w, dw, first[1], none)
         return [*found, *(x for u, t in rest for x in u.tangents(w, none, t, none))]
@@ -273,7 +277,7 @@ class Times(Wrapper):
 
     factor: Named
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         names, y = {*self.factor.names}, p.base(None if p.x is None else p.x.array)
         if names <= {*p.out}:
             nothing = dataclasses.replace(p, base=_result(jnp.zeros_like(y)))
@@ -285,7 +289,7 @@ class Times(Wrapper):
             )
         return self.inner.product(dataclasses.replace(p, x=p.x.times(self.factor), base=_result(y)))
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         wide = wide_dtype(w.array.dtype)
         delta = Named(self.inner.merged(Named(jnp.zeros(w.array.shape, wide), w.names)), w.names)
         whole = w.array.astype(wide) + delta.times(self.factor).array
@@ -294,11 +298,11 @@ class Times(Wrapper):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.factor.names for n in sizes)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         along = super().tangents(w, dw, tangent, none)
         return [*along, (none, Times(self.inner, tangent.factor))]
 
 
-def _result(y: Any) -> Callable[..., Any]:
+def _result(y: Array) -> Callable[..., Any]:
     """Return the `base` of an operation whose result is known."""
     return lambda x, dtype=None: y if dtype is None else y.astype(dtype)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lora_jax.base import Array, Leaf, W
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Initializer, Kind
 
 FIRST_RANK_VALUE = 0.1  # first value of lambda_d, as in PEFT
 
@@ -22,8 +25,8 @@ class Vectors(NamedTuple):
       lambda_b: [*stack, *outputs].
     """
 
-    lambda_d: Any
-    lambda_b: Any
+    lambda_d: Leaf
+    lambda_b: Leaf
 
 
 class Vera(Kind):
@@ -59,7 +62,7 @@ class Vera(Kind):
         return None  # each rank adds one trained number
 
     def init(
-        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Vectors:
         lambda_d, lambda_b = self.shapes(target)
         return Vectors(jnp.full(lambda_d, FIRST_RANK_VALUE, dtype), jnp.zeros(lambda_b, dtype))
@@ -79,7 +82,7 @@ class Vera(Kind):
         return 1.0
 
 
-def frozen_pair(target: Target, dtype: Any) -> Factors:
+def frozen_pair(target: Target, dtype: DTypeLike) -> Factors:
     """Return A [in, rank] and B [rank, out] of a target, which all slices of its stack share."""
     fan_in, rank, fan_out = target.fan_in, target.rank, target.fan_out
     a = noise(1, fan_in, rank) * math.sqrt(6 / fan_in)
@@ -102,7 +105,7 @@ def noise(stream: int, rows: int, columns: int) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1
 
 
-def _mixed(x: Any) -> Any:
+def _mixed(x: Array) -> Array:
     """Return murmur3's fmix32 of uint32."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -146,6 +146,22 @@ def test_append_opens_only_a_file_of_its_own(kind: str, tmp_path: pathlib.Path) 
     assert mine.read_text() == "mine"
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power may fail: the bytes are synced before the rename, and the folder after it."""
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+        told = lambda *a, name=name, plain=plain, **b: (calls.append(name), plain(*a, **b))  # noqa: E731
+        monkeypatch.setattr(os, name, told)
+    whole_files.write(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]
+    calls.clear()
+    whole_files.write_together(tmp_path / "folder", {"a": lambda path: path.write_text("a")})
+    assert calls[0] == "fsync" and "replace" in calls[1:]
+
+
 def test_the_umask_counts(tmp_path: pathlib.Path) -> None:
     """A written file has the permissions that the user's umask leaves."""
     old = os.umask(0o027)

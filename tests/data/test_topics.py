@@ -8,7 +8,7 @@ import pytest
 from lora_jax.data import DataError, open_source
 from lora_jax.data.source import DataSource
 from lora_jax.data.split import normalise
-from lora_jax.data.topics import CORPORA, divided, read
+from lora_jax.data.topics import CORPORA, read, with_validation
 
 # The official numbers of training and test documents of the single-label versions.
 OFFICIAL = {
@@ -83,9 +83,9 @@ def test_a_broken_row_is_an_error(tmp_path: Path, line: str) -> None:
 
 def test_a_class_is_never_only_validated() -> None:
     rows = [(i, {"text": f"text {i}", "label": "many"}) for i in range(200)]
-    rare = next(i for i, _ in divided(rows)["validation"])
+    rare = next(i for i, _ in with_validation(rows)["validation"])
     rows[rare][1]["label"] = "rare"
-    found = divided(rows)
+    found = with_validation(rows)
     assert rows[rare] in found["train"]
     assert sum(map(len, found.values())) == 200
     assert found["validation"]

@@ -13,7 +13,7 @@ from lora_jax.layout import Layout
 from lora_jax.report import charts, render, svg
 from lora_jax.report.document import Figure, Panel, Report, Section, Table
 from lora_jax.report.module_index import ModuleIndex, label
-from lora_jax.report.subspace_similarity import One, of_ranks, of_seeds
+from lora_jax.report.subspace_similarity import RunAdapter, of_ranks, of_seeds
 
 
 def target(path: str, rank: int = 2, stack: int = 0) -> Target:
@@ -22,9 +22,9 @@ def target(path: str, rank: int = 2, stack: int = 0) -> Target:
     return Target(path, shape, tuple(axes[:-2]), (axes[-2],), (axes[-1],), rank, 4.0)
 
 
-def one(name: str, rank: int, paths: tuple[str, ...] = ("q",), **config: Any) -> One:
+def one(name: str, rank: int, paths: tuple[str, ...] = ("q",), **config: Any) -> RunAdapter:
     layout = Layout(tuple(target(path, rank) for path in paths))
-    return One(name, {"lora.rank": rank, **config}, epath.Path(name), layout, rank)
+    return RunAdapter(name, {"lora.rank": rank, **config}, epath.Path(name), layout, rank)
 
 
 def test_ranks_that_differ_in_little_else_are_compared() -> None:
@@ -56,7 +56,7 @@ def test_layers_by_number_and_by_stack() -> None:
     ]
     stacked = ModuleIndex.of(Layout((target("layers/attention/q/kernel", stack=3),)))
     assert [(p.layer, p.at, p.matrix) for p in stacked.places] == [(i, (i,), "q") for i in range(3)]
-    assert stacked.middle == 1
+    assert stacked.middle_layer == 1
     names = (f"{x}/layer_0/query/kernel" for x in ("encoder", "decoder"))
     both = ModuleIndex.of(Layout(tuple(map(target, names)))).places
     assert [(p.layer, p.matrix) for p in both] == [(0, "encoder/query"), (0, "decoder/query")]

@@ -95,14 +95,9 @@ def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> 
     for answer in mixed:
         assert len(answer["text"].split()) == answer["tokens"] <= NEW
         assert (answer["finish"] == "length") == (answer["tokens"] == NEW)
-    for name in ("two", "base"):
-        alone = answers(
-            tmp_path,
-            [row["prompt"] for row in mixed if row["adapter"] == name],
-            *(setup.given(name) if name != "base" else ("--base", str(setup.base))),
-        )
-        own = [a for a in mixed if a["adapter"] == name]
-        assert [a["text"] for a in alone] == [a["text"] for a in own]
+    own = [a for a in mixed if a["adapter"] == "two"]
+    alone = answers(tmp_path, [a["prompt"] for a in own], *setup.given("two"))
+    assert [a["text"] for a in alone] == [a["text"] for a in own]
 
 
 def test_plain_prompts_are_for_every_adapter(

@@ -142,7 +142,7 @@ def test_mixed_is_each_alone(
     trained: Trained, answers: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
     """An exported folder is complete, and can be moved."""
-    for name in trained.configs:
+    for name in ("three", "number"):
         own = [row for row in mixed(trained) if row["adapter"] == name]
         bare = [{"text": row["text"], "n": row["n"]} for row in own]  # one adapter needs no name
         moved = shutil.copytree(trained.folder / name / "adapters/best", tmp_path / name)

@@ -22,8 +22,8 @@ from lora_jax.bases.nf4 import FourBit
 from lora_jax.bases.scaled import ScaledCodes
 from lora_jax.errors import WeightsError, damaged
 from lora_jax.models.weights.disk_arrays import ArrayOnDisk, in_memory
-from lora_jax.models.weights.safetensors_file import FLOATS, StoredTensor
 from lora_jax.models.weights.shards import Index
+from lora_jax.system.safetensors_reader import FLOATS, StoredTensor
 
 _STATE = ".quant_state.bitsandbytes__"
 _ENDINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")

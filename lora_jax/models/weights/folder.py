@@ -18,15 +18,15 @@ from lora_jax.errors import (
     shown,
 )
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file, tokenizer_limits
+from lora_jax.models.weights import bitsandbytes_tensors, tokenizer_limits
 from lora_jax.models.weights.assemble import Source
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
 from lora_jax.models.weights.families import FAMILIES, parse
-from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.models.weights.shards import Index
 from lora_jax.models.weights.stored import Stored
 from lora_jax.models.weights.tensor_names import TensorName
-from lora_jax.system import json_file, regular_files
+from lora_jax.system import json_file, regular_files, safetensors_reader
+from lora_jax.system.safetensors_reader import StoredTensor
 
 SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -108,7 +108,10 @@ class Folder(Source):
                 bitsandbytes_tensors.check_floats(tensor, method)
 
         def read(name: str, row: TensorName, index: Index) -> np.ndarray:
-            return plain[name].read(index) if name in plain else _numbers(quantised[name])[index]
+            if name not in plain:
+                return _numbers(quantised[name])[index]
+            bitsandbytes_tensors.check_floats(plain[name], method)
+            return plain[name].part(index)
 
         def keep(name: str, row: TensorName, dtype: np.dtype) -> QuantisedMatrix | None:
             return quantised[name].base(row.transposed, dtype) if name in quantised else None
@@ -128,11 +131,11 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the single file, or of the files that the index names."""
     single, index = folder / SINGLE, folder / _INDEX
     if single.exists():
-        return safetensors_file.tensors(single)
+        return safetensors_reader.read(single, WeightsError).tensors
     if not index.exists():
-        there = sorted(path.name for path in folder.iterdir())
+        found = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(
-            f"{folder} has neither {SINGLE} nor {_INDEX}; it has {', '.join(there)}.\n"
+            f"{folder} has neither {SINGLE} nor {_INDEX}; it has {', '.join(found)}.\n"
             "Weights in another format are converted once with\n"
             "    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
         )
@@ -143,13 +146,13 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
         raise FileNotFoundError(f"{index} names files that do not exist: {', '.join(absent)}")
     held: dict[str, StoredTensor] = {}
     for path in files:
-        for name, tensor in safetensors_file.tensors(path).items():
+        for name, tensor in safetensors_reader.read(path, WeightsError).tensors.items():
             if name in held:
                 raise WeightsError(f"{name} is in {held[name].path} and in {path}")
             held[name] = tensor
-    lost = sorted(places.keys() - held)
-    if lost:
-        raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(lost)}")
+    unheld = sorted(places.keys() - held)
+    if unheld:
+        raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(unheld)}")
     return held
 
 

@@ -35,9 +35,9 @@ def load(
     arrays = []
     for bounds, devices in holders.items():
         part = read(tuple(slice(*pair) for pair in bounds))
-        there = [SingleDeviceSharding(one, memory_kind=sharding.memory_kind) for one in devices]
+        places = [SingleDeviceSharding(one, memory_kind=sharding.memory_kind) for one in devices]
         # Waits, because parts in transfer would pile up in the host's memory.
-        arrays += jax.block_until_ready([jax.device_put(part, where) for where in there])
+        arrays += jax.block_until_ready([jax.device_put(part, where) for where in places])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

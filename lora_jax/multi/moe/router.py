@@ -36,10 +36,10 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.multi.selected import Choice, Mixed
-from lora_jax.multi.stack import Stack
+from lora_jax.multi.selected import Choice, Mixed, Stack
 from lora_jax.transform import UpdateOf
-from lora_jax.updates.kind import Factors, kind_of
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import kind_of
 
 Router = dict[str, Any]
 
@@ -88,13 +88,7 @@ class Routed(Choice):
     probe: dict[str, Any] | None = None
 
     def updates(self, layout: Layout, choice: Any) -> UpdateOf:
-        """Return the updates, with the router's columns added to the columns of `a`.
-
-        Args:
-          layout: the layout that was passed to `adapt`.
-          choice: None; all examples share the router.
-        """
-        whole = mixed(layout, self.stack)
+        whole = mixed(layout, self.stack)  # and the router's columns after the columns of `a`
         for t in layout.targets:
             a, b = whole.factors[t.path]
             router = jnp.asarray(self.router[t.path])

@@ -19,9 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax import models, sharding
 from lora_jax.models.placement import rules
-from lora_jax.models.weights import families, gguf_header, safetensors_file
+from lora_jax.models.weights import families, gguf_header
 from lora_jax.models.weights.shards import Index
 from lora_jax.paths import flatten
+from lora_jax.system.safetensors_reader import StoredTensor
 from tests.models.gguf_files import of_config, written
 
 ROOT = Path(__file__).parents[3]
@@ -211,8 +212,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return count
 
-    for kind in (gguf_header.Quantised, safetensors_file.StoredTensor):
-        monkeypatch.setattr(kind, "read", counting(kind.read))
+    for kind, name in ((gguf_header.Quantised, "read"), (StoredTensor, "part")):
+        monkeypatch.setattr(kind, name, counting(getattr(kind, name)))
     return sizes
 
 
