@@ -31,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "layout": {"base", "errors", "paths", "spec", "system", "target", "updates"},
     "adapters": {"errors", "layout", "paths", "spec", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
-    "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
+    "checkpoint": {"adapters", "base", "bases", "errors", "layout", "paths", "system"}
+    | {"updates"},
     "models": {"base", "bases", "errors", "system"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
@@ -45,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
     | {"primitives", "spec", "target", "transform", "updates"},
     "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
-    | {"layout", "models", "multi", "paths", "system", "transform", "updates"},
+    | {"layout", "models", "multi", "paths", "system", "transform"},
     "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
     | {"errors", "frozen", "layout", "models", "multi", "paths", "resolve"}
     | {"sharding", "spec", "system", "transform", "updates"},

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from lora_jax.data.batches import Batches, TextFacts
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
-from lora_jax.data.epochs import Epochs, Table
+from lora_jax.data.epochs import Epochs, EpochTable
 from lora_jax.data.labels import Labels, labels_of
 from lora_jax.data.source import DataSource, read
 from lora_jax.data.status import tracked
@@ -135,7 +135,7 @@ def _values(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExampleTable(Table):
+class ExampleTable(EpochTable):
     """The tokenised texts and their labels."""
 
     tokens: Tokens
@@ -147,7 +147,7 @@ class ExampleTable(Table):
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """See `Table.columns`."""
+        """See `EpochTable.columns`."""
         shape = (len(rows), self.length(chosen))
         ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
         mask = np.zeros(shape, bool)

@@ -83,7 +83,7 @@ class Epochs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table(abc.ABC):
+class EpochTable(abc.ABC):
     """The random-access source of Grain: the rows of a shard of each batch, by its number."""
 
     epochs: Epochs

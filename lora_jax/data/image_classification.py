@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lora_jax.data.batches import Batches, Facts
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import ImageDataConfig
-from lora_jax.data.epochs import Epochs, Table
+from lora_jax.data.epochs import Epochs, EpochTable
 from lora_jax.data.images import NO_AUGMENTATION, Augmentation, decode, pixels
 from lora_jax.data.labels import labels_of
 from lora_jax.models.text.example import Example, field_of
@@ -71,7 +71,7 @@ def image_classification(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageTable(Table):
+class ImageTable(EpochTable):
     """The images, which are decoded when they are needed, and their labels."""
 
     examples: Sequence[Example]
@@ -84,7 +84,7 @@ class ImageTable(Table):
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """See `Table.columns`."""
+        """See `EpochTable.columns`."""
         found = {i: self.row(epoch, i) for i in dict.fromkeys(rows.tolist())}
         images, labels = zip(*(found[i] for i in rows.tolist()), strict=True)
         kind = np.float32 if self.labels.regression else np.int32

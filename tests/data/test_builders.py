@@ -164,6 +164,7 @@ assert "tensorflow" not in sys.modules
 """
 
 
+@pytest.mark.slow  # the image data sets are prepared without it in one process
 def test_tensorflow_is_not_needed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BLOCKED, str(tmp_path)]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from lora_jax.training.causal_lm import apply_of, token_loss
+from tests.models.options import random_params
 
 B, T, V = 2, 10, 96
 CONFIG = models.DecoderConfig(
@@ -35,12 +36,16 @@ def batch() -> dict[str, Any]:
     }
 
 
+def small_params(config: models.DecoderConfig) -> Any:
+    return jax.tree.map(lambda x: x / 4, random_params(config))
+
+
 def parts(
     tied: bool, scan: bool, chunk: int | None, targets: tuple[str, ...], smoothing: float = 0.0
 ) -> Any:
     config = dataclasses.replace(CONFIG, tied=tied, scan_layers=scan)
     model = models.DecoderModel(config)
-    params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
+    params = small_params(config)
     apply = apply_of(model, chunk, smoothing=smoothing)
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=targets)
     layout = lora_jax.resolve(spec, apply, params, batch(), train=True, key=None)
@@ -105,7 +110,7 @@ def shapes(text: str) -> list[str]:
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
     """In training the loss and its gradient equal optax's."""
     model = models.DecoderModel(CONFIG)
-    params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
+    params = small_params(CONFIG)
     plain, smoothed = apply_of(model), apply_of(model, chunk, smoothing=0.1)
 
     def by_optax(params: Any) -> Any:
@@ -135,7 +140,7 @@ def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None
         CONFIG, dropout=0.3, attention_dropout=0.3, scan_layers=scan, remat=remat, num_layers=2
     )
     model, key = models.DecoderModel(config), jax.random.key(7)
-    params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
+    params = small_params(config)
     apply = apply_of(model, chunk)
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=("all-linear",))
     layout = lora_jax.resolve(spec, apply, params, batch(), train=True, key=key)
@@ -156,5 +161,5 @@ def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     for x, y in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max()))
-    still = apply(params, batch(), train=False, key=None)
-    assert np.abs(still - apply(params, batch(), train=True, key=key)).max() > 1e-3
+    run = jax.jit(lambda train: apply(params, batch(), train=train, key=key), static_argnums=0)
+    assert np.abs(run(False) - run(True)).max() > 1e-3

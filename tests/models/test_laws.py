@@ -129,7 +129,7 @@ def test_experts_are_those_of_the_router(llama_config: models.DecoderConfig) -> 
     options = {**FAMILIES["mixture"], "renormalised": True}
     config = dataclasses.replace(llama_config, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), jnp.float32)
-    params = ExpertMlp(config).init(jax.random.key(0), x)["params"]
+    params = jax.jit(ExpertMlp(config).init)(jax.random.key(0), x)["params"]
     same = jax.tree.map(lambda w: jnp.broadcast_to(w[:1], w.shape), params["experts"])
     gate, up, down = (same[name]["kernel"][0] for name in ("gate", "up", "down"))
     got = ExpertMlp(config).apply({"params": {**params, "experts": same}}, x)

@@ -17,9 +17,8 @@ from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 QWEN = {"qkv_bias": True, "output_bias": True, "qk_norm": True, "tied": False}
 SHORT = dataclasses.replace(common.SMOLLM2, num_layers=2)
-VIT = dataclasses.replace(
-    options.VIT, image_size=(224, 224), patch_size=(16, 16), hidden_size=768, num_heads=12
-)
+SIZES = {"hidden_size": 768, "num_heads": 12, "mlp_size": 3072}
+VIT = dataclasses.replace(options.VIT, image_size=(224, 224), patch_size=(16, 16), **SIZES)
 CASES: dict[str, tuple[Any, models.Head | None]] = {
     "bert": (common.MINILM, None),
     "bert without token types": (dataclasses.replace(common.MINILM, num_token_types=0), None),

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import WeightsError
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.weights import disk_arrays, shards
+from lora_jax.models.weights import disk_arrays
 from lora_jax.models.weights.stored import (
     Head,
     ParameterTree,
@@ -115,10 +115,10 @@ def _assemble(
     tree: ParameterTree = {}
     for leaf, place in zip(leaves, places, strict=True):
         if leaf.path in bases:
-            tree[leaf.path] = disk_arrays.load(bases[leaf.path], place)
+            tree[leaf.path] = disk_arrays.load_base(bases[leaf.path], place)
         else:
             read = functools.partial(_read, stored, leaf, dtype)
-            tree[leaf.path] = shards.load(leaf.whole, place, read)
+            tree[leaf.path] = disk_arrays.load(leaf.whole, place, read)
     return unflatten_dict(tree, sep="/")
 
 
@@ -129,16 +129,16 @@ def load_one(
     dtype = np.dtype(config.param_dtype)
     bases = _bases(stored, [parameter], dtype) if keep_quantised else {}
     if bases:
-        return disk_arrays.load(bases[parameter.path], None)
+        return disk_arrays.load_base(bases[parameter.path], None)
     read = functools.partial(_read, stored, parameter, dtype)
-    return shards.load(parameter.whole, None, read)
+    return disk_arrays.load(parameter.whole, None, read)
 
 
 def read_slice(
     stored: Stored, parameter: StoredParameter, number: int, config: StoredConfig
 ) -> np.ndarray:
     """Read the tensor `sources[number]` of a parameter, in our layout."""
-    part = shards.empty(parameter.shape, np.dtype(config.param_dtype))
+    part = disk_arrays.empty(parameter.shape, np.dtype(config.param_dtype))
     whole = tuple(slice(0, size) for size in parameter.shape)
     _copy(stored, parameter.row, parameter.sources[number], whole, part)
     return part
@@ -175,10 +175,10 @@ def _place(
 
 
 def _read(
-    stored: Stored, leaf: StoredParameter, dtype: np.dtype, index: shards.Index
+    stored: Stored, leaf: StoredParameter, dtype: np.dtype, index: disk_arrays.Index
 ) -> np.ndarray:
     """Read the part of a parameter at `index`, in `dtype`, and no more."""
-    part = shards.empty(tuple(axis.stop - axis.start for axis in index), dtype)
+    part = disk_arrays.empty(tuple(axis.stop - axis.start for axis in index), dtype)
     stack, inner = index[: len(leaf.stack)], index[len(leaf.stack) :]
     where: Any = (*stack, ...)
     numbers = np.arange(len(leaf.sources)).reshape(leaf.stack)[where]
@@ -188,7 +188,7 @@ def _read(
 
 
 def _copy(
-    stored: Stored, row: TensorName, name: str, index: shards.Index, into: np.ndarray
+    stored: Stored, row: TensorName, name: str, index: disk_arrays.Index, into: np.ndarray
 ) -> None:
     """Fill `into` with the part at `index` of a parameter, from one stored tensor."""
     if row.transposed:

@@ -21,8 +21,7 @@ from lora_jax.bases.dynamic import BLOCK, Dynamic
 from lora_jax.bases.nf4 import FourBit
 from lora_jax.bases.scaled import ScaledCodes
 from lora_jax.errors import WeightsError, damaged
-from lora_jax.models.weights.disk_arrays import ArrayOnDisk, in_memory
-from lora_jax.models.weights.shards import Index
+from lora_jax.models.weights.disk_arrays import ArrayOnDisk, Index, in_memory
 from lora_jax.system.safetensors_reader import FLOATS, StoredTensor
 
 _STATE = ".quant_state.bitsandbytes__"

@@ -1,18 +1,27 @@
-"""Load tensors that stay quantised, as bases whose arrays are on disk."""
+"""Load arrays from disk, and the bases of tensors that stay quantised.
+
+An array is loaded shard by shard: each process reads the parts of its own devices, each once.
+`jax.make_array_from_callback` would read a part twice if two devices hold it (8 calls for 4 parts
+on 8 devices), and does not wait for one part before it reads the next.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from lora_jax.base import QuantisedMatrix
 from lora_jax.bases.placement import placed
 from lora_jax.errors import WeightsError
-from lora_jax.models.weights import shards
-from lora_jax.models.weights.shards import Index
+
+Index = tuple[slice, ...]  # one slice for each axis, with start and stop
+
+# XLA can use a host buffer that begins at such a multiple without copying it (on CPU).
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +71,13 @@ def stack(
     return cast(QuantisedMatrix, whole)
 
 
-def load(base: QuantisedMatrix, where: Any) -> QuantisedMatrix:
+def load_base(base: QuantisedMatrix, where: Any) -> QuantisedMatrix:
     """Return the base with its arrays on the devices that `where` gives for each."""
     if where is None:
         where = jax.tree.map(lambda x: None, base)
     arrays, structure = jax.tree.flatten(base)
     places = jax.tree.leaves(where, is_leaf=lambda x: x is None)
-    loaded = [
-        shards.load(x.shape, at, _contiguous(x)) for x, at in zip(arrays, places, strict=True)
-    ]
+    loaded = [load(x.shape, at, _contiguous(x)) for x, at in zip(arrays, places, strict=True)]
     whole: QuantisedMatrix = jax.tree.unflatten(structure, loaded)
     return whole
 
@@ -106,8 +113,40 @@ def _contiguous(array: ArrayOnDisk) -> Callable[[Index], np.ndarray]:
 
     def read(index: Index) -> np.ndarray:
         part = array.read(index)
-        into = shards.empty(part.shape, array.dtype)
+        into = empty(part.shape, array.dtype)
         into[...] = part
         return into
 
     return read
+
+
+def load(
+    shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]
+) -> jax.Array:
+    """Load an array.
+
+    `read` is called once for each part that devices of this process hold, and each part is on its
+    devices before the next one is read. It returns a new array that is not changed afterwards.
+    Without a sharding, there is one part on the default device.
+    """
+    if sharding is None:
+        return jax.device_put(read(tuple(slice(0, size) for size in shape)))
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        held = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)]
+        holders.setdefault(tuple(held), []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*pair) for pair in bounds))
+        places = [SingleDeviceSharding(one, memory_kind=sharding.memory_kind) for one in devices]
+        # Waits, because parts in transfer would pile up in the host's memory.
+        arrays += jax.block_until_ready([jax.device_put(part, where) for where in places])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialised array that `jax.device_put` need not copy if it is on the CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

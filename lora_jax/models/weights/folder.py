@@ -21,8 +21,8 @@ from lora_jax.models.config import StoredConfig
 from lora_jax.models.weights import bitsandbytes_tensors, tokenizer_limits
 from lora_jax.models.weights.assemble import Source
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
+from lora_jax.models.weights.disk_arrays import Index
 from lora_jax.models.weights.families import FAMILIES, parse
-from lora_jax.models.weights.shards import Index
 from lora_jax.models.weights.stored import Stored
 from lora_jax.models.weights.tensor_names import TensorName
 from lora_jax.system import json_file, regular_files, safetensors_reader

@@ -16,8 +16,7 @@ from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import field_kinds, gguf_header, gguf_tokenizer
 from lora_jax.models.weights.assemble import Source
 from lora_jax.models.weights.decoder_names import LLAMA
-from lora_jax.models.weights.disk_arrays import ArrayOnDisk
-from lora_jax.models.weights.shards import Index
+from lora_jax.models.weights.disk_arrays import ArrayOnDisk, Index
 from lora_jax.models.weights.stored import Stored
 from lora_jax.models.weights.tensor_names import TensorName
 

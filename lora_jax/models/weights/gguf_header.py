@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from lora_jax.errors import WeightsError, damaged, shown
-from lora_jax.models.weights.shards import Index
+from lora_jax.models.weights.disk_arrays import Index
 from lora_jax.system import regular_files
 
 _MAGIC = b"GGUF"

@@ -20,7 +20,7 @@ from lora_jax.models.bert import Bert, BertClassifier
 from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig
 from lora_jax.models.decoder import DecoderModel
 from lora_jax.models.vit import Vit, VitClassifier
-from lora_jax.models.weights import shards
+from lora_jax.models.weights.disk_arrays import Index
 from lora_jax.models.weights.tensor_names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
@@ -56,7 +56,7 @@ class Stored:
     table: TensorNames
     column: Literal["hf", "gguf"]
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str, TensorName, shards.Index], np.ndarray]
+    read: Callable[[str, TensorName, Index], np.ndarray]
     keep: Callable[[str, TensorName, np.dtype], QuantisedMatrix | None]
 
 

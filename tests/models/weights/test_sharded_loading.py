@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lora_jax import models, sharding
 from lora_jax.models.placement import rules
 from lora_jax.models.weights import families, gguf_header
-from lora_jax.models.weights.shards import Index
+from lora_jax.models.weights.disk_arrays import Index
 from lora_jax.paths import flatten
 from lora_jax.system.safetensors_reader import StoredTensor
 from tests.models.gguf_files import of_config, written

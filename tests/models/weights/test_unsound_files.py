@@ -216,6 +216,7 @@ def test_sound_gguf_by_hand(tmp_path: Path) -> None:
     assert found.tensors["w"].shape == (16,) and found.tensors["w"].offset % 32 == 0
 
 
+@pytest.mark.slow  # the gguf package takes seconds
 def test_header_is_that_of_the_library(smollm2: models.Source) -> None:
     """Every field and every tensor of a real file is read as the gguf package reads it."""
     reader, found = gguf.GGUFReader(smollm2.path), gguf_header.read(Path(smollm2.path))
