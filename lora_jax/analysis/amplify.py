@@ -9,8 +9,8 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapters import Adapters
 from lora_jax.analysis import matrices
+from lora_jax.analysis.as_factors import as_factors
 from lora_jax.analysis.matrices import Array, Svd
-from lora_jax.analysis.plain import plain
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.target import Target
@@ -75,7 +75,7 @@ def amplification(
     """
     leaves = paths.flatten(params)
     layout.check_params(leaves)
-    updates = plain(layout, adapters, params)
+    updates = as_factors(layout, adapters, params)
     out = {}
     for target in layout.targets:
         wanted = target.rank if rank is None else rank

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,14 +12,12 @@ import numpy as np
 
 from lora_jax.adapters import Adapters, init
 from lora_jax.analysis import matrices
-from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.primitives import jaxprs, table
-from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.evaluator import Evaluator
+from lora_jax.primitives import jaxprs
 from lora_jax.target import Target
-from lora_jax.transform import interpret
+from lora_jax.transform import Several, adapt
+from lora_jax.updates.factors import Factors, named
 from lora_jax.updates.gating import counted
 from lora_jax.updates.lowrank import LowRank
 from lora_jax.updates.named import EXTRA, MEMBER, RANK, Named, Names
@@ -142,23 +139,6 @@ class _Moments(LowRank):
         return counted(h, RANK, self.probe, _square)
 
 
-def _moments(
-    shape: tuple[int, ...], probe: Any, stack: Names, inputs: Names, outputs: Names
-) -> Any:
-    """Return the update of a weight with the axes [*stack, *inputs, *outputs] of this shape.
-
-    probe: float32 zeros [*stack, in, in].
-    """
-    n, m = len(stack), len(stack) + len(inputs)
-    fan_in = math.prod(shape[n:m])
-    unit = jnp.eye(fan_in, dtype=jnp.bfloat16).reshape(*shape[n:m], fan_in)  # 0 and 1 are exact
-    a = Named(jnp.broadcast_to(unit, (*shape[:m], fan_in)), (*stack, *inputs, RANK))
-    b = jnp.zeros((*shape[:n], fan_in, *shape[m:]), jnp.bfloat16)
-    return _Moments(
-        a, Named(b, (*stack, RANK, *outputs)), probe=Named(probe, (*stack, EXTRA, MEMBER))
-    )
-
-
 def _square(rows: Any) -> Any:
     """Return rows^T rows in float32, from [*stack, rows, in]."""
     return jnp.einsum(
@@ -166,19 +146,33 @@ def _square(rows: Any) -> Any:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Probed(Several):
+    """Updates that see the inputs; `probes` are float32 zeros `{path: [*stack, in, in]}`."""
+
+    probes: dict[str, Any]
+
+    def run(
+        self, layout: Layout, run: Callable[..., Any], args: Any, kwargs: Any, axes: Any
+    ) -> Any:
+        return run(self._update, False, *args, **kwargs)
+
+    def _update(self, target: Target, w: Any, names: Names) -> LowRank:
+        sizes, fan_in = target.sizes, target.fan_in
+        unit = jnp.eye(fan_in, dtype=jnp.bfloat16)  # 0 and 1 are exact
+        unit = jnp.broadcast_to(
+            unit.reshape(*sizes(target.inputs), fan_in),
+            (*sizes(target.stack), *sizes(target.inputs), fan_in),
+        )
+        zero = jnp.zeros((*sizes(target.stack), fan_in, *sizes(target.outputs)), unit.dtype)
+        a, b = named(target, Factors(unit, zero), names)
+        stack = tuple(names[i] for i in target.stack)
+        return _Moments(a, b, probe=Named(self.probes[target.path], (*stack, EXTRA, MEMBER)))
+
+
 def _of_batch(layout: Layout, f: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
     def outputs(probes: dict[str, Any]) -> list[Any]:
-        def weight(evaluator: Evaluator, target: Target, w: Any) -> AdaptedWeight:
-            names = evaluator.fresh(len(target.shape))
-            stack, inputs, outputs = (
-                tuple(names[i] for i in axes)
-                for axes in (target.stack, target.inputs, target.outputs)
-            )
-            shape = target.sizes((*target.stack, *target.inputs, *target.outputs))
-            update = _moments(shape, probes[target.path], stack, inputs, outputs)
-            return AdaptedWeight(Weight.of(w), update, names, target.path, fold=False)
-
-        out = interpret(Evaluator(table.PRIMITIVES), layout, f, weight, params, *args)
+        out = adapt(layout, f)(params, _Probed(probes), *args)
         return [x for x in jax.tree.leaves(out) if jaxprs.is_float(jnp.asarray(x).dtype)]
 
     zeros = {

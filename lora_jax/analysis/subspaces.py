@@ -8,8 +8,8 @@ import numpy as np
 
 from lora_jax.adapters import Adapter, check
 from lora_jax.analysis import matrices
+from lora_jax.analysis.as_factors import as_factors, factors_of
 from lora_jax.analysis.matrices import Array
-from lora_jax.analysis.plain import factors_of, plain
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.target import Target
@@ -68,7 +68,7 @@ def similarity(one: Adapter, two: Adapter, of: Side = "a", params: Any = None) -
     check(two.layout, two.parameters)
     _check_targets(one.layout, two.layout)
     if of in ("input", "output"):
-        one, two = (plain(x.layout, x.parameters, params) for x in (one, two))
+        one, two = (as_factors(x.layout, x.parameters, params) for x in (one, two))
     out = {}
     for target in one.layout.targets:
         path = target.path

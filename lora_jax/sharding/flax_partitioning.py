@@ -15,22 +15,14 @@ AxisRules = Iterable[tuple[str, Any]]  # Flax's: logical name -> mesh axis, seve
 
 
 def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[str, PartitionSpec]:
-    """Return the placement of the parameters that carry Flax partitioning metadata.
+    """Return the placement of the parameters that carry Flax partitioning metadata, by path.
 
-    Args:
-      params: for Linen, variables that contain `nn.Partitioned` or `nn.LogicallyPartitioned` boxes
-        (the result of `init`, or `jax.eval_shape` of it). For NNX, a module or a state whose
-        variables carry `out_sharding`. The paths are, for Linen, the paths in this tree
-        (`kernel/value`); for NNX, the paths that `lora_jax.from_nnx` returns.
-      mesh_axes: the names of the mesh axes. A name that is one of them is used as it is.
-      rules: (logical name, mesh axis | tuple of them | None), as in Flax. They come before the
-        rules that the metadata itself may carry.
-
-    Returns:
-      `{path: PartitionSpec}`, without the parameters that have no metadata.
-
-    Raises:
-      LoraError: a name that is neither a mesh axis nor in the rules.
+    For Linen, `params` are variables that contain `nn.Partitioned` or `nn.LogicallyPartitioned`
+    boxes (the result of `init`, or `jax.eval_shape` of it), and the paths are those in this tree
+    (`kernel/value`). For NNX, they are a module or a state whose variables carry `out_sharding`,
+    and the paths are those that `lora_jax.from_nnx` returns. A name that is a mesh axis is used as
+    it is; `rules` are (logical name, mesh axis | tuple of them | None), as in Flax, and come before
+    the rules that the metadata itself may carry. A name that is neither is an error.
 
     >>> import flax.linen as nn, jax.numpy as jnp
     >>> kernel = nn.with_partitioning(nn.initializers.zeros, ("embed", "tensor"))

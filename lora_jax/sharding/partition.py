@@ -43,20 +43,9 @@ SPARE = 0.04  # the part that replicated small parameters may add to a device's 
 def tree_of(specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str, int]) -> Any:
     """Return the placement as a tree like `params`, with one PartitionSpec for each array.
 
-    A quantised weight gets one for each of its arrays. For a base of a kind that the package does
-    not know, an array of W's shape is placed like W, and the other arrays are sharded along the
-    leading axes that they share with W.
-
-    Args:
-      specs: the placement, by path.
-      params: a tree of arrays, `jax.ShapeDtypeStruct`s, and quantised weights of either.
-      sizes: the size of each mesh axis by its name (`mesh.shape`).
-
-    Returns:
-      A tree like `params` with a PartitionSpec in place of each array.
-
-    Raises:
-      LoraError: the placement would split a block of a quantised weight.
+    A quantised weight gets one for each of its arrays; it is an error if the placement would split
+    one of its blocks. For a base of a kind that the package does not know, an array of W's shape is
+    placed like W, and the other arrays are sharded along the leading axes that they share with W.
     """
 
     def of(key_path: Any, leaf: Any) -> Any:

@@ -53,14 +53,7 @@ def specs(rules: Sequence[ShardingRule], params: Any) -> Specs:
 def covering(
     rules: Sequence[ShardingRule], leaves: Mapping[str, Any]
 ) -> dict[str, list[ShardingRule]]:
-    """Return the rule of each parameter, or an empty list.
-
-    Args:
-      rules: (pattern, PartitionSpec) pairs.
-      leaves: the parameters by path.
-
-    Returns:
-      `{path: [rule]}`, or `{path: []}` for a parameter that no rule covers.
+    """Return the rule of each parameter in a list, which is empty if no rule covers it.
 
     Raises:
       LoraError: a parameter with two rules, or a rule that covers nothing.
@@ -95,16 +88,7 @@ def _shown(rule: ShardingRule) -> str:
 def check_divides(
     specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str, int]
 ) -> None:
-    """Raise `LoraError` if the mesh axes of a dimension do not divide its size.
-
-    Args:
-      specs: the placement, by path.
-      params: a tree of arrays or `jax.ShapeDtypeStruct`s.
-      sizes: the size of each mesh axis by its name (`mesh.shape`).
-
-    Raises:
-      LoraError: a dimension that does not divide, or a mesh axis that the mesh does not have.
-    """
+    """Raise `LoraError` if mesh axes do not divide the size that they shard, or do not exist."""
     for path, leaf in paths.flatten(params).items():
         for axis, entry in enumerate(specs[path]):
             names = names_of(entry)
@@ -132,14 +116,7 @@ def _indivisible(
 
 
 def check_entries(path: str, shape: tuple[int, ...], spec: PartitionSpec, source: str) -> None:
-    """Raise `LoraError` if a PartitionSpec has more entries than the parameter has axes.
-
-    Args:
-      path: the path of the parameter.
-      shape: its shape.
-      spec: its PartitionSpec.
-      source: the origin of the spec, for the message.
-    """
+    """Raise `LoraError` if a PartitionSpec has more entries than the parameter has axes."""
     if len(spec) > len(shape):
         raise LoraError(
             f"{path!r}: {source} has {len(spec)} entries, but the shape {shape} has {len(shape)} "

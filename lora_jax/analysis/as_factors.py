@@ -18,7 +18,7 @@ from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import kind_of
 
 
-def plain(layout: Layout, adapters: Adapters, params: Any = None) -> Adapter:
+def as_factors(layout: Layout, adapters: Adapters, params: Any = None) -> Adapter:
     """Return the adapter with plain factors at every target, whose product is the update.
 
     Additive kinds have them (`lora_jax.as_lora`). The update of DoRA is the change that merging
