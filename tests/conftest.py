@@ -24,6 +24,7 @@
 - The longest files run first, so that the last worker does not end with one of them.
 """
 
+import collections
 import contextlib
 import ctypes
 import gc
@@ -97,12 +98,47 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and exempt all objects made so far from garbage collection."""
+    """Mark most of each matrix as slow, and put the longest files first.
+
+    All objects made so far are exempt from garbage collection.
+    """
+    matrices = collections.defaultdict[str, list[pytest.Item]](list)
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            matrices[item.nodeid.partition("[")[0]].append(item)
+    for matrix in matrices.values():
+        quick = quick_part(matrix)
+        for item in matrix:
+            if item.nodeid not in quick:
+                item.add_marker(pytest.mark.slow)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     gc.collect()
     gc.freeze()
+
+
+def names_of(mark: pytest.Mark) -> list[str]:
+    """Return the parameters that a mark sets together."""
+    names = mark.args[0]
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else [*names]
+
+
+def quick_part(matrix: list[pytest.Item]) -> set[str]:
+    """Return the names of a few tests of a matrix, in which each value of each axis occurs."""
+    values = {}
+    for item in matrix:
+        axes = [names_of(mark) for mark in item.iter_markers("parametrize")]
+        found = item.callspec.params
+        values[item.nodeid] = {(str(axis), repr([found[n] for n in axis])) for axis in axes}
+    chosen, seen = set[str](), set[tuple[str, str]]()
+    for fresh in (2, 1):  # first those of which both values are new: the diagonal
+        for name, pair in values.items():
+            if len(pair - seen) >= fresh:
+                chosen.add(name)
+                seen |= pair
+    return chosen
 
 
 @pytest.fixture(scope="session", autouse=True)

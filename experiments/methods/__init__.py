@@ -19,5 +19,5 @@ from experiments.methods.method import prefix_embedding as prefix_embedding
 from experiments.methods.method import prefix_layer as prefix_layer
 from experiments.methods.method import top_layers as top_layers
 from experiments.methods.prefix import Prefix as Prefix
-from lora_jax.checkpoint.added_parameters import EXTRA as EXTRA
+from lora_jax.checkpoint.saved_adapter import EXTRA as EXTRA
 from lora_jax.training.method import LORA as LORA

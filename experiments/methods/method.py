@@ -12,7 +12,7 @@ from experiments.methods import sites
 from experiments.methods.bottleneck import Bottleneck
 from experiments.methods.prefix import Prefix
 from experiments.methods.sites import Tree
-from lora_jax.checkpoint.added_parameters import EXTRA
+from lora_jax.checkpoint.saved_adapter import EXTRA
 from lora_jax.errors import LoraError
 from lora_jax.models.config import BertConfig, BuiltInConfig
 from lora_jax.training import method as base

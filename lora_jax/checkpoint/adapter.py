@@ -6,23 +6,20 @@ checked when they are read. So a damaged adapter is an error, and never gives ot
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.adapters import Adapter, check
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import storage
-from lora_jax.checkpoint.fingerprint import Fingerprint, check_base, is_fingerprint
+from lora_jax.checkpoint.fingerprint import Fingerprint
 from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
-from lora_jax.checkpoint.manifest import Manifest
-from lora_jax.checkpoint.storage import Path, RemotePath
+from lora_jax.checkpoint.saved_adapter import SavedAdapter, without
+from lora_jax.checkpoint.storage import Path
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.updates.kind import kind_of
 
 
 def save(
@@ -66,7 +63,7 @@ def save(
         raise LoraError(f"{folder} exists; choose another path, or pass overwrite=True")
     factors = {p: arrays._asdict() for p, arrays in adapters.items()}
     tree = jax.tree.map(manifests.canonical, {"adapters": factors, "base": dict(trainable)})
-    frozen = None if fingerprint is None else _without(fingerprint, trainable)
+    frozen = None if fingerprint is None else without(fingerprint, trainable)
     notes = {
         "layout": layout.to_json(),
         "base": list(trainable),
@@ -135,116 +132,4 @@ def restore_about(path: Path) -> dict[str, Any]:
     Raises:
       LoraError: see `restore`.
     """
-    return SavedAdapter.open(path).about
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedAdapter:
-    """An adapter in a folder that `save` wrote: all of it but the arrays, read and checked once.
-
-    folder: the folder.
-    layout: the layout of the adapter.
-    manifest: the arrays as they are declared, and the notes.
-    """
-
-    folder: RemotePath
-    layout: Layout
-    manifest: Manifest
-
-    @classmethod
-    def open(cls, path: Path, max_bytes: float | None = None) -> SavedAdapter:
-        """Read and check a folder, as `restore` does."""
-        folder = storage.absolute(path)
-        if not folder.exists():
-            near = [p.name for p in folder.parent.iterdir()] if folder.parent.exists() else []
-            raise LoraError(f"no adapter at {folder}; its parent folder holds {sorted(near)[:10]}")
-        if not (folder / "meta").exists():
-            raise LoraError(f"{folder} is not an adapter that lora_jax.save wrote: it has no meta")
-        manifest = storage.read_manifest(folder, max_bytes)
-        with storage.reading(folder):
-            layout = Layout.from_json(manifest.notes["layout"])
-            _check_layout(layout, manifest)
-        return cls(folder, layout, manifest)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """The `about` that was saved, or {}; not checked."""
-        about = self.manifest.notes.get("about")
-        return dict(about) if isinstance(about, Mapping) else {}
-
-    @property
-    def trainable_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the trainable parameters by path."""
-        entries = self.manifest.arrays
-        return {p: entries[f"base/{p}"].shape for p in self.manifest.notes["base"]}
-
-    def check_base(self, ours: Fingerprint, fresh: Container[str] = ()) -> None:
-        """Check the base as `restore(params=...)` does, given its fingerprint.
-
-        Args:
-          ours: `lora_jax.fingerprint` of the base at hand.
-          fresh: paths of parameters in this base that may be missing in the other, such as a new
-            head.
-
-        Raises:
-          LoraError: the adapter was trained on another base, or does not say on which.
-        """
-        notes = self.manifest.notes
-        if (stored := notes.get("fingerprint")) is None:
-            raise LoraError(
-                f"{self.folder} has no fingerprint of its base to compare params with; pass "
-                "fingerprint= to lora_jax.save, or allow_other_base=True here"
-            )
-        known = stored if is_fingerprint(stored) else {}
-        ours = {p: value for p, value in ours.items() if p in known or p not in fresh}
-        check_base(stored, _without(ours, notes["base"]), False, str(self.folder))
-
-    def load(self, shardings: Any = None) -> Adapter:
-        """Read the arrays, placed as `restore` places them."""
-
-        def struct(name: str, place: Any) -> jax.ShapeDtypeStruct:
-            place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            entry = self.manifest.arrays[name]
-            return jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype), sharding=place)
-
-        def place_of(path: str) -> Any:
-            return shardings[path] if isinstance(shardings, Mapping) else shardings
-
-        factors: dict[str, Any] = {}
-        for t in self.layout.targets:
-            place, fields = place_of(t.path), kind_of(t).fields
-            places = (
-                place if isinstance(place, fields) else fields(*(place for _ in fields._fields))
-            )
-            named = places._asdict().items()
-            factors[t.path] = {n: struct(f"adapters/{t.path}/{n}", each) for n, each in named}
-        base = {p: struct(f"base/{p}", place_of(p)) for p in self.manifest.notes["base"]}
-        target = {k: v for k, v in {"adapters": factors, "base": base}.items() if v}
-        loaded = storage.load(self.folder, self.manifest, "arrays", target) if target else {}
-        arrays = loaded.get("adapters", {})
-        adapters = {t.path: kind_of(t).fields(**arrays[t.path]) for t in self.layout.targets}
-        return Adapter(self.layout, adapters, loaded.get("base", {}))
-
-
-def _check_layout(layout: Layout, manifest: Manifest) -> None:
-    """Raise `LoraError` unless the layout and the notes account for exactly the declared arrays."""
-    declared = {p: entry.shape for p, entry in manifest.arrays.items()}
-    expected = {f"base/{p}": declared.get(f"base/{p}") for p in manifest.notes["base"]}
-    for t in layout.targets:
-        manifests.check_path(t.path)
-        manifests.check_shape(t.path, t.shape)
-        shapes = kind_of(t).shapes(t)._asdict()
-        expected |= {f"adapters/{t.path}/{name}": shape for name, shape in shapes.items()}
-    keys = [p for p, entry in manifest.arrays.items() if entry.dtype.startswith("key<")]
-    if keys:
-        raise LoraError(f"{keys[0]} is declared as PRNG keys, which no adapter has")
-    for path in dict.fromkeys([*expected, *declared]):
-        if path not in declared or expected.get(path) != declared[path]:
-            raise LoraError(
-                f"its parts contradict each other: {path} has the shape {declared.get(path)} in "
-                f"the list of arrays, and {expected.get(path)} by the layout"
-            )
-
-
-def _without(fingerprint: Fingerprint, trained: Any) -> dict[str, Any]:
-    return {p: value for p, value in fingerprint.items() if p not in trained}
+    return dict(SavedAdapter.open(path).about)

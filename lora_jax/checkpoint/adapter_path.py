@@ -10,12 +10,8 @@ from lora_jax.errors import LoraError, listed, nearest
 def find(given: str) -> list[tuple[str, RemotePath]]:
     """Return (name, folder) of each adapter that `[NAME=]PATH` stands for.
 
-    Args:
-      given: PATH is a folder that `lora_jax.save` wrote; or a run directory, which stands for its
-        adapters/best, or its adapters/last if there is no best; or a directory of run directories.
-
-    Raises:
-      LoraError: there is none, or one name for several.
+    PATH is a folder that `lora_jax.save` wrote; or a run directory, which stands for its
+    adapters/best, or its adapters/last if there is no best; or a directory of run directories.
     """
     name, path = _name_of(given)
     found = _at(path)
@@ -30,11 +26,7 @@ def find(given: str) -> list[tuple[str, RemotePath]]:
 
 
 def find_one(path: str) -> tuple[str, RemotePath]:
-    """Return (name, folder) of the one adapter at a path.
-
-    Raises:
-      LoraError: there is none, or there are several.
-    """
+    """Return (name, folder) of the one adapter at a path."""
     found = _at(path)
     if len(found) > 1:
         raise LoraError(

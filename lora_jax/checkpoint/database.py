@@ -38,17 +38,10 @@ Spend = Callable[[int], None]  # raises if it is called for too many bytes
 
 
 def check(root: pathlib.Path, place: str, files: Mapping[str, int], spend: Spend) -> None:
-    """Raise unless TensorStore can open a database safely.
+    """Raise unless TensorStore can open the database in the folder `place` ("arrays/") of `root`.
 
-    Args:
-      root: the folder of the checkpoint.
-      place: the folder of the database in it, with a slash at its end.
-      files: the sizes of all files of the checkpoint, by their paths in it.
-      spend: called with the bytes that reading the database takes.
-
-    Raises:
-      DamagedError: it cannot be read, takes too many bytes, names pieces of files that are not
-        there, or describes arrays as Orbax does not.
+    `files` are the sizes of all files by their paths in `root`; `spend` is called with the bytes
+    that reading takes.
     """
     try:
         counts = [_count_chunks(key, text) for key, text in _walk(root, place, files, spend)]

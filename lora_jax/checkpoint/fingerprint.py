@@ -116,13 +116,9 @@ def digests(tree: Any) -> dict[str, str]:
 
 
 def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -> None:
-    """Raise `LoraError` unless two fingerprints belong to one base, or `allow` is set.
+    """Raise unless two fingerprints are of one base, or `allow`; `what` names the checkpoint.
 
-    Args:
-      stored: of the base that `what` was trained on.
-      ours: of the base at hand. Neither contains parameters that were trained with the adapters.
-      allow: accept another base.
-      what: the name of the checkpoint in the message.
+    Neither contains parameters that were trained with the adapters.
     """
     if allow:
         return

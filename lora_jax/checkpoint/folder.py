@@ -31,16 +31,10 @@ _INDEX_ASKED = 2**23  # the same, of a folder with a limit of the caller
 
 
 def check(folder: pathlib.Path, part: str, max_bytes: float | None) -> int:
-    """Return the bytes that a folder takes on disk, without holes; raise if it is not safe.
+    """Return the bytes that a local folder takes on disk, without holes; raise if it is not safe.
 
-    Args:
-      folder: a local folder.
-      part: the part of the checkpoint that may have a database.
-      max_bytes: the caller's limit for arrays, which is one for their descriptions too.
-
-    Raises:
-      LoraError: something in it is refused.
-      DamagedError: a file of JSON or a database cannot be read.
+    Only `part` may have a database. `max_bytes` is the caller's limit for arrays, and for their
+    descriptions too.
     """
     root = folder.resolve()
     files, on_disk = _walk(root)

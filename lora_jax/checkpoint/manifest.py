@@ -103,12 +103,7 @@ def of(tree: Any, notes: Any) -> Manifest:
 
 
 def unseal(stored: Any) -> Manifest:
-    """Return the manifest of a stored JSON value: the inverse of `Manifest.seal`.
-
-    Raises:
-      DamagedError: `stored` is not a sealed manifest, or was changed since.
-      LoraError: another format, or arrays that no checkpoint can hold.
-    """
+    """Return the manifest of a stored JSON value: the inverse of `Manifest.seal`."""
     if not isinstance(stored, Mapping) or not isinstance(stored.get("text"), str):
         raise DamagedError("its meta has no manifest: it is torn")
     if set(stored) != SEALED:
@@ -154,12 +149,9 @@ def check_shape(path: str, shape: Any) -> None:
 
 
 def check_declared(manifest: Manifest, on_disk: int | None, max_bytes: float | None) -> None:
-    """Raise `LoraError` if the declared arrays take more memory than the limit.
+    """Raise if the declared arrays take more than `max_bytes`, or else the documented limits.
 
-    Args:
-      manifest: the manifest, before any array is read.
-      on_disk: the bytes in the folder; None if they are unknown (remote storage).
-      max_bytes: the caller's own limit, in place of the documented ones.
+    `on_disk` are the bytes in the folder; None if they are unknown (remote storage).
     """
     declared = sum(entry.nbytes for entry in manifest.arrays.values())
     most = MOST_BYTES if max_bytes is None else max_bytes
@@ -185,16 +177,7 @@ class StoredArray(NamedTuple):
 
 
 def check_stored(manifest: Manifest, stored: Mapping[str, StoredArray]) -> None:
-    """Raise unless the folder holds the arrays that the manifest lists, in chunks of a sane size.
-
-    Args:
-      manifest: a manifest that passed `check_declared`.
-      stored: the description of each array by path.
-
-    Raises:
-      DamagedError: an array too many, a missing one, or one with another shape or dtype.
-      LoraError: a chunk larger than its array.
-    """
+    """Raise unless the folder holds the arrays that are listed, in chunks of a sane size."""
     if extra := [path for path in stored if path not in manifest.arrays]:
         raise DamagedError(f"it holds arrays that its manifest does not list:\n{listed(extra)}")
     for path, entry in manifest.arrays.items():

@@ -62,15 +62,8 @@ def absolute(path: Path) -> RemotePath:
 def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = ADAPTER) -> Manifest:
     """Return the manifest of a checkpoint, its "meta", after checking it; no array is read.
 
-    The caller may then load the arrays that it lists: `folder` holds exactly these, as declared.
-
-    Args:
-      folder: the checkpoint.
-      max_bytes: as for `restore`.
-      part: the only other part of the checkpoint, which holds the arrays.
-
-    Raises:
-      LoraError, DamagedError: as `restore`.
+    The caller may then load the arrays that it lists: `folder` holds exactly these, as declared, in
+    `part`.
     """
     remote = "://" in str(folder)
     with reading(folder):
@@ -129,13 +122,7 @@ def _described(folder: RemotePath, part: str) -> tuple[Any, dict[str, StoredArra
 def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
     """Read arrays of one part of a checkpoint, and check them against their hashes.
 
-    Args:
-      folder, manifest: from `read_manifest`.
-      part: the name of the part, such as "arrays".
-      target: a tree of `jax.ShapeDtypeStruct` with shardings, like the part.
-
-    Raises:
-      DamagedError: the arrays differ from the saved ones.
+    `target` is a tree of `jax.ShapeDtypeStruct` with shardings, like the part.
     """
     with reading(folder):
         if _is_direct(folder, part):
@@ -164,8 +151,8 @@ def reading(folder: RemotePath) -> Iterator[None]:
         if isinstance(cause, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
             raise
         if errno_of(cause) in _PASSING:
-            raise LoraError(f"{folder} cannot be read: {_said(cause)}. {cure(cause)}") from error
-        raise DamagedError(f"{folder} is damaged: {_said(cause)}") from error
+            raise LoraError(f"{folder} cannot be read: {_text_of(cause)}. {cure(cause)}") from error
+        raise DamagedError(f"{folder} is damaged: {_text_of(cause)}") from error
 
 
 @contextlib.contextmanager
@@ -178,7 +165,7 @@ def writing(folder: RemotePath) -> Iterator[None]:
     except Exception as error:
         cause = _innermost(error)
         help = "" if errno_of(cause) is None else f". {cure(cause)}"
-        raise LoraError(f"{folder} cannot be written: {_said(cause)}{help}") from error
+        raise LoraError(f"{folder} cannot be written: {_text_of(cause)}{help}") from error
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -188,7 +175,7 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _said(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     """Return the type and text of an error, without the settings that TensorStore appends."""
     return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec')[0][:1000]}"
 

@@ -18,22 +18,14 @@ from lora_jax.system import json_file
 
 
 def names(folder: pathlib.Path) -> dict[str, str]:
-    """Return the name of each value of a part by its path, as Orbax lists them.
-
-    Args:
-      folder: a part of a checkpoint.
-    """
+    """Return the name of each value of a part by its path, as Orbax lists them."""
     values = _listed(folder)["tree_metadata"].values()
     keys = [[str(key["key"]) for key in value["key_metadata"]] for value in values]
     return {"/".join(each): ".".join(each) for each in keys}
 
 
 def described(folder: pathlib.Path) -> dict[str, StoredArray]:
-    """Return the description of every array of a part by path; no array is read.
-
-    Args:
-      folder: the part.
-    """
+    """Return the description of every array of a part by path; no array is read."""
     return {
         path: StoredArray(x.shape, x.dtype.name, x.chunk_layout.read_chunk_template.shape)
         for path, x in _opened(folder).items()
@@ -41,14 +33,9 @@ def described(folder: pathlib.Path) -> dict[str, StoredArray]:
 
 
 def load(folder: pathlib.Path, target: Any) -> Any:
-    """Read arrays of a part; every process reads them whole.
+    """Read arrays of a checked part into a tree of `jax.ShapeDtypeStruct` with shardings.
 
-    Args:
-      folder: the part, whose description fits the manifest (`manifest.check_stored`).
-      target: a tree of `jax.ShapeDtypeStruct` with shardings.
-
-    Returns:
-      The arrays in the same tree.
+    Every process reads them whole.
     """
     stores = _opened(folder)
     under_way = {path: stores[path].read() for path in paths.flatten(target)}

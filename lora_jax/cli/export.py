@@ -32,10 +32,10 @@ from lora_jax.exchange import hf_settings, peft, shards
 from lora_jax.exchange.gguf_base import GgufBase
 from lora_jax.exchange.merged_weights import MergedWeights
 from lora_jax.exchange.stored_base_adapter import over_stored_base
-from lora_jax.exchange.trained_run import TrainedRun, open_run
 from lora_jax.models.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
 from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import Served, open_run
 from lora_jax.system.console import Bar, Console, command, say
 from lora_jax.system.whole_files import whole_folder, write_together
 
@@ -73,11 +73,11 @@ def export(options: ExportOptions, _: Console, console: Console) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoraError(f"{out} is there and not an empty folder; choose another --out")
     run = open_run(options.run, options.base, options.trust_base)
-    say(console, f"{run.member.name}: {run.member.path}\ntrained on {run.trained_on}")
+    say(console, f"{run.member.name}: {run.member.folder}\ntrained on {run.trained_on}")
     say(console, _WRITE[options.format](run, options, out, console))
 
 
-def _hf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _hf(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
     dtype = np.dtype(options.dtype if options.dtype != "bfloat16" else jnp.bfloat16)
     files = hf_settings.writers(run, dtype)
     weights = MergedWeights(run, dtype)
@@ -99,26 +99,25 @@ def _hf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Con
     return f"wrote {out}: {kind}, {len(tensors)} tensors, {total / 1e9:.2f} GB in {dtype}"
 
 
-def _peft(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _peft(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
     task, adapter, names, note = "CAUSAL_LM", over_stored_base(run), _names(run), ""
     if run.head is not None and options.head:
         task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
         hf_settings.check_head(run, merged=False)
     elif run.head is not None:
-        task, names = "FEATURE_EXTRACTION", models.hf_names(run.opened.config, root=run.root)
-        note = (
-            f"\nleft out: {run.head.pooling} pooling and the head of {len(run.labels) or 1} outputs"
-        )
+        task, names = "FEATURE_EXTRACTION", models.hf_names(run.config, root=run.root)
+        outputs = run.head.num_classes
+        note = f"\nleft out: {run.head.pooling} pooling and the head of {outputs} outputs"
         kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
         adapter = adapter._replace(trainable=kept)
-    name = options.base_name or _name_of(run.opened.reference)
+    name = options.base_name or _name_of(run.reference)
     about = {key: x for key, x in run.member.about.items() if key in _KEPT}
     how: dict[str, Any] = {"base": name, "task_type": task, "about": about, "params": _base(run)}
     saved = peft.save(out, names, adapter, profile=options.profile, **how)
     return f"{saved}\nits base is {name!r} (--base-name says otherwise){note}"
 
 
-def _gguf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _gguf(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
     from lora_jax.exchange import gguf
 
     if options.dtype == "bfloat16":
@@ -135,16 +134,16 @@ def _gguf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: C
     return f"wrote {file}: llama-server -m BASE.gguf --lora {file}"
 
 
-def _mlx(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _mlx(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
     from lora_jax.exchange import mlx
 
     mlx.save(out, _names(run), over_stored_base(run), params=_base(run))
     return f"wrote {out}: mlx_lm.generate --model BASE --adapter-path {out}"
 
 
-def _orbax(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _orbax(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
     with whole_folder(out) as aside:
-        shutil.copytree(run.member.path, aside, dirs_exist_ok=True)
+        shutil.copytree(run.member.folder, aside, dirs_exist_ok=True)
     return f"wrote {out}: lora_jax.restore({str(out)!r})"
 
 
@@ -153,20 +152,20 @@ _KEPT = ("model", "labels", "text_fields", "lengths", "prompt", "eos")
 _WRITE = {"hf": _hf, "peft": _peft, "gguf": _gguf, "mlx": _mlx, "orbax": _orbax}
 
 
-def _names(run: TrainedRun) -> HfNames:
-    return models.hf_names(run.opened.config, run.head)
+def _names(run: Served) -> HfNames:
+    return models.hf_names(run.config, run.head)
 
 
-def _base(run: TrainedRun) -> Any:
+def _base(run: Served) -> Any:
     """Return the shapes of the base, or its arrays if the export of trained parameters needs it."""
     head = "classifier/"
-    others = [path for path in run.member.base if not path.startswith(head)]
+    others = [path for path in run.member.trainable if not path.startswith(head)]
     biases = [t for t in run.member.layout.targets if not t.inputs]
-    shapes = run.shapes()
+    shapes = run.shapes
     if not others and not biases:
         return shapes
-    config = run.opened.config
-    loaded = run.opened.source.load(config)
+    config = run.config
+    loaded = run.source.load(config)
     return loaded if run.head is None else {**shapes, run.root.strip("/"): loaded}
 
 
@@ -180,14 +179,14 @@ def _name_of(reference: str) -> str:
     return rest.partition("@")[0] if scheme == "hub" else reference
 
 
-def _gguf_base(run: TrainedRun) -> GgufBase | pathlib.Path:
+def _gguf_base(run: Served) -> GgufBase | pathlib.Path:
     """Return the base's own GGUF file, or llama.cpp's name for the architecture of its folder."""
-    source = run.opened.source
+    source = run.source
     if not isinstance(source, Folder):
         return source.path
     kind = source.json["model_type"]
     architecture = _ARCHITECTURES.get(kind, kind)
-    return GgufBase(architecture, getattr(run.opened.config, "head_dim", None))
+    return GgufBase(architecture, getattr(run.config, "head_dim", None))
 
 
 # model_type -> llama.cpp's architecture, if the two differ.

@@ -114,23 +114,23 @@ def _decoder(served: Served) -> Decoder:
     """Return the decoder. A single adapter may have parameters of the base trained in full."""
     params: Any = served.params
     for member in served.members:
-        if not member.base:
+        if not member.trainable:
             continue
         if len(served.members) > 1:
             raise LoraError(
-                f"adapter {member.name!r} ({member.path}) was trained together with parameters of "
-                f"the base itself, which cannot be mixed in a batch:\n{listed(member.base)}\n"
-                "open it alone"
+                f"adapter {member.name!r} ({member.folder}) was trained together with parameters "
+                "of the base itself, which cannot be mixed in a batch:\n"
+                f"{listed(member.trainable)}\nopen it alone"
             )
         leaves = paths.flatten(params)
-        own = {path: x.astype(leaves[path].dtype) for path, x in member.base.items()}
+        own = {path: x.astype(leaves[path].dtype) for path, x in member.trainable.items()}
         params = paths.replace(params, own)
     return Decoder(served.config, params, *(served.stack if served.members else ()))
 
 
 def _check_base_alone(served: Served, requests: Sequence[Request]) -> None:
     """Raise if the base is asked for, but the adapter has replaced parameters of it."""
-    if any(member.base for member in served.members):
+    if any(member.trainable for member in served.members):
         for request in requests:
             if request.name == BASE_NAME:
                 raise LoraError(

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lora_jax import checkpoint
 from lora_jax.adapters import count
 from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.errors import LoraError, listed
@@ -71,7 +72,7 @@ def run(options: ImportOptions, console: Console, aside: Console) -> None:
     with aside.status("opening the base ..."):
         found = peft_run.read(
             options.folder,
-            peft_run.Said(
+            peft_run.ImportSettings(
                 options.base,
                 model,
                 options.pooling,
@@ -83,14 +84,21 @@ def run(options: ImportOptions, console: Console, aside: Console) -> None:
         busy = LoraError(f"another process is writing {out}; wait for it or choose another --out")
         with run_lock.hold(out, busy):
             _check_out(out, options.overwrite)
-            peft_run.write(out, found)
+            checkpoint.save(
+                out / "adapters/best",
+                found.adapter,
+                fingerprint=found.fingerprint,
+                about=found.about,
+                overwrite=True,
+            )
+    reference = found.about["model"]["reference"]
     layout, parameters, trainable = found.adapter
     trained = f", and {count(dict(trainable)):,} trained in full" if trainable else ""
     say(
         aside,
         "\n".join(
             [
-                f"{options.folder} on {found.reference}: {len(layout.targets)} adapted parameters "
+                f"{options.folder} on {reference}: {len(layout.targets)} adapted parameters "
                 f"with {count(parameters):,} numbers{trained}",
                 *found.notes,
             ]

@@ -5,7 +5,6 @@ module_update    the noun that every format shares: the update of one module
 into_adapter     updates of modules -> an Adapter, whose axes a trace of the model finds
 out_of_adapter   an Adapter -> updates of modules
 tensor_file      safetensors files, read with distrust
-files            errors that name a file, and writes that leave no partial files
 peft             PEFT folders; peft_config and peft_keys know PEFT's settings and names
 gguf             adapter files of llama.cpp (the extra `gguf`)
 mlx              folders of mlx-lm

@@ -18,13 +18,7 @@ from lora_jax.target import Target
 
 
 def stack_axes(layout: Layout, path: str, count: int) -> tuple[int, ...]:
-    """Return the stack axes of a parameter: a target's own, or else the usual ones of the layout.
-
-    Args:
-      layout: of the model.
-      path: the path of any of its parameters.
-      count: the number of stack axes, which the parameter's name tells.
-    """
+    """Return the `count` stack axes of a parameter: its own, or else the usual ones."""
     known = {t.path: t.stack for t in layout.targets if len(t.stack) == count}
     usual = collections.Counter(known.values()).most_common(1)
     return known.get(path, usual[0][0] if usual else tuple(range(count)))

@@ -19,28 +19,14 @@ HEADS = ("embed_tokens", "lm_head", "wte", "word_embeddings")
 
 
 def findings(consumer: str, settings: Mapping[str, Any], shapes: Shapes) -> tuple[str, ...]:
-    """Return a sentence for each setting that a consumer refuses, misreads or needs.
-
-    Args:
-      consumer: a key of `RULES`: "vllm", "sglang", "llama.cpp", "lorax" or "ollama".
-      settings: the contents of adapter_config.json.
-      shapes: `{key: shape}` of the tensors.
-
-    Raises:
-      LoraError: an unknown consumer.
-    """
+    """Return a sentence for each setting that a consumer refuses, misreads or needs."""
     if consumer not in RULES:
         raise LoraError(f"no rules of {consumer!r} are known; there are {', '.join(RULES)}")
     return tuple(RULES[consumer](settings, shapes))
 
 
 def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """Return the notes on a saved adapter: what a server needs, and which tools refuse it.
-
-    Args:
-      settings: the contents of adapter_config.json.
-      tensors: `{key: array}`.
-    """
+    """Return the notes on a saved adapter: what a server needs, and which tools refuse it."""
     shapes = {key: x.shape for key, x in tensors.items()}
     found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {_vllm_rank(settings)}"]
     for consumer in RULES:
@@ -139,11 +125,7 @@ def _common(settings: Mapping[str, Any], shapes: Shapes, *, rslora: str | None) 
 
 
 def largest_rank(settings: Mapping[str, Any]) -> int:
-    """Return the largest rank of any module.
-
-    Args:
-      settings: the contents of adapter_config.json.
-    """
+    """Return the largest rank of any module."""
     return max([settings.get("r") or 8, *(settings.get("rank_pattern") or {}).values()])
 
 

@@ -19,11 +19,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def stack(updates: Mapping[str, ModuleUpdate]) -> dict[str, Pair]:
-    """Return (a, b) of every module, with experts in stacks.
-
-    Raises:
-      LoraError: some experts of a layer are adapted and others are not.
-    """
+    """Return (a, b) of every module, with experts in stacks."""
     found: dict[str, Pair] = {}
     experts: dict[str, dict[int, ModuleUpdate]] = {}
     for name, update in updates.items():
@@ -54,11 +50,7 @@ def numbered(name: str, number: int = 0) -> str:
 def unstack(
     name: str, a: np.ndarray, b: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (module, a, b) for a pair of factors, or for each expert of a stack.
-
-    Raises:
-      LoraError: arrays that are not two factors.
-    """
+    """Yield (module, a, b) for a pair of factors, or for each expert of a stack."""
     stacked = name != numbered(name)
     fits = a.ndim == b.ndim == 2 + stacked and a.shape[-2] == b.shape[-1]
     if not fits or a.shape[:-2] != b.shape[:-2] or 0 in (*a.shape, *b.shape):

@@ -48,12 +48,7 @@ def expand(
     params: Any,
     args: tuple[Any, ...],
 ) -> Expanded:
-    """Split the wrappers of target_parameters into the updates of single experts.
-
-    Raises:
-      LoraError: parameters that cannot be told apart, or a file whose version leaves open which
-        axis is which.
-    """
+    """Split the wrappers of target_parameters into the updates of single experts."""
     wanted = config.target_parameters or []
     if (len(wanted) + len(config.modules_to_save or ())) * len(tensors) > 10**7:  # 1 s
         raise LoraError("target_parameters and modules_to_save name too many modules for the file")
@@ -73,7 +68,7 @@ def expand(
     pairs = {
         (module, parameter): pair
         for module, levels in wrappers.items()
-        for parameter, pair in _assigned(module, levels, wanted, sizes).items()
+        for parameter, pair in _assigned(module, levels, wanted).items()
     }
     own = config.of_modules([".".join(both) for both in pairs])
     updates: dict[str, ModuleUpdate] = {}
@@ -140,7 +135,7 @@ def _parameters(module: str, wanted: list[str]) -> list[str]:
 
 
 def _assigned(
-    module: str, levels: dict[int, dict[str, np.ndarray]], wanted: list[str], sizes: _Sizes
+    module: str, levels: dict[int, dict[str, np.ndarray]], wanted: list[str]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Assign each wrapper to a parameter: the innermost to the module's first attribute."""
     names = _parameters(module, wanted)
@@ -206,8 +201,7 @@ def pack(
 ) -> tuple[dict[str, ModuleUpdate], dict[str, np.ndarray]]:
     """Join the updates of single experts, in the form of PEFT 0.19.1 and later.
 
-    Returns:
-      ({parameter: the update of one of its experts}, tensors by PEFT's names).
+    Return {parameter: the update of one of its experts}, and tensors by PEFT's names.
     """
     grouped: dict[str, dict[str, dict[int, ModuleUpdate]]] = {}
     for name, update in updates.items():

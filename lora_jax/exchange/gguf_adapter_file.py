@@ -21,6 +21,7 @@ import numpy as np
 
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange.gguf_base import TABLE, read_header
+from lora_jax.exchange.module_update import by_module
 
 KIND, ARCHITECTURE = "general.type", "general.architecture"
 TYPE, ALPHA = "adapter.type", "adapter.lora.alpha"
@@ -40,26 +41,18 @@ class GgufAdapterFile(NamedTuple):
 
     @classmethod
     def read(cls, path: pathlib.Path) -> GgufAdapterFile:
-        """Read a file of floats, or of any quantisation that the gguf package can expand.
-
-        Raises:
-          LoraError: a damaged file, or one that llama.cpp would not apply in full.
-        """
+        """Read a file of floats, or of any quantisation that the gguf package can expand."""
         fields, tensors = read_header(path)
         with naming(path):
             alpha = _alpha(fields)
             factors = {}
-            for tensor in _adapted(tensors):
-                a, b = (_numbers(tensors[f"{tensor}.lora_{side}"]) for side in "ab")
+            for tensor, keys in by_module(tensors, ("lora_a", "lora_b")).items():
+                a, b = (_numbers(tensors[keys[side]]) for side in ("lora_a", "lora_b"))
                 factors[tensor] = (a.T if tensor == TABLE else a), b
         return cls(fields[ARCHITECTURE], alpha, factors)
 
     def cast(self, dtype: str) -> GgufAdapterFile:
-        """Return the same file with factors of another dtype.
-
-        Raises:
-          LoraError: a dtype other than float32 and float16, or numbers that it cannot hold.
-        """
+        """Return the same file with factors of another dtype."""
         if dtype not in ("float32", "float16"):
             raise LoraError(f"dtype is {dtype!r}; factors are written as 'float32' or 'float16'")
         factors = {}
@@ -111,24 +104,6 @@ def _alpha(fields: Mapping[str, Any]) -> float:
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise LoraError(f"{ALPHA} is {alpha!r}, expected a finite float")
     return alpha
-
-
-def _adapted(tensors: Mapping[str, Any]) -> list[str]:
-    """Return the tensors of the base for which the file has both factors."""
-    found = []
-    for key in tensors:
-        tensor, _, side = key.rpartition(".")
-        if side not in ("lora_a", "lora_b"):
-            raise LoraError(
-                f"{key}: not the name of a factor, and llama.cpp does not apply it; expected "
-                "<tensor>.lora_a or .lora_b"
-            )
-        other = f"{tensor}.lora_{'b' if side == 'lora_a' else 'a'}"
-        if other not in tensors:
-            raise LoraError(f"{key} is there, and {other} is not")
-        if side == "lora_a":
-            found.append(tensor)
-    return found
 
 
 def _numbers(tensor: Any) -> np.ndarray:

@@ -41,11 +41,7 @@ class GgufBase(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]] | None = None
 
     def tensor(self, module: str) -> str:
-        """Return the tensor for a Hugging Face module (or a stack of experts).
-
-        Raises:
-          LoraError: the architecture has no such tensor.
-        """
+        """Return the tensor for a Hugging Face module (or a stack of experts)."""
         known = _names(self.architecture)
         first = NUMBER.sub("0", module, count=1)
         if first not in known:
@@ -56,11 +52,7 @@ class GgufBase(NamedTuple):
         return f"{_of_block(known[first], module)}.weight"
 
     def module(self, tensor: str, table: NameTable) -> str:
-        """Return the module for a tensor, by its name in the table.
-
-        Raises:
-          LoraError: the table does not have it.
-        """
+        """Return the module for a tensor, by its name in the table."""
         first = NUMBER.sub("0", tensor.removesuffix(".weight"), count=1)
         known = _names(self.architecture)
         aliases = [_of_block(m, tensor) for m, name in known.items() if name == first]
@@ -73,11 +65,7 @@ class GgufBase(NamedTuple):
         return found[0]
 
     def order(self, tensor: str, rows: int) -> np.ndarray | None:
-        """Return, for each row of the tensor, the row of the module; None: the same order.
-
-        Raises:
-          LoraError: the order depends on the size of a head, which is unknown or does not fit.
-        """
+        """Return, for each row of the tensor, the row of the module; None: the same order."""
         if not PERMUTED[self.architecture] or not re.search(r"attn_[qk]\.weight$", tensor):
             return None
         if not isinstance(self.head_dim, int) or self.head_dim < 1:
@@ -103,11 +91,7 @@ class GgufBase(NamedTuple):
 
 
 def known_base(base: File | GgufBase) -> GgufBase:
-    """Return the facts about a GGUF model from its file, without reading weights.
-
-    Raises:
-      LoraError: a damaged file, or an architecture whose order of rows is unknown.
-    """
+    """Return the facts about a GGUF model from its file, without reading weights."""
     if not isinstance(base, GgufBase):
         fields, tensors = read_header(pathlib.Path(base))
         kind = str(fields.get("general.architecture"))
@@ -126,11 +110,7 @@ def known_base(base: File | GgufBase) -> GgufBase:
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the metadata and the tensors of a GGUF file, by name.
-
-    Raises:
-      LoraError: not a GGUF file, or a damaged one.
-    """
+    """Return the metadata and the tensors of a GGUF file, by name."""
     require("gguf", "lora_jax.exchange.gguf")
     from lora_jax.errors import WeightsError
     from lora_jax.models.weights import gguf_header

@@ -13,9 +13,9 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.errors import LoraError
-from lora_jax.exchange.trained_run import TrainedRun
 from lora_jax.models.weights.families import parse
 from lora_jax.models.weights.folder import Folder
+from lora_jax.serving.served_adapters import Served
 from lora_jax.system import regular_files
 from lora_jax.system.whole_files import FileWriter
 
@@ -47,16 +47,8 @@ _COMPANIONS = (
 )
 
 
-def writers(run: TrainedRun, dtype: np.dtype) -> dict[str, FileWriter]:
-    """Return {name: writer} of each file other than the weights; config.json is the last.
-
-    Args:
-      run: the run to export.
-      dtype: the dtype of the exported weights.
-
-    Raises:
-      LoraError: no class of transformers computes the same as the run; the message names the cure.
-    """
+def writers(run: Served, dtype: np.dtype) -> dict[str, FileWriter]:
+    """Return {name: writer} of each file other than the weights; config.json is the last."""
     config = config_json(run, dtype)
     found = _companions(run)
     if run.head is None and "generation_config.json" not in found:
@@ -69,13 +61,9 @@ def writers(run: TrainedRun, dtype: np.dtype) -> dict[str, FileWriter]:
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def config_json(run: TrainedRun, dtype: np.dtype) -> dict[str, Any]:
-    """Return config.json: the base's own, with the class of the model, its labels and dtype.
-
-    Raises:
-      LoraError: no class of transformers computes the same as the run.
-    """
-    source = run.opened.source
+def config_json(run: Served, dtype: np.dtype) -> dict[str, Any]:
+    """Return config.json: the base's own, with the class of the model, its labels and dtype."""
+    source = run.source
     own = dict(source.json) if isinstance(source, Folder) else _of_gguf(run)
     for key in ("quantization_config", "auto_map", "dtype", "_name_or_path"):
         own.pop(key, None)
@@ -84,50 +72,50 @@ def config_json(run: TrainedRun, dtype: np.dtype) -> dict[str, Any]:
     return own if run.head is None else own | _of_head(run, kind)
 
 
-def check_head(run: TrainedRun, merged: bool) -> None:
+def check_head(run: Served, merged: bool) -> None:
     """Raise `LoraError` unless transformers computes the head, by our config.json or the base's."""
-    source: Any = run.opened.source
+    source: Any = run.source
     kind, head = source.json["model_type"], run.head
     assert head is not None
     wanted = "cls" if kind == "vit" else "roberta_head"
     if head.pooling != wanted:
         raise LoraError(
-            f"{run.member.path} was trained with model.pooling {head.pooling!r}, and "
+            f"{run.member.folder} was trained with model.pooling {head.pooling!r}, and "
             f"{ARCHITECTURES[kind]} has no such head: its own is {wanted!r}.\nTrain with "
             f"--model.pooling {wanted} to export it with its head. Of this run, `--format peft "
             "--no-head` writes the adapter of the encoder alone, `--format orbax` copies all, and "
             "`lora-jax predict` runs it"
         )
-    whole = paths.flatten({"classifier": run.shapes()["classifier"]})
-    if frozen := [path for path in whole if path not in run.member.base]:
+    whole = paths.flatten({"classifier": run.shapes["classifier"]})
+    if frozen := [path for path in whole if path not in run.member.trainable]:
         raise LoraError(
-            f"{run.member.path} has no {frozen[0]!r} with its adapter, since that part of the head "
-            "was not trained in full. Train with --lora.trainable 'classifier/**' to export it"
+            f"{run.member.folder} has no {frozen[0]!r} with its adapter, since that part of the "
+            "head was not trained in full. Train with --lora.trainable 'classifier/**' to export it"
         )
     if not merged and (pooled := source.json.get("classifier_pooling", "cls")) != "cls":
         raise LoraError(
-            f"{run.opened.reference} has classifier_pooling {pooled!r} in its config.json, with "
+            f"{run.reference} has classifier_pooling {pooled!r} in its config.json, with "
             "which PEFT opens it, and this run's head reads the first token. Use --format hf: it "
             "writes a config.json of its own"
         )
 
 
-def _of_head(run: TrainedRun, kind: str) -> dict[str, Any]:
+def _of_head(run: Served, kind: str) -> dict[str, Any]:
     check_head(run, merged=True)
     pooled = {"classifier_pooling": "cls"} if kind == "modernbert" else {}
-    if not run.labels:
+    if not run.member.labels:
         return {"num_labels": 1, "problem_type": "regression", **pooled}
     return {
-        "id2label": {str(i): name for i, name in enumerate(run.labels)},
-        "label2id": {name: i for i, name in enumerate(run.labels)},
+        "id2label": {str(i): name for i, name in enumerate(run.member.labels)},
+        "label2id": {name: i for i, name in enumerate(run.member.labels)},
         "problem_type": "single_label_classification",
         **pooled,
     }
 
 
-def _of_gguf(run: TrainedRun) -> dict[str, Any]:
+def _of_gguf(run: Served) -> dict[str, Any]:
     """Return the configuration of a GGUF file in Hugging Face's terms, and check it."""
-    config = run.opened.config
+    config = run.config
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     found: dict[str, Any] = {
         "model_type": "mistral" if kind == "llama" and config.sliding_window else kind,
@@ -151,18 +139,18 @@ def _of_gguf(run: TrainedRun) -> dict[str, Any]:
     divisors = config.rope_divisors or (1.0,)
     if len(set(divisors)) == 1 and divisors[0] != 1.0:
         found["rope_scaling"] = {"rope_type": "linear", "factor": divisors[0]}
-    origin = str(run.opened.source.path)
-    if parse(found, origin) != run.opened.source.config:
+    origin = str(run.source.path)
+    if parse(found, origin) != run.source.config:
         raise LoraError(
             f"{origin} is of a variant that config.json was not written for: it says\n"
-            f"{run.opened.source.config}\nand the words found for it mean\n{parse(found, origin)}\n"
+            f"{run.source.config}\nand the words found for it mean\n{parse(found, origin)}\n"
             "Train on the Hugging Face folder of this model to export it as one"
         )
     return found
 
 
-def _companions(run: TrainedRun) -> dict[str, FileWriter]:
-    source = run.opened.source
+def _companions(run: Served) -> dict[str, FileWriter]:
+    source = run.source
     if isinstance(source, Folder):
         there = {name: source.path / name for name in _COMPANIONS}
         return {
@@ -170,7 +158,7 @@ def _companions(run: TrainedRun) -> dict[str, FileWriter]:
             for name, path in there.items()
             if os.path.lexists(path)  # a link that leads nowhere is an error
         }
-    tokenizer, config = source.tokenizer(), run.opened.config
+    tokenizer, config = source.tokenizer(), run.config
     ids = {"bos_token": config.bos_id, "eos_token": config.eos_id, "pad_token": config.pad_id}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -192,9 +180,9 @@ def _copy(path: pathlib.Path, to: pathlib.Path) -> None:
     to.write_bytes(regular_files.read(path, LoraError))
 
 
-def _readme(run: TrainedRun, dtype: np.dtype) -> str:
+def _readme(run: Served, dtype: np.dtype) -> str:
     return (
-        f"# {run.member.name}\n\n{run.opened.reference} with the LoRA adapter "
+        f"# {run.member.name}\n\n{run.reference} with the LoRA adapter "
         f"{run.member.name} merged into it by lora_jax.\n\n"
         f"The adapter was trained on {run.trained_on}, and is merged into these. The sum was "
         f"formed in float32 and rounded once, to {dtype}.\n"

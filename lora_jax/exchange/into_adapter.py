@@ -13,7 +13,6 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError
-from lora_jax.exchange import whole
 from lora_jax.exchange.axes import a_from_module, rows_of
 from lora_jax.exchange.module_update import (
     Modules,
@@ -23,7 +22,7 @@ from lora_jax.exchange.module_update import (
     twin_of,
 )
 from lora_jax.exchange.names import NameTable, TensorPlace
-from lora_jax.exchange.whole import is_shared, places_of
+from lora_jax.exchange.whole_parameters import into_parameters, is_shared, places_of
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule
 from lora_jax.primitives import jaxprs
@@ -46,12 +45,7 @@ class _Piece(NamedTuple):
 def into_adapter(
     modules: Modules, table: NameTable, f: Callable[..., Any], params: Any, args: tuple[Any, ...]
 ) -> Adapter:
-    """Return the adapter of the model `f` that the modules' updates amount to.
-
-    Raises:
-      LoraError: a module that the model does not have, an update that does not fit it, or one that
-        would mean something else here than in its source.
-    """
+    """Return the adapter of the model `f` that the modules' updates amount to."""
     leaves = paths.flatten(params)
     pieces, heads = _pieces(modules, table)
     shifts = _shifts(modules, table)
@@ -69,7 +63,7 @@ def into_adapter(
         targets.append(target)
         parameters[target.path] = arrays
     layout = Layout(tuple(targets))
-    return Adapter(layout, parameters, whole.into_parameters(modules, table, leaves, used, layout))
+    return Adapter(layout, parameters, into_parameters(modules, table, leaves, used, layout))
 
 
 def _pieces(
@@ -140,9 +134,9 @@ def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
                 f"the model ({target.path!r})"
             )
     if any(p.entry.part is not None for p in pieces):
-        divided = _in_parts(target, pieces)
-        if divided is not None:
-            return divided
+        in_parts = _in_parts(target, pieces)
+        if in_parts is not None:
+            return in_parts
         pieces = _whole(target, pieces)
     limit = min(target.fan_in, target.fan_out)
     pieces = [p._replace(update=p.update.within(limit)) for p in pieces]

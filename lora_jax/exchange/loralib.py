@@ -32,7 +32,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import tensor_file
 from lora_jax.exchange.into_adapter import into_adapter
-from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse
+from lora_jax.exchange.module_update import Modules, ModuleUpdate, by_module, fuse
 from lora_jax.exchange.names import NameTable
 from lora_jax.models.hf_module import HfNames
 
@@ -97,12 +97,7 @@ def _read(place: pathlib.Path, state: Any) -> dict[str, np.ndarray]:
             if x.dtype.kind not in "fV" or not np.isfinite(x.astype(np.float32)).all():
                 raise LoraError(f"{place}: {name} of {x.dtype} holds no finite floats")
     elif place.suffix in (".bin", ".pt", ".pth", ".pkl"):
-        raise LoraError(
-            f"{place} is a pickle, which can run any code when it is read, and is not opened. "
-            "If you trust it, convert it in PyTorch:\n"
-            f"    weights = torch.load({place.name!r}, weights_only=True)\n"
-            "    safetensors.torch.save_file(weights, 'lora.safetensors')"
-        )
+        raise tensor_file.pickle_error(place, "lora.safetensors")
     else:
         found = tensor_file.read(place).tensors
     return {name: x.astype(np.float32) for name, x in found.items()}
@@ -112,17 +107,14 @@ def _grouped(
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
     """Return the pairs of factors by module, and the whole tensors by name."""
-    pairs, values = {}, {}
-    for name, x in tensors.items():
+    sides = ("lora_A", "lora_B")
+    factors = [name for name in tensors if name.rpartition(".")[2] in sides]
+    keys = by_module(factors, sides)
+    pairs = {m: (tensors[own["lora_A"]], tensors[own["lora_B"]]) for m, own in keys.items()}
+    values = {name: x for name, x in tensors.items() if name not in set(factors)}
+    for name in values:
         module, _, last = name.rpartition(".")
-        other = f"{module}.lora_{'B' if last == 'lora_A' else 'A'}"
-        if last in ("lora_A", "lora_B"):
-            if other not in tensors:
-                raise LoraError(f"{name} is there, and {other} is not")
-            pairs[module] = tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]
-        elif last == "bias" or (last == "weight" and f"{module}.lora_A" not in tensors):
-            values[name] = x
-        else:
+        if last != "bias" and (last != "weight" or module in pairs):
             raise LoraError(
                 f"{name}: expected <module>.lora_A, .lora_B or .bias, as lora_state_dict(model) "
                 "gives them. (A weight with factors may have the update added to it already.)"

@@ -22,13 +22,13 @@ from lora_jax.bases.recipe import STORED, requantised
 from lora_jax.checkpoint.fingerprint import PartwiseFingerprint, fingerprint
 from lora_jax.errors import LoraError
 from lora_jax.exchange.tensor_file import LazyTensor
-from lora_jax.exchange.trained_run import TrainedRun
 from lora_jax.layout import Layout
 from lora_jax.models.hf_names import hf_prefix
 from lora_jax.models.weights.assemble import load_one, read_slice
 from lora_jax.models.weights.families import table_of
 from lora_jax.models.weights.stored import StoredParameter, parameters
 from lora_jax.models.weights.tensor_names import TensorName
+from lora_jax.serving.served_adapters import Served
 from lora_jax.updates.kind import kind_of
 from lora_jax.updates.sliced import sliced
 
@@ -40,20 +40,11 @@ class MergedWeights:
     out.
     """
 
-    def __init__(self, run: TrainedRun, dtype: Any = jnp.float32) -> None:
-        """Look up the tensors without reading them.
-
-        Args:
-          run: the run.
-          dtype: the dtype to write.
-
-        Raises:
-          lora_jax.models.WeightsError: the base's file does not match its configuration.
-        """
+    def __init__(self, run: Served, dtype: Any = jnp.float32) -> None:
+        """Look up the tensors, to be written as `dtype`, without reading them."""
         self._run, self._dtype = run, np.dtype(dtype)
-        opened = run.opened
-        self._stored = opened.source.stored(opened.config)
-        self._parameters = parameters(self._stored, opened.config, None)
+        self._stored = run.source.stored(run.config)
+        self._parameters = parameters(self._stored, run.config, None)
         self._hashes: dict[str, Any] = {}
 
     def tensors(self) -> list[LazyTensor]:
@@ -63,12 +54,12 @@ class MergedWeights:
 
     def check_base(self) -> None:
         """Raise `LoraError` unless the tensors made so far came from the base of the run."""
-        self._run.member.saved.check_base(self._hashes)
+        self._run.member.check_base(self._hashes)
 
     def _of_parameter(self, parameter: StoredParameter) -> Iterator[LazyTensor]:
         """Yield the tensors of one parameter: one per layer, one per expert."""
         row, slices = parameter.row, self._merged(parameter)
-        prefix = hf_prefix(self._run.opened.config, row, self._run.head)
+        prefix = hf_prefix(self._run.config, row, self._run.head)
         shape = parameter.shape[::-1] if row.transposed else parameter.shape
         for name in parameter.hf:
             last = name == parameter.hf[-1]
@@ -76,14 +67,14 @@ class MergedWeights:
             yield LazyTensor(prefix + name, shape, self._dtype, make)
 
     def _of_head(self) -> Iterator[LazyTensor]:
-        head, config = self._run.head, self._run.opened.config
+        head, config = self._run.head, self._run.config
         if head is None:
             return
-        shapes = paths.flatten({"classifier": self._run.shapes()["classifier"]})
+        shapes = paths.flatten({"classifier": self._run.shapes["classifier"]})
         for row in table_of(config).heads[head.pooling]:
             if row.path not in shapes:
                 continue
-            value = self._run.member.base[row.path]
+            value = self._run.member.trainable[row.path]
             shape = value.shape[::-1] if row.transposed else value.shape
             name = hf_prefix(config, row, head) + row.hf
             make = functools.partial(self._next, name, row, (x for x in [value]), True)
@@ -99,7 +90,7 @@ class MergedWeights:
         if not np.isfinite(wide).all():
             raise LoraError(
                 f"{name} is not finite with the adapter merged into it: the base or the adapter "
-                f"({self._run.member.path}) holds NaN or infinity; export another adapter"
+                f"({self._run.member.folder}) holds NaN or infinity; export another adapter"
             )
         with np.errstate(over="ignore"):  # an overflow is an error below
             value = (wide.T if row.transposed else wide).astype(self._dtype)
@@ -113,7 +104,7 @@ class MergedWeights:
     def _merged(self, parameter: StoredParameter) -> Generator[Any, None, None]:
         """Yield the merged slices of one parameter, in the order of its tensors."""
         path = self._run.root + parameter.path
-        trained, layout = self._run.member.base, self._run.member.layout
+        trained, layout = self._run.member.trainable, self._run.member.layout
         target = {t.path: t for t in layout.targets}.get(path)
         indices = list(itertools.product(*map(range, parameter.stack)))
         if path in trained:
@@ -123,7 +114,7 @@ class MergedWeights:
         if target is None:
             yield from slices
             return
-        own = self._run.member.adapters[path]
+        own = self._run.member.parameters[path]
         if not set(range(len(parameter.stack))) <= set(target.stack):
             whole = jnp.stack([jnp.asarray(w, jnp.float32) for w in slices])
             merged = kind_of(target).merged(target, own, whole.reshape(target.shape))
@@ -135,8 +126,8 @@ class MergedWeights:
 
     def _base(self, path: str, parameter: StoredParameter) -> Iterator[Any]:
         """Yield the slices of one frozen weight as training had it, and hash them on the way."""
-        config = self._run.opened.config
-        if self._run.quantised is not None or self._run.begun is not None:
+        config = self._run.config
+        if self._run.recipe is not None or self._run.changed_by is not None:
             whole = self._changed(path, parameter)
             self._hashes |= fingerprint({path: whole})
             floats = dense(whole)
@@ -151,15 +142,16 @@ class MergedWeights:
 
     def _changed(self, path: str, parameter: StoredParameter) -> Any:
         """Return the weight as the run changed it before the first step."""
-        run, how = self._run, self._run.quantised
+        run, how = self._run, self._run.recipe
         keep = how == {"scheme": STORED}
-        floats = load_one(self._stored, parameter, run.opened.config, keep)
+        floats = load_one(self._stored, parameter, run.config, keep)
         w = floats
         if how is not None and not keep:
             layout = Layout.from_json(how["layout"]).subset(path)
             w = requantised({path: w}, {**how, "layout": layout.to_json()})[path]
         layout = run.member.layout.subset(path)
-        if run.begun is None or not layout.targets:
+        if run.changed_by is None or not layout.targets:
             return w
         quantised = None if how is None else {path: w}
-        return init_from_base(layout, {path: floats}, run.begun, quantised=quantised).params[path]
+        changed = init_from_base(layout, {path: floats}, run.changed_by, quantised=quantised)
+        return changed.params[path]

@@ -15,11 +15,11 @@ mlx-lm refuses a tensor with another rank, or of a module that the configuration
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,15 +28,22 @@ from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import expert_stacks, tensor_file
 from lora_jax.exchange.into_adapter import into_adapter
-from lora_jax.exchange.mlx_config import LAYER, MlxConfig, parse
-from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
+from lora_jax.exchange.module_update import (
+    Modules,
+    ModuleUpdate,
+    at_one_rank,
+    by_module,
+    check_plain,
+)
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
+from lora_jax.exchange.tensor_file import shown
 from lora_jax.models.hf_module import HfNames
 from lora_jax.system.whole_files import write_together
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 FACTORS = ("lora_a", "lora_b", "m")
+_LAYER = re.compile(r".*?\.(\d+)\.(.*)")  # the number of a layer, and a module's name inside it
 
 
 def load(
@@ -65,7 +72,7 @@ def load(
         if not (place / name).is_file():
             raise LoraError(f"{place} has no {name}; a folder of PEFT is read by exchange.peft")
     with naming(place / CONFIG):
-        config = parse(tensor_file.read_json(place / CONFIG))
+        config = _parse(tensor_file.read_json(place / CONFIG))
     tensors = {
         k: x.astype(np.float32) for k, x in tensor_file.read(place / TENSORS).tensors.items()
     }
@@ -131,14 +138,8 @@ def save(
         | {"keys": sorted(keys)},
     }
     tensors = {k: np.ascontiguousarray(x, np.float32) for k, x in tensors.items()}
-    text = json.dumps(settings, indent=2) + "\n"
-    write_together(
-        place,
-        {
-            TENSORS: lambda path: tensor_file.write(path, tensors, {"format": "mlx"}),
-            CONFIG: lambda path: path.write_text(text),
-        },
-    )
+    writers = tensor_file.folder_writers(TENSORS, tensors, {"format": "mlx"}, CONFIG, settings)
+    write_together(place, writers)
     return place
 
 
@@ -150,29 +151,23 @@ def _is_tied(table: NameTable, module: str) -> bool:
 
 def _key(module: str) -> str:
     """Return the module's name inside its layer, or its whole name."""
-    match = LAYER.fullmatch(module)
+    match = _LAYER.fullmatch(module)
     return match[2] if match else module
 
 
-def _updates(tensors: Mapping[str, np.ndarray], config: MlxConfig) -> dict[str, ModuleUpdate]:
-    grouped: dict[str, dict[str, np.ndarray]] = {}
-    for key, x in tensors.items():
-        module, _, part = key.rpartition(".")
-        if part not in FACTORS:
-            raise LoraError(f"{key}: not an adapter's tensor; expected <module>.{FACTORS}")
-        grouped.setdefault(module, {})[part] = x
+def _updates(tensors: Mapping[str, np.ndarray], config: _Config) -> dict[str, ModuleUpdate]:
+    grouped = by_module(tensors, FACTORS[: 3 if config.method == "dora" else 2])
     _check_layers(grouped, config)
     found: dict[str, ModuleUpdate] = {}
-    wanted, keys = set(FACTORS[: 3 if config.method == "dora" else 2]), set(config.keys or ())
-    for module, parts in grouped.items():
-        if set(parts) != wanted:
-            raise LoraError(f"{module!r} has {sorted(parts)}, expected {sorted(wanted)}")
-        if config.keys is not None and not {_key(module), module} & keys:
+    names = set(config.keys or ())
+    for module, keys in grouped.items():
+        if config.keys is not None and not {_key(module), module} & names:
             raise LoraError(
-                f"{module!r} is not among lora_parameters.keys {tensor_file.shown(config.keys)}, "
+                f"{module!r} is not among lora_parameters.keys {shown(config.keys)}, "
                 f"and mlx-lm would not load it; correct {CONFIG}"
             )
-        a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
+        a, b, m = (tensors[keys[part]] if part in keys else None for part in FACTORS)
+        assert a is not None and b is not None
         name = module.replace(".switch_mlp.", ".experts.")
         if a.ndim == 2:
             a, b = a.T, b.T
@@ -187,11 +182,56 @@ def _updates(tensors: Mapping[str, np.ndarray], config: MlxConfig) -> dict[str, 
     return found
 
 
-def _check_layers(modules: Mapping[str, Any], config: MlxConfig) -> None:
+def _check_layers(modules: Mapping[str, Any], config: _Config) -> None:
     """Raise `LoraError` if the file has other layers than the last `num_layers`."""
-    numbers = [int(match[1]) for name in modules if (match := LAYER.fullmatch(name))]
+    numbers = [int(match[1]) for name in modules if (match := _LAYER.fullmatch(name))]
     if numbers and 0 < config.layers < max(numbers) - min(numbers) + 1:
         raise LoraError(
             f"layers {min(numbers)} to {max(numbers)} are adapted, and num_layers is "
             f"{config.layers}: mlx-lm would not load the first; correct {CONFIG}"
         )
+
+
+class _Config(NamedTuple):
+    """The settings that decide the function; all others are the history of a training run.
+
+    method: fine_tune_type: "lora", "dora" or "full".
+    rank, scale: of all modules; the scale is the factor itself.
+    layers: num_layers, the number of adapted layers, counted from the last; -1: all.
+    keys: the names of the adapted modules, inside a layer or in full; None: all.
+    """
+
+    method: str
+    rank: int
+    scale: float
+    layers: int
+    keys: tuple[str, ...] | None
+
+
+def _parse(settings: Mapping[str, Any]) -> _Config:
+    """Return the settings that decide the function."""
+    method = settings.get("fine_tune_type", "lora")
+    if "peft_type" in settings or method not in ("lora", "dora", "full"):
+        raise LoraError(
+            f"fine_tune_type is {shown(method)!r}, expected 'lora', 'dora' or 'full'; a "
+            "configuration with peft_type is read by exchange.peft"
+        )
+    if method == "full":
+        return _Config(method, 0, 1.0, -1, None)
+    given, layers = settings.get("lora_parameters"), settings.get("num_layers")
+    if not isinstance(given, dict) or type(layers) is not int:
+        raise LoraError("expected lora_parameters {rank, scale, dropout, keys} and num_layers")
+    other = set(given) - {"rank", "scale", "dropout", "keys"}
+    if other:
+        raise LoraError(
+            f"lora_parameters has {shown(sorted(other))}; versions of mlx-lm read alpha in "
+            "different ways (scale * alpha / rank, or not at all): correct scale and take it out"
+        )
+    rank, scale, keys = given.get("rank"), given.get("scale"), given.get("keys")
+    known = isinstance(scale, int | float) and not isinstance(scale, bool) and abs(scale) < 1e30
+    if type(rank) is not int or rank < 1 or not known:
+        raise LoraError(f"lora_parameters has rank {shown(rank)} and scale {shown(scale)}")
+    named = isinstance(keys, list) and all(isinstance(k, str) for k in keys)
+    if keys is not None and not named:
+        raise LoraError(f"lora_parameters.keys is {shown(keys)}, expected names")
+    return _Config(method, rank, float(scale or 0), layers, None if keys is None else tuple(keys))

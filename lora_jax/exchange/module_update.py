@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,23 +100,33 @@ class Modules(NamedTuple):
     ties: bool = False
 
 
+def by_module(keys: Iterable[str], endings: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return {module: {ending: key}} of keys `<module>.<ending>`; a module has all endings."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        module, _, ending = key.rpartition(".")
+        if ending not in endings:
+            expected = " or ".join(f"<module>.{ending}" for ending in endings)
+            raise LoraError(f"{key}: not the name of a factor; expected {expected}")
+        found.setdefault(module, {})[ending] = key
+    for module, own in found.items():
+        if missing := [ending for ending in endings if ending not in own]:
+            raise LoraError(
+                f"{next(iter(own.values()))} is there, and {module}.{missing[0]} is not"
+            )
+    return found
+
+
 def twin_of(update: ModuleUpdate) -> ModuleUpdate:
     """Return the update of the output head that shares the table of an embedding."""
     return ModuleUpdate(update.b.T, update.a.T, update.alpha, update.scaling)
 
 
 def fuse(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -> ModuleUpdate:
-    """Return the update of a fused module, given the updates of some of its output rows.
+    """Return the update of a fused module of `total` output rows, from updates of some rows.
 
-    Pieces with the same `a` and scale share it. Otherwise the ranks add up, and each piece has rows
-    of `a` of its own.
-
-    Args:
-      pieces: ((start, size), update) of each.
-      total: the number of output rows of the fused module. Rows in no piece are not changed.
-
-    Raises:
-      LoraError: some pieces have a magnitude, and some rows have none.
+    A piece is ((start, size), update). Pieces with the same `a` and scale share it. Otherwise the
+    ranks add up, and each piece has rows of `a` of its own. Rows in no piece are not changed.
     """
     updates = [update for _, update in pieces]
     first = updates[0]
@@ -162,9 +172,6 @@ def rotary_order(rows: int, head: int) -> np.ndarray:
 
     >>> rotary_order(8, 4).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
-
-    Raises:
-      LoraError: rows that are not whole heads.
     """
     if head % 2 or rows % head:
         raise LoraError(f"rotary={head}: {rows} output rows are not heads of this (even) size")
@@ -172,13 +179,9 @@ def rotary_order(rows: int, head: int) -> np.ndarray:
 
 
 def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bool = False) -> None:
-    """Raise `LoraError` unless a format that knows little but factors can hold the modules.
+    """Raise unless a format that knows little but factors, of these layers, can hold the modules.
 
-    Args:
-      modules: the modules to write.
-      format: the name of the format, for the message.
-      layers: the kinds of layer that it has.
-      dora: whether it has the lengths of DoRA, for linear layers.
+    `dora` says whether it has the lengths of DoRA too, for linear layers.
     """
     wrong = [f"{name}: trained as a whole" for name in modules.values]
     for name, u in modules.updates.items():

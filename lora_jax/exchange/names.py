@@ -67,11 +67,7 @@ class NameTable:
         return listed(nearest(tensor, known))
 
     def entries(self, path: str) -> list[HfModule]:
-        """Return the entries of the table for a parameter.
-
-        Raises:
-          LoraError: there are none.
-        """
+        """Return the entries of the table for a parameter."""
         if path not in self._entries:
             raise LoraError(
                 f"the names say nothing of {path!r}; nearest:\n"
@@ -82,11 +78,7 @@ class NameTable:
     def tensors(
         self, path: str, entry: HfModule, stack: Sequence[int]
     ) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Yield the tensor's name for each index along the stack axes, whose sizes are given.
-
-        Raises:
-          LoraError: the name does not have as many numbers as the parameter has stack axes.
-        """
+        """Yield the tensor's name for each index along the stack axes, whose sizes are given."""
         template = self.template(path, entry)
         holes = list(dict.fromkeys(HOLE.findall(template)))
         if len(holes) != len(stack):

@@ -22,7 +22,7 @@ from lora_jax.exchange.module_update import (
     twin_of,
 )
 from lora_jax.exchange.names import NameTable, written
-from lora_jax.exchange.whole import out_of_parameters
+from lora_jax.exchange.whole_parameters import out_of_parameters
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule, HfNames
 from lora_jax.target import Target
@@ -41,17 +41,7 @@ def name_table(names: HfNames | None, adapter: Adapter, params: Any = None) -> N
 
 
 def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Modules:
-    """Return an adapter as updates of modules.
-
-    Args:
-      adapter: an `Adapter`, or a tuple of its first fields.
-      table: from `name_table`.
-      params: the base, which some adapters need: biases that are trained by differences.
-
-    Raises:
-      LoraError: a parameter without a name, an update that modules cannot express, or one that
-        needs a missing base.
-    """
+    """Return an adapter as updates of modules; differences of biases need `params`, the base."""
     adapter = Adapter(*adapter)
     layout, adapters, trainable = adapter
     check(layout, adapters)

@@ -26,12 +26,7 @@ def first_matches(
 ) -> dict[str, dict[str, tuple[str, str | None]]]:
     """Return for each setting {name: (the first pattern that matches it, the group "idx")}.
 
-    Args:
-      questions: `{setting: (form, patterns)}`; `{}` in the form stands for a pattern.
-      names: the names to match.
-
-    Raises:
-      LoraError: a pattern that is none, or that takes too long or too much memory.
+    The questions are `{setting: (form, patterns)}`; `{}` in a form stands for a pattern.
     """
     from lora_jax.errors import LoraError  # here, since the script has no lora_jax
     from lora_jax.exchange.tensor_file import shown

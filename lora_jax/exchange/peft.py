@@ -244,12 +244,7 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
     if (place / TENSORS).is_file():
         return place
     if (place / PICKLE).is_file():
-        raise LoraError(
-            f"{place / PICKLE} is a pickle, which can run any code when it is read, and is not "
-            "opened. If you trust it, convert it in PyTorch:\n"
-            f"    weights = torch.load({PICKLE!r}, weights_only=True)\n"
-            f"    safetensors.torch.save_file(weights, {TENSORS!r})"
-        )
+        raise tensor_file.pickle_error(place / PICKLE, TENSORS)
     raise LoraError(f"{place} has no {TENSORS}")
 
 
@@ -264,14 +259,8 @@ def _write(
     marks = {"settings": profiles.digest(settings), "tensors": digests}
     metadata = {"format": "pt", tensor_file.DIGESTS: json.dumps(marks)}
     metadata |= {ABOUT: json.dumps(about)} if about else {}
-    text = json.dumps(settings, indent=2) + "\n"
-    write_together(
-        folder,
-        {
-            TENSORS: lambda path: tensor_file.write(path, tensors, metadata),
-            CONFIG: lambda path: path.write_text(text),
-        },
-    )
+    writers = tensor_file.folder_writers(TENSORS, tensors, metadata, CONFIG, settings)
+    write_together(folder, writers)
 
 
 def _verify(place: pathlib.Path, file: tensor_file.TensorFile, settings: Mapping[str, Any]) -> None:

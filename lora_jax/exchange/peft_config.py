@@ -109,11 +109,7 @@ class PeftConfig:
         return any(f".{m}." in f".{tensor}" for m in (*saved, *heads))
 
     def token_numbers(self, module: str) -> list[int]:
-        """Return the rows of an embedding that were trained.
-
-        Raises:
-          LoraError: the configuration does not list them.
-        """
+        """Return the rows of an embedding that were trained."""
         found = self.trainable_token_indices
         if isinstance(found, Mapping):
             ends = set(_ends(module))
@@ -127,11 +123,7 @@ class PeftConfig:
 
 
 def parse(json: Mapping[str, Any]) -> PeftConfig:
-    """Read the JSON object.
-
-    Raises:
-      LoraError: an unknown key, or one with an impossible value.
-    """
+    """Read the JSON object."""
     fields = {f.name for f in dataclasses.fields(PeftConfig)}
     if json.get("peft_type") != "LORA":
         raise LoraError(

@@ -29,16 +29,8 @@ def head_of(
 ) -> FoundHead | None:
     """Return the head of a PEFT folder, or None for an encoder without one.
 
-    The number of outputs comes from the tensors in the folder, or else from the base's head.
-
-    Args:
-      found: the contents of the folder.
-      source, config: of the base.
-      pooling: the user's choice. None: inferred from the tensors.
-
-    Raises:
-      LoraError: a head that does not classify whole texts, or one whose input the tensors do not
-        tell.
+    The number of outputs comes from the tensors in the folder, or else from the base's head. The
+    pooling is the user's choice; None infers it from the tensors.
     """
     _check_task(found)
     there = _modules(found, source, config)

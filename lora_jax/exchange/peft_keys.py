@@ -39,12 +39,7 @@ Slots = dict[str, tuple[str, np.ndarray]]  # slot -> (key, array)
 
 
 def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
-    """Return the modules that the tensors of a file describe.
-
-    Raises:
-      LoraError: a key that PEFT does not have, a module without all of its factors, factors whose
-        rank contradicts the configuration, or which the configuration does not target.
-    """
+    """Return the modules that the tensors of a file describe."""
     grouped: dict[str, Slots] = {}
     values: dict[str, np.ndarray] = {}
     base, rows = {}, {}

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,7 @@ _HEAD = "classifier/"
 _LENGTHS = (32, 64, 128, 256, 512)  # the default lengths of batches
 
 
-@dataclasses.dataclass(frozen=True)
-class Said:
+class ImportSettings(NamedTuple):
     """The user's statements about an adapter; None or () leaves them to the folder or the base.
 
     base: the reference of the base.
@@ -44,34 +43,21 @@ class Said:
     lengths: tuple[int, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportedRun:
-    """The data to write, and the findings about it.
-
-    adapter, fingerprint, about: as `lora_jax.save` takes them.
-    reference: of the base.
-    notes: the conclusions that were drawn, one line each.
-    """
+class Imported(NamedTuple):
+    """The arguments of `lora_jax.save`, and a line for each conclusion that was drawn."""
 
     adapter: Adapter
     fingerprint: Fingerprint
     about: dict[str, Any]
-    reference: str
     notes: tuple[str, ...]
 
 
-def read(folder: str, said: Said) -> ImportedRun:
-    """Read a PEFT folder and its base.
-
-    Raises:
-      LoraError: not a PEFT folder, one that does not fit the base, or one that leaves a question
-        open that the user has not answered.
-      models.ModelError, OSError: the base cannot be opened.
-    """
+def read(folder: str, given: ImportSettings) -> Imported:
+    """Read a PEFT folder and its base."""
     found = peft.describe(folder)
-    reference = _reference(found, said.base)
+    reference = _reference(found, given.base)
     source: Any = models.open(reference)
-    config = dataclasses.replace(source.config, **said.model)
+    config = dataclasses.replace(source.config, **given.model)
     imported = {
         "folder": str(pathlib.Path(folder).expanduser().resolve()),
         "peft_version": _text(found.settings.get("peft_version")),
@@ -81,29 +67,14 @@ def read(folder: str, said: Said) -> ImportedRun:
         if isinstance(config, models.DecoderConfig):
             adapter, params, more, notes = _decoder(folder, found, source, config)
         elif isinstance(config, models.BertConfig):
-            adapter, params, more, notes = _encoder(folder, found, source, config, said)
+            adapter, params, more, notes = _encoder(folder, found, source, config, given)
         else:
             raise LoraError("the base is an image encoder; only text models can be imported")
     except LoraError as error:
         raise LoraError(f"{folder} on the base {reference}: {error}") from error
-    model = {"reference": reference, **said.model, **more.pop("model", {})}
+    model = {"reference": reference, **given.model, **more.pop("model", {})}
     about = {"model": model, **more, "imported": imported}
-    return ImportedRun(adapter, checkpoint.fingerprint(params), about, reference, notes)
-
-
-def write(out: pathlib.Path, run: ImportedRun) -> None:
-    """Write the run's adapters/best, whole or not at all.
-
-    Raises:
-      LoraError: it cannot be written.
-    """
-    checkpoint.save(
-        out / "adapters/best",
-        run.adapter,
-        fingerprint=run.fingerprint,
-        about=run.about,
-        overwrite=True,
-    )
+    return Imported(adapter, checkpoint.fingerprint(params), about, notes)
 
 
 _Found = tuple[Adapter, Any, dict[str, Any], tuple[str, ...]]  # adapter, base, about, notes
@@ -131,9 +102,13 @@ def _decoder(
 
 
 def _encoder(
-    folder: str, found: peft.Description, source: Folder, config: models.BertConfig, said: Said
+    folder: str,
+    found: peft.Description,
+    source: Folder,
+    config: models.BertConfig,
+    given: ImportSettings,
 ) -> _Found:
-    head = head_of(found, source, config, said.pooling)
+    head = head_of(found, source, config, given.pooling)
     bert = source.load(config)
     if head is None:
         names = models.hf_names(config, root="bert/")
@@ -153,7 +128,7 @@ def _encoder(
     names = models.hf_names(config, head.head)
     loaded = peft.load(folder, names, apply, params, _EXAMPLE)
     adapter = _with_whole_head(loaded, params, head)
-    about, note = _task(found, source, config, head.head, said)
+    about, note = _task(found, source, config, head.head, given)
     pooling = f"pooling {head.head.pooling}, {head.why}"
     return adapter, {"bert": bert}, about, (note, pooling)
 
@@ -202,18 +177,18 @@ def _task(
     source: Folder,
     config: models.BertConfig,
     head: models.Head,
-    said: Said,
+    given: ImportSettings,
 ) -> tuple[dict[str, Any], str]:
     """Return the facts that predict needs about a classifier, and a line that describes them."""
-    labels = _labels(found, source, head.num_classes, said.labels)
-    fields = said.text_fields or _texts(found.about.get("text_fields")) or ("text",)
+    labels = _labels(found, source, head.num_classes, given.labels)
+    fields = given.text_fields or _texts(found.about.get("text_fields")) or ("text",)
     if len(fields) > 2:
         raise LoraError(f"--text-fields takes one field, or two of a pair; got {list(fields)}")
     about = {
         "model": {"pooling": head.pooling},
         "labels": list(labels),
         "text_fields": list(fields),
-        "lengths": list(_lengths(found, config, said.lengths)),
+        "lengths": list(_lengths(found, config, given.lengths)),
     }
     return about, f"classes: {', '.join(labels)}" if labels else "one output: a real number"
 

@@ -32,11 +32,7 @@ EXPERTS_VERSION = "0.19.1"  # the first PEFT that reads experts in the form we w
 def spelled(
     profile: str, modules: Modules, table: NameTable, layout: Layout, params: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the settings and the tensors of a folder.
-
-    Raises:
-      LoraError: an unknown profile, or an adapter that it cannot express.
-    """
+    """Return the settings and the tensors of a folder."""
     if profile not in ("faithful", "portable"):
         raise LoraError(f"profile is {profile!r}; there are 'faithful' and 'portable'")
     if not modules.updates:
@@ -125,10 +121,7 @@ def _wide(update: ModuleUpdate) -> ModuleUpdate:
 def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) -> dict[str, Any]:
     """Return the settings that follow from ranks, scales and kinds of the updates.
 
-    Args:
-      updates: of modules and of whole parameters.
-      rslora: whether the setting for it may be used.
-      first: take r and alpha from the first update, rather than the most frequent values.
+    `first` takes r and alpha from the first update, rather than the most frequent values.
     """
     if not updates:
         ranks, scaled, all_rs = {}, {}, False
@@ -211,14 +204,10 @@ def _in_every_layer(
 
 
 def _targets(updates: Mapping[str, ModuleUpdate], known: set[str], short: bool) -> list[str]:
-    """Return the names for target_modules: last segments where these are exact.
+    """Return the names for target_modules: last segments if all modules that end so
+    are adapted.
 
-    PEFT compares the ends of module names.
-
-    Args:
-      updates: the adapted modules.
-      known: all modules. If only the adapted ones are known, last segments need `short`.
-      short: take a last segment if all known modules with that end are adapted.
+    PEFT compares the ends of names. If only the adapted modules are known, `short` is needed.
     """
     certain = short or known > set(updates)
     found = set()

@@ -19,13 +19,9 @@ def writers(
 ) -> dict[str, FileWriter]:
     """Return {file name: writer} for the weights, for `whole_files.write_together`.
 
-    Small weights go to one file `model.safetensors`; otherwise there are numbered files and an
-    index, as transformers writes them. Each array is made when it is written, and none is kept.
-
-    Args:
-      tensors: the weights, in the order of the files.
-      shard_bytes: the limit for the arrays of one file. A larger array has a file of its own.
-      done: a function that gets the bytes of each array once it is written.
+    Small weights go to one file `model.safetensors`; otherwise there are numbered files of up to
+    `shard_bytes` (a larger array has its own) and an index, as transformers writes them. Each array
+    is made when it is written, and none is kept. `done` gets the bytes of each after that.
     """
     shards: list[list[LazyTensor]] = [[]]
     for x in tensors:

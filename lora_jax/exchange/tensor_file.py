@@ -16,6 +16,7 @@ import numpy as np
 from lora_jax.errors import LoraError
 from lora_jax.system import json_file, safetensors_reader
 from lora_jax.system.safetensors_reader import FLOATS
+from lora_jax.system.whole_files import FileWriter
 
 LONGEST = 1_000  # characters of a name
 DIGESTS = "lora_jax.digests"  # the key of our own entry in the file's metadata
@@ -29,12 +30,7 @@ class TensorFile(NamedTuple):
 
 
 def read(path: pathlib.Path) -> TensorFile:
-    """Read a whole file of floats.
-
-    Raises:
-      LoraError: a file that is not in the format, whose sizes contradict each other, or that holds
-        numbers that are not finite. The message names the file and, if there is one, the key.
-    """
+    """Read a whole file of floats; a message names the file and, if there is one, the key."""
     metadata, stored = safetensors_reader.read(path, LoraError)
     tensors = {}
     for name, tensor in stored.items():
@@ -87,14 +83,7 @@ def write_lazily(
     metadata: Mapping[str, str],
     done: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write arrays in the given order, each as it is made.
-
-    Args:
-      path: the file.
-      tensors: its arrays.
-      metadata: its metadata.
-      done: a function that gets the bytes of each array once it is written.
-    """
+    """Write arrays in order, each as it is made; `done` gets the bytes of each afterwards."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     names = {dtype: name for name, dtype in FLOATS.items()}
     end = 0
@@ -113,6 +102,31 @@ def write_lazily(
             done(x.nbytes)
 
 
+def folder_writers(
+    tensors_name: str,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    settings_name: str,
+    settings: Mapping[str, Any],
+) -> dict[str, FileWriter]:
+    """Return the writers of a folder with tensors and settings, for `write_together`."""
+    text = json.dumps(settings, indent=2) + "\n"
+    return {
+        tensors_name: lambda path: write(path, tensors, metadata),
+        settings_name: lambda path: path.write_text(text),
+    }
+
+
+def pickle_error(path: pathlib.Path, converted: str) -> LoraError:
+    """Return the error of a pickle, which is not opened, with the way to convert it."""
+    return LoraError(
+        f"{path} is a pickle, which can run any code when it is read, and is not opened. If you "
+        "trust it, convert it in PyTorch:\n"
+        f"    weights = torch.load({path.name!r}, weights_only=True)\n"
+        f"    safetensors.torch.save_file(weights, {converted!r})"
+    )
+
+
 def digest(x: np.ndarray) -> str:
     """Return a hash of an array's dtype, shape and bytes."""
     x = np.ascontiguousarray(x)
@@ -122,11 +136,7 @@ def digest(x: np.ndarray) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object that may come from a stranger.
-
-    Raises:
-      LoraError: see `lora_jax.system.json_file.read`.
-    """
+    """Read a JSON object that may come from a stranger."""
     return json_file.read(path, LoraError)
 
 

@@ -54,7 +54,7 @@ def product(
     >>> table.register(rule, function="my_gmm")  # doctest: +SKIP
     """
 
-    def run(w: jax.Array, x_array: jax.Array, *others: Any, **dtype: Any) -> jax.Array:
+    def run(w: jax.Array, x_array: jax.Array, *others: jax.Array, **dtype: Any) -> jax.Array:
         rest, named = iter(others), {x: x_array, weight: w}
         operands = (named[i] if i in named else next(rest) for i in range(len(others) + 2))
         return call(*operands, **dtype)
@@ -140,7 +140,7 @@ def batched(dot: Dot) -> Dot:
     call = jax.custom_batching.custom_vmap(dot)
 
     @call.def_vmap
-    def rule(n: int, is_batched: list[bool], *ins: Any) -> tuple[Any, bool]:
+    def rule(n: int, is_batched: list[bool], *ins: jax.Array) -> tuple[jax.Array, bool]:
         x, w, sizes = (
             v if yes else jnp.broadcast_to(v, (n, *v.shape))
             for v, yes in zip(ins, (is_batched[0], True, is_batched[2]), strict=True)

@@ -6,8 +6,6 @@ A rule says three things: how the axes of its operands are named, the operation 
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -139,7 +137,7 @@ def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     evaluator.consume(eqn, v, batching, taken, rest)
     evaluator.dequantise(eqn, v)
 
-    def low_rank(y: jax.Array, x: jax.Array, update: LowRank) -> jax.Array:
+    def low_rank(y: jax.Array, x: None, update: LowRank) -> jax.Array:
         h = update.scaled(take(update.a, indices).astype(y.dtype))
         return y + einsum(h, update.b.astype(y.dtype), names)
 
@@ -147,7 +145,7 @@ def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     return [v.update.product(Operation(None, names, base, low_rank))]
 
 
-def _take(n: Named, indices: jax.Array, names: Names, eqn: Any, out: Names) -> Named:
+def _take(n: Named, indices: jax.Array, names: Names, eqn: Eqn, out: Names) -> Named:
     """Apply the gather of `eqn`, from W's `names` to `out`, to an array with some of W's axes.
 
     The array gets the missing axes with size 1; axes that W does not have come last. In the result,
@@ -170,7 +168,7 @@ def _take(n: Named, indices: jax.Array, names: Names, eqn: Any, out: Names) -> N
     return new.to_front(tuple(name for j, name in enumerate(out) if j not in dn.offset_dims))
 
 
-def _whole_rows(eqn: Any) -> bool:
+def _whole_rows(eqn: Eqn) -> bool:
     """Return whether a gather takes single indices of some axes and the whole of the others."""
     dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from lora_jax.checkpoint import adapter_path
-from lora_jax.checkpoint.adapter import SavedAdapter
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.layout import Layout
 from lora_jax.report import formatting, update_analysis
 from lora_jax.report.document import Block, Fact, Note, Report, Section, Table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,13 +10,12 @@ import numpy as np
 
 from lora_jax import analysis
 from lora_jax.checkpoint import adapter_path
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import ModuleIndex, Place, label
-from lora_jax.serving import served_adapters
 from lora_jax.serving.base_choice import BaseChoice
-from lora_jax.serving.served_adapters import ServedAdapter
 from lora_jax.system.console import USER_ERRORS
 from lora_jax.updates.kind import kind_of
 
@@ -31,32 +29,31 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     """
     try:
         _, folder = adapter_path.find(str(run))[0]
-        member = _with_matrices(served_adapters.read(run.name, folder))
-        found = analysis.spectrum(member.layout, member.adapters, _needed(member, run, base))
+        layout, parameters = _matrices(SavedAdapter.open_lora(folder, run.name))
+        found = analysis.spectrum(layout, parameters, _needed(layout, run, base))
     except USER_ERRORS as error:
         return (Section(_TITLE, (Note(f"The adapter cannot be analysed: {error}"),)),)
-    if not member.layout.targets:
+    if not layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
-    modules = ModuleIndex.of(member.layout)
+    modules = ModuleIndex.of(layout)
     whose = Paragraph(
         f"This is the update of adapters/{folder.name} of {run.name}."
         if folder != run
         else f"This is the update of {run}."
     )
-    spectra = Section(_TITLE, (whose, *_spectra(modules, found, member.layout)))
+    spectra = Section(_TITLE, (whose, *_spectra(modules, found, layout)))
     return spectra, Section("Amplified directions of W", _amplified(run, base))
 
 
-def _with_matrices(member: ServedAdapter) -> ServedAdapter:
+def _matrices(member: SavedAdapter) -> tuple[Layout, dict[str, Any]]:
     """Return the adapter without its biases, which have no directions."""
     layout = Layout(tuple(t for t in member.layout.targets if t.inputs))
-    adapters = {t.path: member.adapters[t.path] for t in layout.targets}
-    return dataclasses.replace(member, layout=layout, adapters=adapters)
+    return layout, {t.path: member.parameters[t.path] for t in layout.targets}
 
 
-def _needed(member: ServedAdapter, run: pathlib.Path, base: BaseChoice) -> Any:
+def _needed(layout: Layout, run: pathlib.Path, base: BaseChoice) -> Any:
     """Return the base parameters if the adapter's update depends on them (DoRA), else None."""
-    rescales = any(kind_of(target).rescales for target in member.layout.targets)
+    rescales = any(kind_of(target).rescales for target in layout.targets)
     return base.open([str(run)], object).params if rescales else None
 
 
@@ -156,12 +153,11 @@ class AmplifiedUpdate(NamedTuple):
 def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
     """Measure what of W the best adapter of a run amplifies."""
     served = base.open([str(run)], object)
-    member = _with_matrices(served.members[0])
-    found = analysis.amplification(member.layout, served.params, member.adapters)
-    modules = ModuleIndex.of(member.layout)
-    return AmplifiedUpdate(
-        member.layout, modules, [_at(found[place.path], place) for place in modules.places]
-    )
+    layout, parameters = _matrices(served.members[0])
+    found = analysis.amplification(layout, served.params, parameters)
+    modules = ModuleIndex.of(layout)
+    numbers = [_at(found[place.path], place) for place in modules.places]
+    return AmplifiedUpdate(layout, modules, numbers)
 
 
 def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:

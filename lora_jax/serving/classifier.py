@@ -22,13 +22,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
 from lora_jax import paths
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import Stack, select
 from lora_jax.paths import Tree
 from lora_jax.serving import jsonl
 from lora_jax.serving.jsonl import JsonLine, LineError
-from lora_jax.serving.served_adapters import BASE_NAME, Served, ServedAdapter
+from lora_jax.serving.served_adapters import BASE_NAME, Served, check_head
 from lora_jax.transform import adapt
 
 _HEAD = "classifier/out/"
@@ -55,15 +56,13 @@ class ClassifierTask:
         return len(self.labels) or 1
 
 
-def check_head(member: ServedAdapter, task: ClassifierTask) -> None:
-    """Raise `LoraError` unless the adapter has a head with as many outputs as its task."""
-    kernel = member.base.get(f"{_HEAD}kernel")
-    if kernel is None or kernel.shape[-1] != task.outputs:
-        raise LoraError(
-            f"adapter {member.name!r} ({member.path}) needs a head of {task.outputs} outputs; "
-            f"it has {'none' if kernel is None else kernel.shape[-1]}. These parameters were "
-            f"trained in full with it:\n{listed(member.base)}"
-        )
+def are_all(kind: type[Any], values: Any, least: int = 0) -> bool:
+    """Return whether a value is a list of at least so many values of a type."""
+    return (
+        isinstance(values, list)
+        and len(values) >= least
+        and all(type(value) is kind for value in values)
+    )
 
 
 class Classifier(abc.ABC):
@@ -77,23 +76,14 @@ class Classifier(abc.ABC):
 
     unit: ClassVar[str]
 
-    def __init__(
-        self, served: Served, tasks: Sequence[ClassifierTask], model: nn.Module, batch_size: int
-    ) -> None:
-        """Stack the heads. Nothing is compiled yet.
-
-        Args:
-          served: the adapters and their base.
-          tasks: the tasks of the adapters.
-          model: a model with a head as wide as the widest, called with the arrays of a batch.
-          batch_size: rows of a batch.
-
-        Raises:
-          LoraError: the adapters cannot share a batch.
-        """
-        self.tasks, self.batch_size = tuple(tasks), batch_size
+    def __init__(self, served: Served, batch_size: int) -> None:
+        """Read the tasks and stack the heads. Nothing is compiled yet."""
+        self.tasks, self.batch_size = tuple(map(self.task_of, served.members)), batch_size
+        for member, task in zip(served.members, self.tasks, strict=True):
+            check_head(member, task.outputs)
         self.compiled = dict[int, float]()
-        width = max(task.outputs for task in tasks)
+        width = max(task.outputs for task in self.tasks)
+        model = self.prepare_model(served, width)
         layout, stacked = served.stack
         trainable = _trainable(served.members, paths.flatten(served.params), width)
         _check_apart(layout, trainable)
@@ -102,21 +92,26 @@ class Classifier(abc.ABC):
         self._programs: dict[int, Any] = {}
         self._rows: int | None = None
 
+    @staticmethod
+    @abc.abstractmethod
+    def task_of(member: SavedAdapter) -> ClassifierTask:
+        """Return the task in an adapter's notes, which may come from anybody."""
+
+    @abc.abstractmethod
+    def prepare_model(self, served: Served, width: int) -> nn.Module:
+        """Return a model with a head of `width` outputs, called with the arrays of a batch."""
+
     @abc.abstractmethod
     def example_of(self, line: JsonLine, task: ClassifierTask) -> Any:
-        """Return the text or image of a line.
+        """Return the text or image of a line."""
 
-        Raises:
-          LineError: the line does not have it.
-        """
-
-    @abc.abstractmethod
     def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
         """Convert examples to rows of batches, whose lengths `length_of` returns."""
+        return list(examples)
 
-    @abc.abstractmethod
     def length_of(self, row: Any) -> int:
         """Return the length of a row; rows of similar lengths are put into one batch."""
+        return 0
 
     @abc.abstractmethod
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
@@ -132,17 +127,10 @@ class Classifier(abc.ABC):
     def scores(
         self, adapters: Sequence[int], examples: Sequence[Any]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Classify examples batch by batch, the shortest first.
+        """Classify examples, the shortest first: yield (i, outputs [C] of examples[i]).
 
         Each batch has `batch_size` rows, or fewer if the first call has fewer examples. A batch
         that would be short is filled with copies of its rows.
-
-        Args:
-          adapters: the id of the adapter of each example.
-          examples: the examples.
-
-        Yields:
-          (i, outputs of examples[i] by its adapter's head, float32 [C]).
         """
         if self._rows is None:
             self._rows = min(self.batch_size, 1 << (len(examples) - 1).bit_length())
@@ -194,15 +182,15 @@ def _mixed(layout: Layout, model: nn.Module) -> Any:
 
 
 def _trainable(
-    members: Sequence[ServedAdapter], params: Mapping[str, Any], width: int
+    members: Sequence[SavedAdapter], params: Mapping[str, Any], width: int
 ) -> dict[str, jax.Array]:
     """Stack the parameters that any adapter trained in full: `{path: [n, ...]}`.
 
     An adapter that did not train a parameter has the base's. Heads are padded to `width`.
     """
     stacked = {}
-    for path in dict.fromkeys(path for member in members for path in member.base):
-        each: list[Any] = [member.base.get(path, params.get(path)) for member in members]
+    for path in dict.fromkeys(path for member in members for path in member.trainable):
+        each: list[Any] = [member.trainable.get(path, params.get(path)) for member in members]
         without = [m.name for m, x in zip(members, each, strict=True) if x is None]
         if without:
             raise LoraError(f"{path!r} was trained by some adapters, and {without[0]!r} lacks it")
@@ -237,11 +225,6 @@ def predict(
 
     The lines are sorted by length and put into batches. `done` is called with the size of each
     line when its scores are there, in any order.
-
-    Raises:
-      LineError: a line names no adapter or an unknown one, or it has no text or image; scores are
-        not finite.
-      DataError: an image cannot be read.
     """
     ids = [adapter_of(line, served) for line in window]
     examples = [

@@ -95,14 +95,7 @@ class Decoder:
         layout: Layout | None = None,
         stacked: Stack | None = None,
     ) -> None:
-        """Make a decoder. Nothing is compiled yet.
-
-        Args:
-          config: the config of the model.
-          params: the parameters of the base, or of a merged model.
-          layout: the layout of the stack (`lora_jax.multi.stack`). None: no adapters.
-          stacked: the stack. None: no adapters.
-        """
+        """Make a decoder. Nothing is compiled yet."""
         self.config = config
         self.compiled: dict[tuple[Any, ...], float] = {}
         self.speed = Speed()
@@ -141,16 +134,7 @@ class Decoder:
         return min(known, default=rounded(need))
 
     def prefill(self, batch: DecodingBatch, capacity: int, sampling: Sampling) -> tuple[Any, Any]:
-        """Read all prompts of a batch.
-
-        Args:
-          batch: the prompts.
-          capacity: the number of slots of the cache.
-          sampling: how tokens are chosen.
-
-        Returns:
-          The cache, and the first token of each row, [B] int32.
-        """
+        """Return a cache of `capacity` slots with all prompts, and the first tokens, [B]."""
 
         def run(params: Tree, stacked: Any, batch: Any, numbers: Any) -> Any:
             nothing, cache = (
@@ -178,18 +162,10 @@ class Decoder:
         number: int,
         sampling: Sampling,
     ) -> tuple[Any, Any]:
-        """Run one decoding step, without waiting for its result.
+        """Start one decoding step: return the cache and the next tokens, [B], without waiting.
 
-        Args:
-          batch: the prompts.
-          cache: the cache, which is donated.
-          tokens: the last token of each row, [B] int32.
-          slot: the slot of the cache to write to.
-          number: the number of the new token in its row.
-          sampling: how tokens are chosen.
-
-        Returns:
-          The cache, and the next token of each row, [B] int32.
+        The cache is donated. `tokens` are the last ones, [B] int32; `slot` is the slot of the
+        cache to write to, and `number` the number of the new token in its row.
         """
 
         def run(
@@ -256,24 +232,11 @@ def stream(
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
 ) -> Iterator[Piece]:
-    """Continue prompts, and yield each token when it is known.
+    """Continue prompts: yield a `Piece` for each step and unfinished row, once it is known.
 
     A row gets the same text as if it were alone, and as from the base with its adapter merged in:
-    in greedy decoding the same tokens, except for rounding of the logits.
-
-    Args:
-      decoder: the decoder. It keeps its compiled programs, so use one for all calls.
-      prompts: the prompts, each with its adapter.
-      max_new_tokens: the largest number of tokens to generate for a prompt.
-      sampling: how tokens are chosen.
-      batch_size: prompts that are continued at the same time; the others wait.
-
-    Yields:
-      One `Piece` for each step and unfinished row.
-
-    Raises:
-      LoraError: a prompt is empty, longer than the model has positions, or has an unknown adapter;
-        logits are not finite.
+    in greedy decoding the same tokens, except for rounding of the logits. The decoder keeps its
+    compiled programs, so use one for all calls. `batch_size` prompts are continued at a time.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:

@@ -1,40 +1,22 @@
-"""Classify images. Each image is decoded when its batch is made."""
+"""Classify images. Each stays in its file until its batch is made; all have one length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax import models
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.data.images import decode, pixels
 from lora_jax.errors import LoraError
 from lora_jax.models.weights import preprocessing
-from lora_jax.serving.classifier import Classifier, ClassifierTask, check_head
+from lora_jax.serving.classifier import Classifier, ClassifierTask, are_all
 from lora_jax.serving.jsonl import JsonLine
-from lora_jax.serving.served_adapters import Served, ServedAdapter
-
-
-def task_of(member: ServedAdapter) -> ClassifierTask:
-    """Return the task of an adapter that `lora_jax.training.image_classification` trained.
-
-    Raises:
-      LoraError: the adapter does not say it, or what it says is invalid.
-    """
-    labels, field = member.about.get("labels"), member.about.get("image_field")
-    named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-    if labels is None or not named or not isinstance(field, str) or not field:
-        raise LoraError(
-            f"adapter {member.name!r} ({member.path}) does not say what images it classifies. "
-            "Adapters that train.py exports do; one that you save yourself says it by "
-            'lora_jax.save(..., about={"labels": ["no", "yes"], "image_field": "image", '
-            '"model": {"reference": ...}})'
-        )
-    task = ClassifierTask(tuple(labels), (field,))
-    check_head(member, task)
-    return task
+from lora_jax.serving.served_adapters import Served
 
 
 class ImageClassifier(Classifier):
@@ -45,36 +27,31 @@ class ImageClassifier(Classifier):
 
     unit = "images"
 
-    def __init__(self, served: Served, batch_size: int) -> None:
-        """Read the tasks; see `Classifier`.
+    @staticmethod
+    def task_of(member: SavedAdapter) -> ClassifierTask:
+        """See `Classifier`. `lora_jax.training.image_classification` writes such notes."""
+        labels: Any = member.about.get("labels")
+        field = member.about.get("image_field")
+        if not are_all(str, labels) or not isinstance(field, str) or not field:
+            raise LoraError(
+                f"adapter {member.name!r} ({member.folder}) does not say what images it "
+                "classifies. Adapters that train.py exports do; one that you save yourself says it "
+                'by lora_jax.save(..., about={"labels": ["no", "yes"], "image_field": "image", '
+                '"model": {"reference": ...}})'
+            )
+        return ClassifierTask(tuple(labels), (field,))
 
-        Raises:
-          LoraError: an adapter is not a classifier, or the adapters cannot share a batch.
-          ValueError, OSError: the folder of the base does not say how images are preprocessed.
-        """
-        tasks = tuple(task_of(member) for member in served.members)
+    def prepare_model(self, served: Served, width: int) -> nn.Module:
+        """See `Classifier`. The folder of the base says how images are prepared."""
         self._how = preprocessing.read(served.source.path, served.config)
-        width = max(task.outputs for task in tasks)
-        super().__init__(served, tasks, models.VitClassifier(served.config, width), batch_size)
+        return models.VitClassifier(served.config, width)
 
     def example_of(self, line: JsonLine, task: ClassifierTask) -> tuple[str, str]:
         """See `Classifier`. An example is the path of the image, and the line for messages."""
         return line.get(task.fields[0], str), line.where
 
-    def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
-        """See `Classifier`. Images stay in their files until their batch is made."""
-        return list(examples)
-
-    def length_of(self, row: Any) -> int:
-        """See `Classifier`. All images have the same length."""
-        return 0
-
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
-        """Return the pixels, as in the batches of training.
-
-        Raises:
-          DataError: an image cannot be read.
-        """
+        """Return the pixels, as in the batches of training."""
         found = {row: self._pixels(*row) for row in dict.fromkeys(rows)}
         return (np.stack([found[row] for row in rows]),)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import DataError, LoraError, nearest
 from lora_jax.models.text.templates import Template
 from lora_jax.models.text.tokens import Encoder
@@ -16,7 +17,7 @@ from lora_jax.multi.stack import BASE
 from lora_jax.serving import jsonl
 from lora_jax.serving.generation import Prompt
 from lora_jax.serving.jsonl import JsonLine, LineError
-from lora_jax.serving.served_adapters import BASE_NAME, Served, ServedAdapter
+from lora_jax.serving.served_adapters import BASE_NAME, Served
 
 FIELD = "prompt"
 
@@ -159,18 +160,18 @@ def _size(text: str) -> int:
     return len(text.encode(errors="replace")) + 1
 
 
-def _template(member: ServedAdapter) -> Template | None:
+def _template(member: SavedAdapter) -> Template | None:
     """Return the prompt template that the adapter was trained on, if it has fields."""
     said = member.about.get("prompt")
     if said is None:
         return None
     if not isinstance(said, str):
-        raise LoraError(f"{member.path} says that its prompt is {str(said)[:80]!r}")
+        raise LoraError(f"{member.folder} says that its prompt is {str(said)[:80]!r}")
     template = Template(said, "prompt")
     return template if template.fields else None
 
 
-def _end_ids(tokenizer: Tokenizer, member: ServedAdapter) -> set[int]:
+def _end_ids(tokenizer: Tokenizer, member: SavedAdapter) -> set[int]:
     """Return the token that ended its training examples, if there was one."""
     said = member.about.get("eos")
     if said is None or said == "":
@@ -178,7 +179,7 @@ def _end_ids(tokenizer: Tokenizer, member: ServedAdapter) -> set[int]:
     found = tokenizer.token_to_id(said) if isinstance(said, str) else None
     if found is None:
         raise LoraError(
-            f"{member.path} says that its examples ended with {str(said)[:80]!r}, which is not a "
+            f"{member.folder} says that its examples ended with {str(said)[:80]!r}, which is not a "
             "token of this base; is it the base that it was trained on?"
         )
     return {found}

@@ -29,11 +29,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-          LoraError: a number is out of its range.
-        """
+        """Check the numbers."""
         _require(
             0 <= self.temperature < float("inf"), "temperature", self.temperature, "at least 0"
         )
@@ -64,17 +60,10 @@ class Sampling:
 def choose(
     form: tuple[bool, int | None, bool], numbers: Any, logits: Any, rows: Any, step: Any
 ) -> Any:
-    """Choose the next token of each row.
+    """Choose the next token of each row, [B] int32; -1 if the logits of a row are not all finite.
 
-    Args:
-      form: `Sampling.form`.
-      numbers: `Sampling.numbers`.
-      logits: [B, V] float32.
-      rows: [B] int32, the number of each row, on which its samples depend.
-      step: [] int32, the number of the token in its row.
-
-    Returns:
-      [B] int32; -1 if the logits of a row are not all finite.
+    `form` and `numbers` are of a `Sampling`. `logits` are [B, V] float32; `rows`, [B] int32, are
+    numbers on which the samples depend, and `step` is the number of the token in its row.
     """
     random, top_k, nucleus = form
     sound = jnp.isfinite(logits).all(axis=-1)  # argmax would return a token even for NaN

@@ -10,87 +10,86 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import models, paths
 from lora_jax.adapters import Adapter
 from lora_jax.analysis.from_base import init_from_base
-from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
+from lora_jax.bases.recipe import STORED, requantised
 from lora_jax.checkpoint import adapter_path
-from lora_jax.checkpoint.adapter import SavedAdapter
-from lora_jax.checkpoint.added_parameters import check_lora
 from lora_jax.checkpoint.fingerprint import fingerprint
-from lora_jax.checkpoint.storage import Path, RemotePath
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
+from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.models.weights.source import is_safe
+from lora_jax.models.weights.families import table_of
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
-from lora_jax.updates.factors import Factors
+from lora_jax.serving import shared_base
 
 _ENCODERS = {models.BertConfig: "bert", models.VitConfig: "vit"}  # its name in a classifier
 BASE_NAME = "base"  # as the name of an adapter: no adapter
-# The settings on which all adapters of a base must agree, and the check of their values.
-_SETTINGS: dict[str, Callable[[Any], bool]] = {
-    "reference": lambda value: isinstance(value, str) and value.isprintable(),
-    "scan_layers": lambda value: isinstance(value, bool),
-    "dtype": lambda value: value in ("float32", "bfloat16"),
-    "param_dtype": lambda value: value in ("float32", "bfloat16"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ServedAdapter:
-    """One adapter.
-
-    name: the name that requests use.
-    saved: the folder that `lora_jax.save` wrote.
-    layout, adapters: as `lora_jax.restore` returns them.
-    base: the base parameters that were trained in full (`Adapter.trainable`).
-    about: the notes of its training (`Workload.about`); empty if it was saved by hand.
-    """
-
-    name: str
-    saved: SavedAdapter
-    layout: Layout
-    adapters: dict[str, Factors]
-    base: Mapping[str, Any]
-    about: Mapping[str, Any]
-
-    @property
-    def path(self) -> str:
-        """The path of the folder."""
-        return str(self.saved.folder)
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A base, loaded once, and its adapters.
+    """A base and its adapters.
 
     reference: the reference of the base, as the user or the adapters name it.
     source: the opened model with its tokenizer and chat template.
     config: the config of the model, with the settings that the adapters were trained with.
-    params: the frozen base: `{"bert": ...}` or `{"vit": ...}` without a head for an encoder, the
-      whole model for a decoder.
     members: the adapters; the position of each is its id.
     """
 
     reference: str
     source: models.Source
     config: Any
-    params: Tree
-    members: tuple[ServedAdapter, ...]
+    members: tuple[SavedAdapter, ...]
+
+    @functools.cached_property
+    def params(self) -> Tree:
+        """The frozen base, loaded once, changed as it was before training, and checked.
+
+        It is `{"bert": ...}` or `{"vit": ...}` without a head for an encoder, the whole model for a
+        decoder.
+        """
+        recipe, method = self.recipe, self.changed_by
+        params = self.source.load(self.config, keep_quantised=recipe == {"scheme": STORED})
+        params = {self.root.strip("/"): params} if self.root else params
+        floats, params = params, params if recipe is None else requantised(params, recipe)
+        if method is not None:
+            quantised = None if recipe is None else params
+            layout = self.members[0].layout
+            params = init_from_base(layout, floats, method, quantised=quantised).params
+        self._check(params)
+        return params
+
+    def _check(self, params: Tree) -> None:
+        """Raise unless every adapter was trained on this base, or may be used on it and fits."""
+        flat = paths.flatten(params)
+        strict = any(not member.allow_other_base for member in self.members)
+        ours = fingerprint(params) if strict else {}
+        for member in self.members:
+            try:
+                member.check_base(ours)
+                member.layout.check_params(flat)
+            except LoraError as error:
+                own = member.model.get("reference", "a base that it does not name")
+                raise LoraError(
+                    f"adapter {member.name!r}, trained on {own}, is not for the base "
+                    f"{self.reference}:\n{error}"
+                ) from error
 
     @functools.cached_property
     def stack(self) -> tuple[Layout, Stack]:
         """`(layout, stacked)` of all adapters. There must be at least one."""
-        on_host = (jax.tree.map(np.asarray, m.adapters) for m in self.members)
+        on_host = (jax.tree.map(np.asarray, m.parameters) for m in self.members)
         return stack_adapters(
             [Adapter(m.layout, x) for m, x in zip(self.members, on_host, strict=True)]
         )
@@ -100,16 +99,62 @@ class Served:
         """The names of the adapters, in the order of their ids."""
         return tuple(member.name for member in self.members)
 
+    @property
+    def recipe(self) -> Mapping[str, Any] | None:
+        """The recipe by which the base was quantised (`bases.recipe`), or None."""
+        return shared_base.shared_recipe(self.members)
+
+    @property
+    def changed_by(self) -> Any:
+        """The method by which the base was changed before the first step, or None."""
+        return shared_base.shared_change(self.members)
+
+    @property
+    def root(self) -> str:
+        """The prefix of the base's parameters in the paths of the adapters."""
+        name = _ENCODERS.get(type(self.config))
+        return f"{name}/" if name else ""
+
+    @property
+    def member(self) -> SavedAdapter:
+        """The adapter, where there is one."""
+        (member,) = self.members
+        return member
+
+    @functools.cached_property
+    def head(self) -> models.Head | None:
+        """The classification head that was trained with the adapter; None for a decoder."""
+        if isinstance(self.config, models.DecoderConfig):
+            return None
+        member = self.member
+        check_head(member, len(member.labels) or 1)
+        default = "cls" if isinstance(self.config, models.VitConfig) else "mean"
+        pooling = member.model.get("pooling", default)
+        if pooling not in list(table_of(self.config).heads):  # a stranger's may be unhashable
+            raise LoraError(f"{member.folder} says model.pooling is {str(pooling)[:80]!r}")
+        return models.Head(pooling, len(member.labels) or 1)
+
+    @property
+    def shapes(self) -> Any:
+        """The shapes of the parameters with the head, before they are quantised."""
+        return models.shapes(self.config, self.head)
+
+    @property
+    def trained_on(self) -> str:
+        """A description of the weights on which the adapter was trained."""
+        if self.recipe is None:
+            found = f"{jnp.dtype(self.config.param_dtype)} weights"
+        else:
+            scheme = self.recipe["scheme"]
+            found = f"weights that were quantised ({scheme}), as the floats that they stand for"
+        method = self.changed_by
+        return found if method is None else f"{found}, changed before training by {method}"
+
     def id_of(self, name: str | None, where: str) -> int:
-        """Return the id of an adapter.
+        """Return the id of an adapter; "base" is `lora_jax.multi.BASE`.
 
-        Args:
-          name: its name; "base" is `lora_jax.multi.BASE`. None: the only adapter, or the base if
-            there is no adapter.
-          where: the place of the request, for the error message.
-
-        Raises:
-          LoraError: no adapter has this name, or the name is None and there are several.
+        None is the only adapter, or the base if there is none. `where` is the place of the request,
+        for the error message.
         """
         if name is None and len(self.members) <= 1:
             return 0 if self.members else BASE
@@ -140,93 +185,56 @@ def open_adapters(
 ) -> Served:
     """Open adapters and load their base.
 
-    Args:
-      adapters: each is `[NAME=]PATH`. A path is a folder that `lora_jax.save` wrote; a run
-        directory of train.py, from which adapters/best is opened, or adapters/last if there is no
-        best; or a directory of run directories, which are all opened. The name of a run is the name
-        of its directory.
-      kind: config classes of `lora_jax.models`, for the models that the caller can run.
-      base: the reference of the base (`lora_jax.models.weights.source`). None: the base that the
-        adapters were trained on.
-      trust_base: download the base that the adapters name even if its checksum is not known.
-      allow_other_base: accept a base other than the one that an adapter was trained on.
-      opened: called with the number of adapters that are open, first 0, and of all.
-
-    Returns:
-      The base and the adapters.
-
-    Raises:
-      LoraError: a path has no adapter, two adapters have the same name, adapters have different
-        bases or settings, the model is of another kind, the base is another one, or the base would
-        be downloaded only because an adapter names it.
-      models.WeightsError, models.ModelConfigError, OSError, ...: the base cannot be read.
+    An adapter is `[NAME=]PATH`, as in `checkpoint.adapter_path.find`. `kind` are config classes of
+    the models that the caller can run, `base` is the reference of the base (None: the one that the
+    adapters were trained on), and `opened` is called with the number of adapters that are open,
+    first 0, and of all.
     """
-    members = _members(adapters, opened)
-    reference, source, config = open_base(members, base, trust_base)
-    _check_kind(source, kind, reference)
-    how = quantised_how(members)
-    params = source.load(config, keep_quantised=how == {"scheme": STORED})
-    params = {_ENCODERS[type(config)]: params} if type(config) in _ENCODERS else params
-    floats, params = params, params if how is None else requantised(params, how)
-    if (method := begun_how(members)) is not None:
-        quantised = None if how is None else params
-        params = init_from_base(members[0].layout, floats, method, quantised=quantised).params
-    _check_base(members, params, reference, allow_other_base)
-    return Served(reference, source, config, params, members)
+    found = open_base(_members(adapters, allow_other_base, opened), base, trust_base)
+    _check_kind(found, kind)
+    found.params  # noqa: B018  errors of the base come here
+    return found
 
 
-class OpenedBase(NamedTuple):
-    """A base whose weights have not been read: its reference, the model, and its config."""
+def open_run(path: str, base: str | None = None, trust_base: bool = False) -> Served:
+    """Open one adapter on its base, of which no weight is read."""
+    name, folder = adapter_path.find_one(path)
+    run = open_base([_read(folder, name)], base, trust_base)
+    run.member.layout.check_params(paths.flatten(run.shapes))
+    return run
 
-    reference: str
-    source: models.Source
-    config: Any
 
-
-def open_base(members: Sequence[ServedAdapter], base: str | None, trust_base: bool) -> OpenedBase:
-    """Open the base of some adapters, with the settings that they were trained with.
-
-    Args:
-      members: the adapters, which must agree on the settings.
-      base: as for `open_adapters`.
-      trust_base: as for `open_adapters`.
-
-    Returns:
-      The base, whose weights are not read.
-
-    Raises:
-      LoraError, models.ModelError, OSError: as `open_adapters`.
-    """
-    settings = _settings(members, base)
+def open_base(
+    members: Sequence[SavedAdapter], base: str | None = None, trust_base: bool = False
+) -> Served:
+    """Open the base of some adapters, with the settings that they were trained with."""
+    settings = shared_base.shared_settings(members, base, trust_base)
     reference = settings.pop("reference")
-    if base is None and not trust_base:
-        _check_named(members, reference)
     source = models.open(reference)
-    return OpenedBase(reference, source, dataclasses.replace(source.config, **settings))
+    config = dataclasses.replace(source.config, **settings)
+    return Served(reference, source, config, tuple(members))
 
 
-def read(name: str, path: Path) -> ServedAdapter:
-    """Read an adapter from a folder that `lora_jax.save` wrote.
+def check_head(member: SavedAdapter, outputs: int) -> None:
+    """Raise unless an adapter was trained with a head of so many outputs."""
+    shape = member.trainable_shapes.get("classifier/out/kernel")
+    if shape is None or shape[-1:] != (outputs,):
+        raise LoraError(
+            f"adapter {member.name!r} ({member.folder}) needs a head of {outputs} outputs; "
+            f"it has {'none' if not shape else shape[-1]}. These parameters were "
+            f"trained in full with it:\n{listed(member.trainable_shapes)}"
+        )
 
-    Args:
-      name: the name that requests use.
-      path: the folder.
 
-    Returns:
-      The adapter.
-
-    Raises:
-      LoraError: there is no adapter, it is damaged, or it was trained by a method other than LoRA.
-    """
-    saved = SavedAdapter.open(path)
-    layout, adapters, base = saved.load()
-    check_lora(name, path, base, saved.about)
-    return ServedAdapter(name, saved, layout, adapters, base, saved.about)
+def _read(path: RemotePath, name: str, allow_other_base: bool = False) -> SavedAdapter:
+    member = SavedAdapter.open_lora(path, name, allow_other_base)
+    member.adapter  # noqa: B018  its arrays are read, and checked, now
+    return member
 
 
 def _members(
-    adapters: Sequence[str], opened: Callable[[int, int], None]
-) -> tuple[ServedAdapter, ...]:
+    adapters: Sequence[str], allow_other_base: bool, opened: Callable[[int, int], None]
+) -> tuple[SavedAdapter, ...]:
     """Read all adapters, and check that every name is used once."""
     found = [pair for given in adapters for pair in adapter_path.find(given)]
     places: dict[str, RemotePath] = {}
@@ -245,132 +253,17 @@ def _members(
     opened(0, len(places))
     members = []
     for name, path in places.items():
-        members.append(read(name, path))
+        members.append(_read(path, name, allow_other_base))
         opened(len(members), len(places))
     return tuple(members)
 
 
-def _settings(members: Iterable[ServedAdapter], base: str | None) -> dict[str, Any]:
-    """Return the reference of the base, and the model settings that all adapters agree on."""
-    said: dict[str, tuple[Any, str]] = {} if base is None else {"reference": (base, "--base")}
-    for member in members:
-        for name, value in _said(member).items():
-            if name == "reference" and base is not None:
-                continue
-            first, by = said.setdefault(name, (value, member.name))
-            if first != value:
-                cure = ", or name one base for all with --base" if name == "reference" else ""
-                raise LoraError(
-                    f"the adapters do not share one model: model.{name} is {first!r} for {by!r} "
-                    f"and {value!r} for {member.name!r}; open them one by one{cure}"
-                )
-    if "reference" not in said:
-        whose = listed(f"{member.name}: {member.path}" for member in members)
-        silent = f"\nThese adapters do not say what they were trained on:\n{whose}"
-        raise LoraError(
-            "no base: name it with --base, in the form that configs have in model.reference"
-            + (silent if members else "")
-        )
-    return {name: value for name, (value, _) in said.items()}
-
-
-def _said(member: ServedAdapter) -> dict[str, Any]:
-    """Return the model settings in an adapter's notes, perhaps none."""
-    model = member.about.get("model", {})
-    if not isinstance(model, Mapping):
-        raise LoraError(f"{member.path} says that its model is {str(model)[:80]!r}, not an object")
-    for name, fits in _SETTINGS.items():
-        if name in model and not fits(model[name]):
-            raise LoraError(f"{member.path} says model.{name} is {str(model[name])[:80]!r}")
-    return {name: model[name] for name in _SETTINGS if name in model}
-
-
-def begun_how(members: Sequence[ServedAdapter]) -> Any:
-    """Return the method that changed the base before training, or None.
-
-    Args:
-      members: the adapters, which must agree.
-
-    Raises:
-      LoraError: they do not agree, or the notes of one are invalid.
-    """
-    for member in members:
-        if not isinstance(how := member.about.get(BEGUN), str | None):
-            raise LoraError(f"{member.path} says {BEGUN} is {str(how)[:80]!r}")
-    said = {(member.about.get(BEGUN), member.layout) for member in members}
-    methods = {method for method, _ in said}
-    if methods <= {None}:
-        return None
-    if len(said) > 1:
-        raise LoraError(
-            f"the adapters do not share one base: each method ({listed(map(str, methods))}) and "
-            "each set of targets begins with a base of its own; open them one by one"
-        )
-    return methods.pop()
-
-
-def quantised_how(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
-    """Return the recipe by which the base of the adapters was quantised, or None.
-
-    Args:
-      members: the adapters, which must agree.
-
-    Raises:
-      LoraError: they do not agree, or the notes of one are invalid.
-    """
-    said = {member.name: member.about.get(ABOUT) for member in members}
-    first = next(iter(said.values()), None)
-    for name, how in said.items():
-        if how != first:
-            raise LoraError(
-                f"the adapters do not share one base: {next(iter(said))!r} and {name!r} were "
-                "trained on bases that were quantised differently; open them one by one"
-            )
-        if how is not None and not isinstance(how, Mapping):
-            raise LoraError(f"adapter {name!r} says {ABOUT} is {str(how)[:80]!r}")
-    return first
-
-
-def _check_named(members: Sequence[ServedAdapter], reference: str) -> None:
-    """Raise if a base would be downloaded only because an adapter names it."""
-    if is_safe(reference):
-        return
-    whose = listed(f"{member.name}: {member.path}" for member in members)
-    raise LoraError(
-        f"the base {reference!r} is named only by the adapters, and would be downloaded:\n{whose}\n"
-        "An adapter may come from anyone, so its base is downloaded only if you name it, or trust "
-        "the adapter:\n"
-        f"  --base {shlex.quote(reference)}\n  --trust-base"
-    )
-
-
-def _check_kind(
-    source: models.Source, kind: type[Any] | tuple[type[Any], ...], reference: str
-) -> None:
-    if isinstance(source.config, kind):
+def _check_kind(served: Served, kind: type[Any] | tuple[type[Any], ...]) -> None:
+    if isinstance(served.config, kind):
         return
     what, other = {
         models.BertConfig: ("an encoder", "lora-jax predict"),
         models.VitConfig: ("an encoder of images", "lora-jax predict"),
         models.DecoderConfig: ("a decoder", "lora-jax generate"),
-    }[type(source.config)]
-    raise LoraError(f"the base {reference} is {what}; `{other}` runs models of this kind")
-
-
-def _check_base(
-    members: Sequence[ServedAdapter], params: Tree, reference: str, allow: bool
-) -> None:
-    """Raise unless every adapter was trained on these parameters, or `allow` and fits them."""
-    flat = paths.flatten(params)
-    ours = {} if allow or not members else fingerprint(params)
-    for member in members:
-        trained_on = _said(member).get("reference", "a base that it does not name")
-        try:
-            if not allow:
-                member.saved.check_base(ours)
-            member.layout.check_params(flat)
-        except LoraError as error:
-            raise LoraError(
-                f"adapter {member.name!r}, trained on {trained_on}, is not for the base "
-                f"{reference}:\n{error}"
-            ) from error
+    }[type(served.config)]
+    raise LoraError(f"the base {served.reference} is {what}; `{other}` runs models of this kind")

@@ -5,52 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax import models
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.models.text.tokens import Encoder, TextOrPair, TextTruncation, padding_id
-from lora_jax.serving.classifier import Classifier, ClassifierTask, check_head
+from lora_jax.serving.classifier import Classifier, ClassifierTask, are_all
 from lora_jax.serving.jsonl import JsonLine
-from lora_jax.serving.served_adapters import Served, ServedAdapter
-
-
-def task_of(member: ServedAdapter) -> ClassifierTask:
-    """Return the task of an adapter that `lora_jax.training.classification` trained.
-
-    Raises:
-      LoraError: the adapter does not say it, or what it says is invalid.
-    """
-    about = member.about
-    found: dict[str, Any] = {name: about.get(name) for name in ("labels", "text_fields", "lengths")}
-    sound = (
-        _all(str, found["labels"])
-        and _all(str, found["text_fields"], 1)
-        and len(found["text_fields"]) <= 2
-        and _all(int, found["lengths"], 1)
-        and found["lengths"] == sorted(found["lengths"])
-        and found["lengths"][0] > 0
-    )
-    if not sound:
-        raise LoraError(
-            f"adapter {member.name!r} ({member.path}) does not say what it classifies: "
-            f"{'it has ' + str(found)[:300] if any(found.values()) else 'nothing is said'}.\n"
-            "Adapters that train.py exports say it; one that you save yourself says it by "
-            'lora_jax.save(..., about={"labels": ["no", "yes"], "text_fields": ["text"], '
-            '"lengths": [32, 64], "model": {"reference": ..., "pooling": "mean"}})'
-        )
-    task = ClassifierTask(*(tuple(found[name]) for name in ("labels", "text_fields", "lengths")))
-    check_head(member, task)
-    return task
-
-
-def _all(kind: type[Any], values: Any, least: int = 0) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) >= least
-        and all(type(value) is kind for value in values)
-    )
+from lora_jax.serving.served_adapters import Served
 
 
 class TextClassifier(Classifier):
@@ -63,24 +28,43 @@ class TextClassifier(Classifier):
 
     unit = "texts"
 
-    def __init__(self, served: Served, batch_size: int) -> None:
-        """Read the tasks and the tokenizer; see `Classifier`.
+    @staticmethod
+    def task_of(member: SavedAdapter) -> ClassifierTask:
+        """See `Classifier`. `lora_jax.training.classification` writes such notes."""
+        names = ("labels", "text_fields", "lengths")
+        found: dict[str, Any] = {name: member.about.get(name) for name in names}
+        sound = (
+            are_all(str, found["labels"])
+            and are_all(str, found["text_fields"], 1)
+            and len(found["text_fields"]) <= 2
+            and are_all(int, found["lengths"], 1)
+            and found["lengths"] == sorted(found["lengths"])
+            and found["lengths"][0] > 0
+        )
+        if not sound:
+            raise LoraError(
+                f"adapter {member.name!r} ({member.folder}) does not say what it classifies: "
+                f"{'it has ' + str(found)[:300] if any(found.values()) else 'nothing is said'}.\n"
+                "Adapters that train.py exports say it; one that you save yourself says it by "
+                'lora_jax.save(..., about={"labels": ["no", "yes"], "text_fields": ["text"], '
+                '"lengths": [32, 64], "model": {"reference": ..., "pooling": "mean"}})'
+            )
+        return ClassifierTask(*(tuple(found[name]) for name in names))
 
-        Raises:
-          LoraError: an adapter is not a classifier, or the adapters cannot share a batch.
-        """
-        tasks = tuple(task_of(member) for member in served.members)
+    def prepare_model(self, served: Served, width: int) -> nn.Module:
+        """See `Classifier`. The tokenizer is read too."""
         self.cut, self.tokens = TextTruncation(), 0
-        self.lengths = sorted({length for task in tasks for length in task.lengths})
-        _check_positions(served, self.lengths[-1])
-        tokenizer = served.source.tokenizer()
-        limits = {task.lengths[-1] for task in tasks}
-        rows = served.config.vocab_size
+        self.lengths = sorted({length for task in self.tasks for length in task.lengths})
+        if self.lengths[-1] > served.config.max_positions:
+            raise LoraError(
+                f"an adapter takes texts of {self.lengths[-1]} tokens, but the base has positions "
+                f"for {served.config.max_positions}; is it the base that it was trained on?"
+            )
+        tokenizer, rows = served.source.tokenizer(), served.config.vocab_size
+        limits = {task.lengths[-1] for task in self.tasks}
         self._encoders = {limit: Encoder(tokenizer, limit, rows) for limit in limits}
         self._pad = padding_id(tokenizer)
-        width = max(task.outputs for task in tasks)
-        model = models.BertClassifier(served.config, width, _pooling(served.members))
-        super().__init__(served, tasks, model, batch_size)
+        return models.BertClassifier(served.config, width, _pooling(served.members))
 
     def example_of(self, line: JsonLine, task: ClassifierTask) -> TextOrPair:
         """See `Classifier`. Numbers are read as text, as in training."""
@@ -133,9 +117,9 @@ class TextClassifier(Classifier):
         return (f"{said}, {self.tokens:,} tokens", *remarks)
 
 
-def _pooling(members: Sequence[ServedAdapter]) -> str:
+def _pooling(members: Sequence[SavedAdapter]) -> str:
     """Return the pooling that all heads share."""
-    said = {member.name: member.about.get("model", {}).get("pooling", "mean") for member in members}
+    said = {member.name: member.model.get("pooling", "mean") for member in members}
     for name, pooling in said.items():
         if pooling not in list(models.bert.POOLINGS):  # a stranger's may be unhashable
             raise LoraError(f"adapter {name!r} says model.pooling is {str(pooling)[:80]!r}")
@@ -146,11 +130,3 @@ def _pooling(members: Sequence[ServedAdapter]) -> str:
             "predict with one kind at a time"
         )
     return next(iter(said.values()))
-
-
-def _check_positions(served: Served, length: int) -> None:
-    if length > served.config.max_positions:
-        raise LoraError(
-            f"an adapter takes texts of {length} tokens, but the base has positions for "
-            f"{served.config.max_positions}; is it the base that it was trained on?"
-        )

@@ -3,7 +3,8 @@
 The format: eight bytes that hold the length of a JSON header, the header
 `{name: {"dtype", "shape", "data_offsets"}}`, and the numbers. Every size is compared with the size
 of the file before memory is allocated for it. There is no code in such a file. The safetensors
-package would replace 100 of these lines, but adapters are read without extras.
+package would replace 100 of these lines, but adapters are read without extras; and it takes a key
+that is there twice, and 597 MB and 14 s for a header of 53 MB (version 0.8).
 
 The file is mapped again for each slice. While it is mapped, every page that was read counts as
 memory of this process.

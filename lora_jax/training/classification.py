@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lora_jax import models, paths
-from lora_jax.checkpoint.added_parameters import EXTRA
+from lora_jax.checkpoint.saved_adapter import EXTRA
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
 from lora_jax.training import pretrained, scores, text

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from lora_jax import checkpoint, paths
 from lora_jax.base import is_base
-from lora_jax.bases.recipe import ABOUT, BEGUN
+from lora_jax.bases.recipe import ABOUT
 from lora_jax.checkpoint import adapter_path
-from lora_jax.checkpoint.adapter import SavedAdapter
-from lora_jax.checkpoint.added_parameters import check_lora
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.spec import LoraSpec, Rule
@@ -35,8 +34,7 @@ def find(config: Config, workload: Workload) -> SavedAdapter | None:
     if config.start_from is None:
         return None
     _, folder = adapter_path.find_one(config.start_from)
-    saved = SavedAdapter.open(folder)
-    check_lora(config.start_from, folder, saved.trainable_shapes, saved.about)
+    saved = SavedAdapter.open_lora(folder, config.start_from)
     try:
         _check_settings(saved, workload, config.allow_other_base)
         saved.layout.check_params(paths.flatten(workload.params))
@@ -50,7 +48,7 @@ def find(config: Config, workload: Workload) -> SavedAdapter | None:
 
 def described(saved: SavedAdapter, workload: Workload) -> str:
     """Return a text about the adapter, with its classes if this run names them otherwise."""
-    full, theirs, ours = saved.trainable_shapes, _labels(saved.about), _labels(workload.about)
+    full, theirs, ours = saved.trainable_shapes, saved.labels, _labels(workload.about)
     more = f", {len(full)} trained in full" if full else ""
     text = f"Begins with {saved.folder}: {len(saved.layout.targets)} adapted parameters{more}"
     if not theirs or theirs == ours or _HEAD not in full:
@@ -69,10 +67,10 @@ def spec_of(layout: Layout) -> LoraSpec:
 
 def base_method(saved: SavedAdapter) -> Any:
     """Return the method that changed the adapter's base before training, or None."""
-    method = saved.about.get(BEGUN)
-    if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
+    method = saved.changed_by
+    if method is None or LoraConfig(init=method).changes_base:  # type: ignore[arg-type]
         return method
-    raise ConfigError(f"{saved.folder} says that its base was begun by {str(method)[:80]!r}")
+    raise ConfigError(f"{saved.folder} says that its base was begun by {method[:80]!r}")
 
 
 def patterns(config: Config, workload: Workload, saved: SavedAdapter | None) -> tuple[str, ...]:
@@ -130,7 +128,7 @@ def _check_settings(saved: SavedAdapter, workload: Workload, allow_other_base: b
         if both and theirs[name] != ours[name]:
             flag = f"--model.{name.replace('_', '-')} {str(theirs[name])[:80]}"
             raise ConfigError(f"its model.{name} is {theirs[name]!r}, here {ours[name]!r}: {flag}")
-    labels, own = _labels(saved.about), _labels(workload.about)
+    labels, own = saved.labels, _labels(workload.about)
     if sorted(labels) == sorted(own) and labels != own:
         raise ConfigError(
             f"its classes are {list(labels)}, and the data has them in another order, "

@@ -17,7 +17,7 @@ import numpy as np
 from lora_jax.analysis.from_base import init_from_base
 from lora_jax.analysis.from_inputs import init_from_inputs
 from lora_jax.bases.recipe import BEGUN
-from lora_jax.checkpoint.adapter import SavedAdapter
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.frozen import split
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve

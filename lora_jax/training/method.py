@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-from lora_jax.checkpoint.added_parameters import EXTRA
+from lora_jax.checkpoint.saved_adapter import EXTRA
 
 Tree = Any  # a pytree
 

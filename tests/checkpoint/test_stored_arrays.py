@@ -55,16 +55,16 @@ def test_each_manifest_is_read_once(
         return plain(folder, *rest)
 
     monkeypatch.setattr(storage, "read_manifest", counted)
-    members = served_adapters._members([str(tmp_path)], lambda *step: steps.append(step))
+    members = served_adapters._members([str(tmp_path)], False, lambda *step: steps.append(step))
     assert read == folders and steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
     for member, folder in zip(members, folders, strict=True):
         layout, adapters, _ = lora_jax.restore(folder)
         assert member.layout == layout and member.about == {"number": int(member.name)}
-        np.testing.assert_array_equal(member.adapters["w"].a, adapters["w"].a)
+        np.testing.assert_array_equal(member.parameters["w"].a, adapters["w"].a)
 
 
 def test_the_first_bad_adapter_is_named(tmp_path: pathlib.Path) -> None:
     folders = saved(tmp_path, 3)
     (pathlib.Path(folders[1]) / "arrays" / "manifest.ocdbt").unlink()
     with pytest.raises(lora_jax.LoraError, match=rf"{folders[1]} is damaged"):
-        served_adapters._members([str(tmp_path)], lambda number, total: None)
+        served_adapters._members([str(tmp_path)], False, lambda number, total: None)

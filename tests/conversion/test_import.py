@@ -90,7 +90,7 @@ def test_a_decoder_computes_what_peft_computes(
 
     (member,) = served.members
     got = jax.jit(lora_jax.adapt(member.layout, apply))(
-        served.params, member.adapters, np.asarray(ids, np.int32)
+        served.params, member.parameters, np.asarray(ids, np.int32)
     )
     np.testing.assert_allclose(got, logits, atol=1e-5)
 

@@ -16,9 +16,17 @@ import lora_jax
 from lora_jax import LoraSpec, Rule, models
 from lora_jax.exchange import mlx, tensor_file
 from lora_jax.models.hf_module import HfModule, HfNames
-from tests.exchange.test_gguf import experts
-from tests.exchange.test_peft_round_trip import drawn, flat, merged
-from tests.exchange.tiny import GOLDEN, Model, built_in, toy
+from tests.exchange.tiny import (
+    GOLDEN,
+    Model,
+    assert_alike,
+    built_in,
+    drawn,
+    experts,
+    flat,
+    merged,
+    toy,
+)
 
 QV = "**/{q,v}/kernel"
 
@@ -27,15 +35,9 @@ def load(folder: Path, model: Model) -> lora_jax.Adapter:
     return mlx.load(folder, model.names, model.f, model.params, model.x)
 
 
-def assert_same(model: Model, adapter: lora_jax.Adapter, folder: Path) -> lora_jax.Adapter:
+def assert_same(model: Model, adapter: lora_jax.Adapter, folder: Path) -> None:
     mlx.save(folder, model.names, adapter)
-    again = load(folder, model)
-    want, got = merged(model, adapter), merged(model, again)
-    moved = max(np.abs(want[p] - np.asarray(x)).max() for p, x in flat(model.params).items())
-    assert moved > 1e-2, "the adapter changes no weight"
-    for path in want:
-        np.testing.assert_allclose(got[path], want[path], atol=2e-6, err_msg=path)
-    return again
+    assert_alike(model, adapter, load(folder, model))
 
 
 # --- by mlx-lm's rules --------------------------------------------------------------------------
@@ -91,11 +93,7 @@ def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict
     ids=["tables", "ranks", "dora", "tied"],
 )
 def test_mlx_lms_rules_give_the_merged_model(name: str, spec: LoraSpec, tmp_path: Path) -> None:
-    """The model fused by mlx-lm's rules has the weights of `merge`.
-
-    Red with alpha for scale, with a key that has its layer's number, or with DoRA's lengths along
-    the other axis.
-    """
+    """The model fused by mlx-lm's rules has the weights of `merge`."""
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     adapter = drawn(model, spec)
     assert_same(model, adapter, tmp_path / "a")
@@ -180,14 +178,20 @@ A, B = "model.layers.0.q.lora_a", "model.layers.0.q.lora_b"
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda s, t: t.pop(B), r"adapters.safetensors: 'model.layers.0.q' has \['lora_a'\]"),
+        (
+            lambda s, t: t.pop(B),
+            r"adapters.safetensors: .*lora_a is there, and .*lora_b",
+        ),
         (lambda s, t: t.update({B: np.ones((3, 5))}), "'model.layers.0.q': factors of"),
         (lambda s, t: t.update({A: np.ones((1, 6, 2))}), "'model.layers.0.q': factors of"),
         (lambda s, t: t.update({A: np.ones((7, 2))}), "has 6 inputs, the file 7"),
         (lambda s, t: t.update({B: np.ones((2, 6))}), "'model.layers.0.q' has 6 outputs"),
         (lambda s, t: t.update({A: np.full((6, 2), np.nan)}), f"{A} holds numbers that are not f"),
-        (lambda s, t: t.update({"model.layers.0.q.m": np.ones(5)}), "q' has .*expected"),
-        (lambda s, t: t.update({"model.norm.weight": np.ones(5)}), "model.norm.weight: not an ad"),
+        (lambda s, t: t.update({"model.layers.0.q.m": np.ones(5)}), "q.m: not the name"),
+        (
+            lambda s, t: t.update({"model.norm.weight": np.ones(5)}),
+            "model.norm.weight: not the name",
+        ),
         (lambda s, t: s.update(fine_tune_type="vera"), "config.json: fine_tune_type is 'vera'"),
         (lambda s, t: s.update(peft_type="LORA"), "is read by exchange.peft"),
         (lambda s, t: s.update(num_layers=1), "layers 0 to 1 are adapted, and num_layers is 1"),
@@ -213,14 +217,9 @@ def test_hostile(change: Any, says: str, small: Model, good: Path) -> None:
     assert str(good) in str(failure.value)
 
 
-def test_cut_short_or_missing(small: Model, good: Path) -> None:
+def test_missing(small: Model, good: Path) -> None:
     for name in (mlx.TENSORS, mlx.CONFIG):
-        content = (good / name).read_bytes()
-        for length in range(0, len(content) - 2, 29):
-            (good / name).write_bytes(content[:length])
-            with pytest.raises(lora_jax.LoraError, match=name):
-                load(good, small)
-        (good / name).unlink()
+        (good / name).rename(good / "aside")
         with pytest.raises(lora_jax.LoraError, match=f"has no {name}"):
             load(good, small)
-        (good / name).write_bytes(content)
+        (good / "aside").rename(good / name)

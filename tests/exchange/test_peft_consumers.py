@@ -20,8 +20,7 @@ import safetensors.numpy
 import lora_jax
 from lora_jax import LoraSpec, Rule
 from lora_jax.exchange import consumers, peft
-from tests.exchange.test_peft_round_trip import drawn, merged
-from tests.exchange.tiny import Model, built_in
+from tests.exchange.tiny import Model, built_in, drawn, merged
 
 Deltas = dict[str, np.ndarray]
 

@@ -17,6 +17,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax.checkpoint import adapter as checkpoints
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.exchange import mlx, peft
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule
@@ -134,15 +135,14 @@ def read_checkpoint(random: Random, folder: pathlib.Path) -> None:
         case 0:
             check_layout(checkpoints.restore_layout(folder))
         case 1:
-            saved = checkpoints.SavedAdapter.open(folder)
-            served = served_adapters.ServedAdapter("a", saved, Layout(), {}, {}, saved.about)
-            text_classifier.task_of(served)
-            served_adapters.open_base([served], None, False)
+            saved = SavedAdapter.open(folder, name="a")
+            text_classifier.TextClassifier.task_of(saved)
+            served_adapters.open_base([saved])
         case 2:
-            for shape in checkpoints.SavedAdapter.open(folder).trainable_shapes.values():
+            for shape in SavedAdapter.open(folder).trainable_shapes.values():
                 assert all(n >= 0 for n in shape)
         case 3:
-            checkpoints.SavedAdapter.open(folder).check_base(lora_jax.fingerprint(PARAMS))
+            SavedAdapter.open(folder).check_base(lora_jax.fingerprint(PARAMS))
         case _:
             check_adapter(lora_jax.restore(folder))
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_jax.system.console import printable
 
@@ -44,31 +44,23 @@ class TooSlowError(BaseException):
 class _Watch:
     """An audit hook that notes forbidden events while it is on."""
 
-    def __init__(self) -> None:
-        self.on, self.installed = False, False
-        self.secret = ""
-        self.noted: list[str] = []
+    on, installed, secret = False, False, ""
+    noted: ClassVar[list[str]] = []
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.on:
             return
-        if event == "open":
-            path, _, flags = args
-            if isinstance(path, int):
-                return
-            name = os.fsdecode(path)
-            if flags & _WRITING and not any(part in name for part in self._allowed()):
+        kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        outside = not any(part in str(args) for part in (*_ALLOWED, *([kept] if kept else [])))
+        if event == "open" and not isinstance(args[0], int):
+            name = os.fsdecode(args[0])
+            if args[2] & _WRITING and outside:
                 self.noted.append(f"opens {name} to write")
             if name.endswith(self.secret) and os.path.abspath(name).endswith(self.secret):
                 self.noted.append(f"reads {name}")
-        changes = event in _CHANGING and not any(part in str(args) for part in self._allowed())
         matches = event == "subprocess.Popen" and _MATCHER in str(args)
-        if changes or (event in _FORBIDDEN and not matches):
+        if (event in _CHANGING and outside) or (event in _FORBIDDEN and not matches):
             self.noted.append(f"{event}{args}")
-
-    def _allowed(self) -> tuple[str, ...]:
-        kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-        return (*_ALLOWED, kept) if kept else _ALLOWED
 
 
 _watch = _Watch()
@@ -76,15 +68,9 @@ _watch = _Watch()
 
 @contextlib.contextmanager
 def bounded(secret: pathlib.Path, most: int = BYTES) -> Iterator[None]:
-    """Run a case, and raise if it breaks a rule.
+    """Run a case; `BrokenError` if it takes more than `SECONDS` of processor time or `most` bytes.
 
-    Args:
-      secret: a file outside the case's folder, which the case must not open.
-      most: the limit of its memory in bytes.
-
-    Raises:
-      BrokenError: the case takes more than `SECONDS` or `most` bytes, changes a file or starts a
-        program.
+    It may also not open the file `secret`, change a file or start a program.
     """
     if not _watch.installed:
         sys.addaudithook(_watch)
@@ -105,16 +91,13 @@ def bounded(secret: pathlib.Path, most: int = BYTES) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, old)
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        _check(time.process_time() - start, _peak() - before, most)
-
-
-def _check(seconds: float, size: int, most: int) -> None:
-    if seconds > SECONDS:
-        raise BrokenError(f"took {seconds:.1f} seconds, more than {SECONDS}")
-    if size > most:
-        raise BrokenError(f"took {size:,} bytes, more than {most:,}")
-    if _watch.noted:
-        raise BrokenError("; ".join(_watch.noted[:5]))
+        seconds, size = time.process_time() - start, _peak() - before
+        if seconds > SECONDS:
+            raise BrokenError(f"took {seconds:.1f} seconds, more than {SECONDS}")
+        if size > most:
+            raise BrokenError(f"took {size:,} bytes, more than {most:,}")
+        if _watch.noted:
+            raise BrokenError("; ".join(_watch.noted[:5]))
 
 
 def check_message(error: BaseException) -> None:

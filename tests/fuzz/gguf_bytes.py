@@ -83,41 +83,34 @@ def _value(kind: int, value: Any) -> bytes:
 def _element(kind: int, value: Any) -> bytes:
     if kind == STRING:
         return _text(value)
-    if kind not in _PACKED:
-        return bytes(8)
-    code = _PACKED[kind]
+    code = _PACKED.get(kind, "<Q")
+    number = value if isinstance(value, int | float) and abs(value) < 1e300 else 0
     if code in ("<f", "<d"):
-        number = float(value) if isinstance(value, int | float) and abs(value) < 1e300 else 0.0
-        return np.array(number).astype(np.float32 if code == "<f" else np.float64).tobytes()
-    if code == "<?":
-        return struct.pack(code, bool(value))
-    number = int(value) if isinstance(value, int | float) and abs(value) < 1e300 else 0
-    return (number % 256 ** struct.calcsize(code)).to_bytes(struct.calcsize(code), "little")
+        return np.array(float(number)).astype(code).tobytes()
+    size = struct.calcsize(code)
+    return (int(number) % 256**size).to_bytes(size, "little")
 
 
 def change(random: Random, file: Gguf) -> None:
     """Make one change to the file."""
-    match random.randrange(14):
-        case 0 | 1 | 2 | 3:
-            _field(random, random.choice(file.fields))
-        case 4:
-            file.fields.remove(random.choice(file.fields))
-        case 5:
-            file.fields.append(dataclasses.replace(random.choice(file.fields)))
-        case 6:
-            one, other = random.choice(file.fields), random.choice(file.fields)
-            one.name = random.choice((other.name, mutate.near(random, one.name)))
-        case 7 | 8 | 9 | 10:
-            _tensor(random, random.choice(file.tensors))
-        case 11:
-            file.tensors.remove(random.choice(file.tensors))
-        case 12:
-            file.tensors.append(dataclasses.replace(random.choice(file.tensors)))
-        case _:
+    many: list[Any] = random.choice((file.fields, file.tensors))
+    one, what = random.choice(many), random.randrange(8)
+    match what:
+        case 0:
+            many.remove(one)
+        case 1:
+            many.append(dataclasses.replace(one))
+        case 2:
+            one.name = random.choice((random.choice(many).name, mutate.near(random, one.name)))
+        case 3:
             name = random.choice(("version", "field_count", "tensor_count", "alignment"))
             most = 2**32 if name == "version" else 2**64
-            number = random.choice(COUNTS) % most
-            setattr(file, name, number if name != "alignment" else random.choice((1, 8, 64)))
+            number = random.choice((1, 8, 64)) if name == "alignment" else random.choice(COUNTS)
+            setattr(file, name, number % most)
+        case _ if isinstance(one, Field):
+            _field(random, one)
+        case _:
+            _tensor(random, one)
 
 
 def _field(random: Random, field: Field) -> None:
@@ -152,21 +145,15 @@ def _field(random: Random, field: Field) -> None:
 
 
 def _tensor(random: Random, one: Tensor) -> None:
-    match random.randrange(6):
-        case 0 | 1 if one.shape:
-            shape = list(one.shape)
-            at = random.randrange(len(shape))
-            shape[at] = random.choice((*COUNTS, shape[at] * 2, shape[at] // 2, shape[at] + 1))
-            one.shape = random.choice(
-                (tuple(shape), one.shape[::-1], one.shape + (1,), (1,) * 5, ())
-            )
-        case 2:
-            one.type = random.choice((0, 1, 2, 3, 8, 10, 12, 14, 16, 20, 24, 28, 30, 39, 41, 99))
-        case 3:
-            one.offset = random.choice((*COUNTS, 32, 64))
-        case 4:
-            one.data = one.data[: random.randrange(len(one.data) + 1)]
-        case _:
-            one.name = random.choice(
-                (str(mutate.near(random, one.name)), random.choice(mutate.TEXTS))
-            )
+    name = random.choice(("shape", "shape", "type", "offset", "data"))
+    if name == "shape" and one.shape:
+        at = random.randrange(len(one.shape))
+        size = random.choice((*COUNTS, one.shape[at] * 2, one.shape[at] // 2, one.shape[at] + 1))
+        changed = (*one.shape[:at], size, *one.shape[at + 1 :])
+        one.shape = random.choice((changed, one.shape[::-1], (*one.shape, 1), (1,) * 5, ()))
+    elif name == "type":
+        one.type = random.choice((0, 1, 2, 3, 8, 10, 12, 14, 16, 20, 24, 28, 30, 39, 41, 99))
+    elif name == "offset":
+        one.offset = random.choice((*COUNTS, 32, 64))
+    else:
+        one.data = one.data[: random.randrange(len(one.data) + 1)]

@@ -53,7 +53,7 @@ def base() -> Any:
 def read_import(random: Random, folder: pathlib.Path) -> None:
     """Find the folder's head; in one case of ten, import the folder."""
     if random.random() < 0.1:
-        said = peft_run.Said(random.choice((None, str(BASE))), {"dtype": "float32"})
+        said = peft_run.ImportSettings(random.choice((None, str(BASE))), {"dtype": "float32"})
         run = peft_run.read(str(folder), said)
         for x in jax.tree.leaves((run.adapter.parameters, dict(run.adapter.trainable))):
             assert np.isfinite(x).all()

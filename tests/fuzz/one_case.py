@@ -23,14 +23,9 @@ def generator(kind: str, seed: int, number: int) -> Random:
 def run(name: str, random: Random, root: pathlib.Path) -> str:
     """Make one case of a kind and read it; return how it ended.
 
-    Args:
-      name: the kind's name.
-      random: draws the case.
-      root: an empty folder; a case that ends may not leave more files in it than were there before.
-
-    Raises:
-      BrokenError: the case broke a rule of `tests.fuzz.bounds`.
-      Exception: an error that the kind does not document.
+    `root` is an empty folder, in which a case that is read may leave no more files than it had.
+    `BrokenError` if it breaks a rule of `tests.fuzz.bounds`; errors that the kind does not document
+    are raised as they are.
     """
     one, folder = KINDS[name], root / "case"
     secret = (folder / mutate.SECRET).resolve()

@@ -17,6 +17,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 import lora_jax
 from lora_jax import LoraError, data
 from lora_jax.checkpoint import adapter as checkpoints
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import ModelConfigError, TokenizerError, WeightsError, nearest
 from lora_jax.exchange import peft
 from lora_jax.layout import Layout
@@ -35,6 +36,9 @@ from tests.fuzz.model_files import FOLDERS, IMAGES
 from tests.fuzz.user_files import RUN
 
 pytestmark = pytest.mark.standard_promotion
+
+
+EMPTY = json.loads(Layout().to_json())
 
 
 def layout(**changes: Any) -> str:
@@ -58,8 +62,8 @@ LAYOUTS = (
     (layout(part_axis=None), "part_axis is None"),
     (layout(fold="no"), "fold is no"),
     (layout(kind=[]), "kind is"),
-    *((json.dumps({"format": 2, "targets": x}), "in a list") for x in (3, {"a": 1}, None, "w")),
-    (json.dumps({"format": 2, "targets": json.loads(layout())["targets"] * 2}), "'qkv' twice"),
+    *((json.dumps(EMPTY | {"targets": x}), "in a list") for x in (3, {"a": 1}, None, "w")),
+    (json.dumps(EMPTY | {"targets": json.loads(layout())["targets"] * 2}), "'qkv' twice"),
     (layout().replace('"rank": 2', '"rank": 2, "rank": 1'), "the key 'rank' is there twice"),
     # LoKr tries divisors one by one, and 0 has none.
     *((layout(shape=[size, 6], **LOKR), "LoKr splits sizes") for size in (0, 2**61 - 1)),
@@ -110,7 +114,7 @@ def test_a_manifest_that_was_edited(tmp_path: pathlib.Path) -> None:
     del manifest["notes"]["fingerprint"]
     write(tmp_path / "a", {**files, adapters.MANIFEST: adapters.sealed(json.dumps(manifest))})
     with pytest.raises(LoraError, match="no fingerprint"):
-        checkpoints.SavedAdapter.open(tmp_path / "a").check_base({})
+        SavedAdapter.open(tmp_path / "a").check_base({})
 
 
 @pytest.mark.parametrize(

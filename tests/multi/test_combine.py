@@ -100,13 +100,17 @@ def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> Non
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_truncation_is_the_nearest_and_reports_what_it_cut(rank: int) -> None:
-    """Truncation is Eckart-Young on every slice, and reports the error that it makes."""
-    layout, adapters, _ = combine(MEMBERS, WEIGHTS)
+@pytest.mark.parametrize(("members", "rank"), [(MEMBERS, 1), (MEMBERS, 3), (MEMBERS[2:], 2)])
+def test_truncation_is_the_nearest_and_reports_what_it_cut(members: list[Any], rank: int) -> None:
+    """Truncation is Eckart-Young on every slice, and reports the error that it makes.
+
+    The combination has the scale 1, and the member alone has another.
+    """
+    alone, weights = len(members) == 1, WEIGHTS[: len(members)]
+    layout, adapters, _ = Adapter(*members[0]) if alone else combine(members, weights)
     (smaller, kept, _), cuts = truncate(Adapter(layout, adapters), rank)
     for t in layout.targets:
-        want = by_hand(MEMBERS, WEIGHTS, t.path)
+        want = by_hand(members, [1.0] if alone else weights, t.path)
         order = (*t.stack, *t.inputs, *t.outputs)
         flat = want.transpose(order).reshape(-1, t.fan_in, t.fan_out)
         s = np.linalg.svd(flat, compute_uv=False)

@@ -14,8 +14,8 @@ import pytest
 
 import lora_jax
 from lora_jax import models
-from lora_jax.checkpoint.adapter import SavedAdapter
 from lora_jax.checkpoint.manifest import Manifest
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.cli import predict
 from lora_jax.serving import classifier, jsonl, served_adapters, text_classifier
 from lora_jax.training.text import TextConfig
@@ -23,7 +23,6 @@ from tests.serving import classifiers
 from tests.training import tiny
 
 Opened = tuple[served_adapters.Served, text_classifier.TextClassifier]
-HERE = SavedAdapter(pathlib.Path("here"), lora_jax.Layout(), Manifest({}, {}))
 WORDS = " ".join(tiny.WORDS[:6])
 
 
@@ -271,11 +270,11 @@ def test_errors_are_lines_on_stderr(
 
 def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
     """Scores that are not finite are an error."""
-    member = served_adapters.read("broken", trained.folder / "two/adapters/best")
-    trainable = jax.tree.map(lambda x: x * np.nan, member.base)
+    member = SavedAdapter.open_lora(trained.folder / "two/adapters/best", "broken")
+    trainable = jax.tree.map(lambda x: x * np.nan, member.trainable)
     lora_jax.save(
         tmp_path / "broken",
-        lora_jax.Adapter(member.layout, member.adapters, trainable),
+        lora_jax.Adapter(member.layout, member.parameters, trainable),
         about=member.about,
     )
     opened = served_adapters.open_adapters(
@@ -288,38 +287,33 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
 
 @pytest.mark.parametrize("pooling", [[], {}, None, "max"])
 def test_a_pooling_that_there_is_not(pooling: object) -> None:
-    member = served_adapters.ServedAdapter(
-        "a", HERE, lora_jax.Layout(), {}, {}, {"model": {"pooling": pooling}}
-    )
+    about = {"model": {"pooling": pooling}}
+    member = SavedAdapter(pathlib.Path("here"), lora_jax.Layout(), Manifest({}, {}), about, "a")
     with pytest.raises(lora_jax.LoraError, match=r"'a' says model\.pooling is"):
         text_classifier._pooling([member])
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    "change",
     [
-        *(
-            (change, r"does not say what it classifies")
-            for change in (
-                {"labels": None},
-                {"labels": ["a", 1]},
-                {"text_fields": []},
-                {"text_fields": ["a", "b", "c"]},
-                {"lengths": [16, 8]},
-                {"lengths": [0]},
-                {"lengths": "16"},
-            )
-        ),
-        ({"labels": ["a", "b", "c"]}, "needs a head of 3 outputs; it has 2"),
+        {"labels": None},
+        {"labels": ["a", 1]},
+        {"text_fields": []},
+        {"text_fields": ["a", "b", "c"]},
+        {"lengths": [16, 8]},
+        {"lengths": [0]},
+        {"lengths": "16"},
     ],
 )
 def test_an_adapter_that_does_not_say_what_it_classifies(
-    change: dict[str, Any], says: str, trained: Trained
+    change: dict[str, Any], trained: Trained
 ) -> None:
     """The description of an adapter may come from anybody, so it is checked."""
-    member = served_adapters.read("two", trained.folder / "two/adapters/best")
+    member = SavedAdapter.open_lora(trained.folder / "two/adapters/best", "two")
     wrong = dataclasses.replace(member, about={**member.about, **change})
-    with pytest.raises(lora_jax.LoraError, match=rf"'two'(.|\n)*{says}"):
-        text_classifier.task_of(wrong)
+    with pytest.raises(lora_jax.LoraError, match=r"'two'(.|\n)*does not say what it"):
+        text_classifier.TextClassifier.task_of(wrong)
     task = classifier.ClassifierTask(("no", "yes"), ("text",), (8, 16))
-    assert text_classifier.task_of(member) == task
+    assert text_classifier.TextClassifier.task_of(member) == task
+    with pytest.raises(lora_jax.LoraError, match="a head of 3 outputs; it has 2"):
+        served_adapters.check_head(member, 3)

@@ -17,6 +17,7 @@ import safetensors.numpy
 import lora_jax
 from lora_jax import LoraError, models, paths
 from lora_jax.checkpoint import adapter, adapter_path
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.cli import generate, predict
 from lora_jax.report import update_analysis
 from lora_jax.serving import served_adapters
@@ -126,7 +127,7 @@ def test_a_base_is_opened_with_all_that_is_on_it(
     for i, rank in enumerate((1, 2)):
         own, wanted = random_adapter(params, rank)
         jax.tree.map(np.testing.assert_array_equal, lora_jax.multi.unstack(own, stacked, i), wanted)
-        assert served.members[i].base["classifier/out/kernel"].shape == (16, rank)
+        assert served.members[i].trainable["classifier/out/kernel"].shape == (16, rank)
     assert served.members[0].about["model"]["reference"] == str(weights)
 
 
@@ -268,17 +269,17 @@ def test_a_hundred_swaps_compile_nothing(
         )
     )
     expected = {
-        m.name: f(lora_jax.merge(m.layout, params, m.adapters), ids) for m in served.members
+        m.name: f(lora_jax.merge(m.layout, params, m.parameters), ids) for m in served.members
     }
     chosen = np.array([3, lora_jax.multi.BASE, 3, 5], np.int32)
     for member in served.members:  # each form of adapter compiles once here
-        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.adapters))
+        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.parameters))
     g(stacked, chosen), g(stacked, np.int32(3))
     base = f(params, ids)
     compilations.clear()
     for swap in range(100):
         member = served.members[swap * 3 % 8]
-        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.adapters))
+        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.parameters))
         mixed = np.asarray(g(stacked, chosen))
         alone = np.asarray(g(stacked, np.int32(3)))
         wanted = np.asarray(expected[member.name])
@@ -292,8 +293,8 @@ def test_a_hundred_swaps_compile_nothing(
 
 
 def test_the_checkpoint_tells_what_was_said(runs: pathlib.Path) -> None:
-    member = served_adapters.read("a", runs / "a/adapters/best")
-    assert member.about == adapter.restore_about(member.path)
+    member = SavedAdapter.open_lora(runs / "a/adapters/best", "a")
+    assert member.about == adapter.restore_about(member.folder)
 
 
 STRANGERS = ("hub:someone/model", "pypi:evil==1.0/model", f"{models.MINILM}#sha256={'0' * 64}")

@@ -17,11 +17,7 @@ from lora_jax.layout import Layout
 
 
 def places_of(table: NameTable, tensor: str) -> list[TensorPlace]:
-    """Return the places of a file's tensor in the tree.
-
-    Raises:
-      LoraError: there are none.
-    """
+    """Return the places of a file's tensor in the tree."""
     places = table.find(tensor)
     if not places:
         raise LoraError(
@@ -38,18 +34,7 @@ def is_shared(uses: Any) -> bool:
 def into_parameters(
     modules: Modules, table: NameTable, leaves: Mapping[str, Any], used: Any, layout: Layout
 ) -> dict[str, Any]:
-    """Return the parameters that a file replaces as a whole, or in single rows, if they differ.
-
-    Args:
-      modules: the contents of the file.
-      table, layout: of the model.
-      leaves: the base's parameters by path.
-      used: the uses of each parameter in the model.
-
-    Raises:
-      LoraError: a tensor that the model does not have or that has another shape; one of two tensors
-        that are one array here.
-    """
+    """Return the parameters that a file replaces as a whole, or in single rows, if they differ."""
     found: dict[str, np.ndarray] = {}
 
     def own(path: str) -> np.ndarray:
@@ -104,13 +89,7 @@ def out_of_parameters(
 ) -> dict[str, np.ndarray]:
     """Return whole parameters as tensors of modules.
 
-    Args:
-      whole: the parameters by path.
-      leaves: the base's parameters, for the other rows of a fused module; {} if there is no base.
-      table, layout: of the model.
-
-    Raises:
-      LoraError: a parameter without a name, or one whose module is fused with others, without base.
+    `leaves` are the base's, for the other rows of a fused module; {} if there is no base.
     """
     found: dict[str, np.ndarray] = {}
     fused: dict[str, list[tuple[tuple[int, int], np.ndarray]]] = {}
