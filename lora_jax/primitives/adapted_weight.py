@@ -89,7 +89,7 @@ class AdaptedWeight:
             if update.needs_input:
                 raise LoraError(f"{self.path!r}: {where}, {update.needs_input}")
 
-    def merged(self) -> Any:
+    def merged(self) -> jax.Array:
         """Return `W + update` as a plain array in W's dtype; only folds and single rows need it."""
         self.check_needs_no_input("W + scale * a @ b itself is asked for")
         names = self.names

@@ -178,8 +178,8 @@ class Analysis(Evaluator):
         arrays = jaxprs.run(eqns, needed, kept, [_array(v) for v in ins])
         known = dict(zip(needed, map(_flow, ins), strict=True))
         for eqn in eqns:
-            flows = [flow.CONSTANT if jaxprs.is_literal(v) else known[v] for v in eqn.invars]
-            known.update(zip(eqn.outvars, self.flows(eqn, flows), strict=True))
+            flows = self.flows(eqn, jaxprs.read(known, eqn.invars, flow.CONSTANT))
+            known.update(zip(eqn.outvars, flows, strict=True))
         return [Datum(x, known[v]) for x, v in zip(arrays, kept, strict=True)]
 
     def apply(self, eqn: Eqn, ins: Ins) -> Sequence[Any]:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.bases.weight import Deferred, Dense
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, Value
 from lora_jax.primitives.evaluator import Evaluator, Primitive, Primitives
 from lora_jax.primitives.jaxprs import Eqn, Program
 from lora_jax.updates.named import Named
@@ -44,7 +44,7 @@ def _custom_jvp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     # Its equations and its rule's are evaluated several times, but count as one use of W.
     use = max((evaluator.next_use(v.path) for v in ins if isinstance(v, AdaptedWeight)), default=0)
 
-    def evaluate(jaxpr: Any, ins: Ins) -> list[Any]:
+    def evaluate(jaxpr: Program, ins: Ins) -> Ins:
         with evaluator.one_use(use):
             return [evaluator.leave(eqn, o) for o in evaluator.evaluate(jaxpr, ins)]
 
@@ -53,7 +53,7 @@ def _custom_jvp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         return evaluate(jaxprs.called(eqn), ins)
 
     @call.defjvp
-    def derivative(primals: Any, tangents: Any) -> Any:
+    def derivative(primals: Ins, tangents: Ins) -> tuple[Ins, Ins]:
         (ins,), (tangent_ins,) = primals, tangents
         rule, floating = jaxprs.jvp_of(eqn)
         parts = _parts([ins[i] for i in floating], [tangent_ins[i] for i in floating])
@@ -77,7 +77,7 @@ def _parts(ins: Ins, tangents: Ins) -> list[Ins]:
     ]
 
 
-def _sum(tangents: Sequence[Any]) -> Any:
+def _sum(tangents: Sequence[jax.Array]) -> jax.Array:
     """Return the sum of the tangents; an integer's tangent (float0) cannot be added."""
     return tangents[0] if tangents[0].dtype == jax.dtypes.float0 else sum(tangents[1:], tangents[0])
 
@@ -121,7 +121,7 @@ def _scan(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     return [*whole(carry), *(s or y for y, s in zip(ys, given, strict=True))]
 
 
-def _sliced(evaluator: Evaluator, eqn: Eqn, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _sliced(evaluator: Evaluator, eqn: Eqn, x: Value) -> tuple[Any, Callable[[Any], Any]]:
     """Return the arrays of an operand that a scan slices, and a function from slices to its slice.
 
     Arrays of a weight without the scanned axis are the same for all slices: they are closed over.
@@ -160,7 +160,9 @@ def _while(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     return whole(evaluator.while_loop(test, body, moving(carry)))
 
 
-def _carried(evaluator: Evaluator, eqn: Eqn, carry: Ins, body: Any, start: int) -> tuple[Any, Any]:
+def _carried(
+    evaluator: Evaluator, eqn: Eqn, carry: Ins, body: Program, start: int
+) -> tuple[Any, Any]:
     """Return two functions: from all carries of a loop to the moving ones, and back.
 
     The carries start at `start`. The carries that do not move are adapted weights that the body

@@ -162,21 +162,20 @@ class Evaluator:
         jaxpr, consts = jaxprs.opened(closed)
         env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=False))
         env.update(zip(jaxpr.invars, ins, strict=True))
-        last_use = _last_uses(jaxpr)
+        last_use = jaxprs.last_reads(jaxpr)
         start = 0
         self._programs.append(jaxpr)
         for i, eqn in enumerate(jaxpr.eqns):
-            reads = [env.get(v) for v in eqn.invars if not jaxprs.is_literal(v)]
-            if not self.needs_rule(eqn, reads):
+            if not self.needs_rule(eqn, [env.get(v) for v in jaxprs.variables(eqn)]):
                 continue
             self._run_plain(jaxpr, start, i, env, last_use)
             start = i + 1
             with jaxprs.origin(eqn):
-                outs = self.apply(eqn, [_read(env, v) for v in eqn.invars])
+                outs = self.apply(eqn, jaxprs.read(env, eqn.invars))
             env.update(zip(eqn.outvars, outs, strict=True))
         self._run_plain(jaxpr, start, len(jaxpr.eqns), env, last_use)
         self._programs.pop()
-        return [_read(env, v) for v in jaxpr.outvars]
+        return jaxprs.read(env, jaxpr.outvars)
 
     def _run_plain(
         self, jaxpr: Program, start: int, stop: int, env: dict[Any, Value], last_use: dict[Any, int]
@@ -185,8 +184,7 @@ class Evaluator:
         if start < stop:
             eqns = jaxpr.eqns[start:stop]
             made = {v: None for e in eqns for v in e.outvars}
-            reads = [v for e in eqns for v in e.invars if not jaxprs.is_literal(v)]
-            needed = [v for v in dict.fromkeys(reads) if v not in made]
+            needed = [v for v in dict.fromkeys(jaxprs.variables(*eqns)) if v not in made]
             kept = [v for v in made if last_use.get(v, -1) >= stop]
             outs = self.run_plain(eqns, needed, kept, [env[v] for v in needed])
             env.update(zip(kept, outs, strict=True))
@@ -264,14 +262,3 @@ class Evaluator:
             )
         self.paths_read.add(value.path)
         return value.merged()
-
-
-def _read(env: dict[Any, Value], atom: Any) -> Value:
-    return atom.val if jaxprs.is_literal(atom) else env[atom]
-
-
-def _last_uses(jaxpr: Program) -> dict[Any, int]:
-    """Return the index of the last equation that reads each variable; outputs come last."""
-    last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if not jaxprs.is_literal(v)}
-    outs = (v for v in jaxpr.outvars if not jaxprs.is_literal(v))
-    return {**last, **dict.fromkeys(outs, len(jaxpr.eqns))}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax import paths
 from lora_jax.base import Base, is_base
@@ -61,6 +62,28 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax_core().Literal)
 
 
+def variables(*eqns: Eqn) -> list[Any]:
+    """Return the variables that some equations read, in order."""
+    literal = jax_core().Literal
+    return [v for eqn in eqns for v in eqn.invars if not isinstance(v, literal)]
+
+
+def read(env: dict[Any, Any], atoms: Sequence[Any], default: Any = None) -> list[Any]:
+    """Return the values of operands; a literal has its own, or the default if there is one."""
+    literal = jax_core().Literal
+    return [
+        env[v] if not isinstance(v, literal) else v.val if default is None else default
+        for v in atoms
+    ]
+
+
+def last_reads(jaxpr: Program) -> dict[Any, int]:
+    """Return the index of the last equation that reads each variable; outputs come last."""
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in variables(eqn)}
+    outs = (v for v in jaxpr.outvars if not is_literal(v))
+    return {**last, **dict.fromkeys(outs, len(jaxpr.eqns))}
+
+
 @dataclasses.dataclass(frozen=True)
 class TracedCall:
     """A traced call `f(params, *args, **kwargs)`.
@@ -91,7 +114,7 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
     param_paths = tuple(paths.path_of(key[1:]) for i in dynamic if (key := keyed[i][0])[0].idx == 0)
     out_tree = None
 
-    def flat(*arrays: Any) -> list[Any]:
+    def flat(*arrays: jax.Array) -> list[Any]:
         nonlocal out_tree
         full = list(leaves)
         for i, array in zip(dynamic, arrays, strict=True):
@@ -121,7 +144,9 @@ def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def run(eqns: Sequence[Eqn], invars: Any, outvars: Any, ins: Any) -> list[Any]:
+def run(
+    eqns: Sequence[Eqn], invars: Sequence[Any], outvars: Sequence[Any], ins: Sequence[Any]
+) -> list[Any]:
     """Evaluate some equations unchanged, without knowing their primitives."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     debug_info = _empty_debug_info()._replace(arg_names=("",) * len(invars))
@@ -157,7 +182,7 @@ def origin(eqn: Eqn) -> AbstractContextManager[None]:
     return source_info_util.user_context(traceback, name_stack=stack)
 
 
-def bind(eqn: Eqn, *ins: Any, dtype: Any = None) -> Any:
+def bind(eqn: Eqn, *ins: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """Apply a first-order equation with one output to other inputs.
 
     `dtype` is the dtype of the output, for a product that can return its sums in another one.
@@ -185,7 +210,7 @@ def jvp_of(eqn: Eqn) -> tuple[Any, list[int]]:
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
 
     def jvp(ins: list[Any], tangents: list[Any]) -> Any:
-        def primal(*moving: Any) -> list[Any]:
+        def primal(*moving: jax.Array) -> list[Any]:
             whole = list(ins)
             for i, x in zip(floating, moving, strict=True):
                 whole[i] = x
@@ -196,7 +221,7 @@ def jvp_of(eqn: Eqn) -> tuple[Any, list[int]]:
     return jax.make_jaxpr(jvp)(shapes, [shapes[i] for i in floating]), floating
 
 
-def called(eqn: Eqn) -> Any:
+def called(eqn: Eqn) -> Program:
     """Return the jaxpr that a call-like equation enters."""
     return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
@@ -214,7 +239,7 @@ def function_name(eqn: Eqn) -> str:
     return str(opened(called(eqn))[0].debug_info.func_name)
 
 
-def shard_map(eqn: Eqn, body: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
+def shard_map(eqn: Eqn, body: Callable[..., Any], in_specs: Sequence[Any]) -> Callable[..., Any]:
     """Map `body`, a function of one list, over the mesh axes of a `shard_map` equation."""
     p = eqn.params
     mapped = jax.shard_map(
@@ -253,7 +278,7 @@ def reshape_groups(
     return groups
 
 
-def is_float(dtype: Any) -> bool:
+def is_float(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -23,7 +23,7 @@ def _concatenate(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 def _stack(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     axis = eqn.params["axis"]
 
-    def same(*arrays: Any) -> Any:
+    def same(*arrays: jax.Array) -> jax.Array:
         return lax.concatenate([jnp.expand_dims(x, axis) for x in arrays], axis)
 
     return evaluator.through(same, eqn, ins)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
 from lora_jax.primitives.evaluator import Evaluator, Primitive, PrimitiveRule, Primitives
@@ -53,7 +54,7 @@ def product(
     >>> table.register(rule, function="my_gmm")  # doctest: +SKIP
     """
 
-    def run(w: Any, x_array: Any, *others: Any, **dtype: Any) -> Any:
+    def run(w: jax.Array, x_array: jax.Array, *others: jax.Array, **dtype: Any) -> jax.Array:
         rest, named = iter(others), {x: x_array, weight: w}
         operands = (named[i] if i in named else next(rest) for i in range(len(others) + 2))
         return call(*operands, **dtype)
@@ -73,11 +74,11 @@ def product(
         # A function with a batching rule of its own cannot be transposed before it is batched.
         apply = v.weight.use if evaluator.per_example else v.weight.product
 
-        def base(array: Any, dtype: Any = None) -> Any:
-            more = {} if dtype is None else {"dtype": dtype}
+        def base(array: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+            more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
             return apply(functools.partial(run, **more), array, *rest)
 
-        def low_rank(y: Any, named: Named, update: LowRank) -> Any:
+        def low_rank(y: jax.Array, named: Named, update: LowRank) -> jax.Array:
             dtype = named.array.dtype
             a = update.a.moved(tuple(RANK if n == o else n for n in v.names)).astype(dtype)
             b = update.b.moved(tuple(RANK if n == i else n for n in v.names)).astype(dtype)
@@ -110,7 +111,9 @@ def ragged_dot(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     order = (*order, *without((0, 1, 2), order))
     x = x.T if x_in == (0,) else x
 
-    def dot(x: Any, w: Any, sizes: Any, dtype: Any = None) -> Any:
+    def dot(
+        x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: DTypeLike | None = None
+    ) -> jax.Array:
         dtype = p["preferred_element_type"] if dtype is None else dtype
         one = functools.partial(
             lax.ragged_dot, precision=p["precision"], preferred_element_type=dtype
@@ -137,7 +140,7 @@ def batched(dot: Dot) -> Dot:
     call = jax.custom_batching.custom_vmap(dot)
 
     @call.def_vmap
-    def rule(n: int, is_batched: list[bool], *ins: Any) -> tuple[Any, bool]:
+    def rule(n: int, is_batched: list[bool], *ins: jax.Array) -> tuple[jax.Array, bool]:
         x, w, sizes = (
             v if yes else jnp.broadcast_to(v, (n, *v.shape))
             for v, yes in zip(ins, (is_batched[0], True, is_batched[2]), strict=True)

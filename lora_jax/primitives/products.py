@@ -6,10 +6,10 @@ A rule says three things: how the axes of its operands are named, the operation 
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
@@ -45,11 +45,11 @@ def _dot(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
         v.check_needs_no_input("a product with its transpose, or with a part of its inputs")
 
-    def base(x: Any, dtype: Any = None) -> Any:
+    def base(x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
         return v.weight.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
 
-    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+    def low_rank(y: jax.Array, x: Named, update: LowRank) -> jax.Array:
         x = x.astype(wider(x.array.dtype, v.weight.dtype))
         return lowrank.add(y, x, update, out, precision)
 
@@ -79,7 +79,7 @@ def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     out = list(evaluator.fresh(x.ndim))
     out[dims.out_spec[1]] = channel
 
-    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+    def low_rank(y: jax.Array, x: Named, update: LowRank) -> jax.Array:
         order = tuple(RANK if n == channel else n for n in v.names)
         kernel = [update.a.aligned(order).astype(x.array.dtype)] * groups
         h = jaxprs.bind(eqn, x.array, jnp.concatenate(kernel, axis=order.index(RANK)))
@@ -94,7 +94,7 @@ def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         d = jnp.moveaxis(d.reshape(*d.shape[:-2], channels), -1, dims.out_spec[1])
         return y + d.astype(y.dtype)
 
-    def base(x: Any, dtype: Any = None) -> Any:
+    def base(x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         return v.weight.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
 
     x = Named(x, evaluator.fresh(x.ndim))
@@ -124,7 +124,7 @@ def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         out[rows[k]] = name
     names = tuple(out)
 
-    def take(n: Named, indices: Any) -> Named:
+    def take(n: Named, indices: jax.Array) -> Named:
         return _take(n, indices, v.names, eqn, names)
 
     if not batching and v.picks_parts(taken, rest):
@@ -137,7 +137,7 @@ def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     evaluator.consume(eqn, v, batching, taken, rest)
     evaluator.dequantise(eqn, v)
 
-    def low_rank(y: Any, x: Any, update: LowRank) -> Any:
+    def low_rank(y: jax.Array, x: None, update: LowRank) -> jax.Array:
         h = update.scaled(take(update.a, indices).astype(y.dtype))
         return y + einsum(h, update.b.astype(y.dtype), names)
 
@@ -145,7 +145,7 @@ def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     return [v.update.product(Operation(None, names, base, low_rank))]
 
 
-def _take(n: Named, indices: Any, names: Names, eqn: Any, out: Names) -> Named:
+def _take(n: Named, indices: jax.Array, names: Names, eqn: Eqn, out: Names) -> Named:
     """Apply the gather of `eqn`, from W's `names` to `out`, to an array with some of W's axes.
 
     The array gets the missing axes with size 1; axes that W does not have come last. In the result,
@@ -168,7 +168,7 @@ def _take(n: Named, indices: Any, names: Names, eqn: Any, out: Names) -> Named:
     return new.to_front(tuple(name for j, name in enumerate(out) if j not in dn.offset_dims))
 
 
-def _whole_rows(eqn: Any) -> bool:
+def _whole_rows(eqn: Eqn) -> bool:
     """Return whether a gather takes single indices of some axes and the whole of the others."""
     dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
@@ -200,7 +200,7 @@ def _collapsed(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         start_index_map=tuple(dn.start_index_map[k] for k in used),
     )
 
-    def same(w: Any, indices: Any) -> Any:
+    def same(w: jax.Array, indices: jax.Array) -> jax.Array:
         return jnp.expand_dims(eqn.primitive.bind(w, indices[..., jnp.array(used)], **p), back)
 
     return evaluator.through(same, eqn, ins)

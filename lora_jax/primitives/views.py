@@ -17,8 +17,8 @@ from lora_jax.primitives.evaluator import Evaluator, Primitive, PrimitiveRule, P
 from lora_jax.primitives.jaxprs import Eqn, reshape_groups
 from lora_jax.updates.named import Named, without
 
-# Returns a weight, several weights, or None if it does not apply.
-Change = Callable[[Any, Any, AdaptedWeight], Any]
+Changed = AdaptedWeight | list[Value] | None  # None: the rule does not apply
+Change = Callable[[Evaluator, Eqn, AdaptedWeight], Changed]
 
 
 def of_one(change: Change) -> PrimitiveRule:
@@ -31,14 +31,14 @@ def of_one(change: Change) -> PrimitiveRule:
     return rule
 
 
-def _on_w(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _on_w(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     """Apply a cast, copy or sharding constraint to W only: factors keep dtype and placement."""
     if not jaxprs.is_float(eqn.outvars[0].aval.dtype):
         return None
     return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
-def _on_all(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _on_all(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     """Apply `stop_gradient` or `name` to W and its update alike, as to the merged weight."""
     return v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
@@ -55,7 +55,7 @@ def _mul(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     return None if out is None else [out]
 
 
-def _times(v: AdaptedWeight, factor: Any) -> AdaptedWeight | None:
+def _times(v: AdaptedWeight, factor: jax.Array) -> AdaptedWeight | None:
     """Return `factor * W`, where the factor is a scalar or has size 1 along some of W's axes."""
     update = v.update.times(Named(factor, v.names if jnp.ndim(factor) else ()))
     if update is None:
@@ -64,18 +64,18 @@ def _times(v: AdaptedWeight, factor: Any) -> AdaptedWeight | None:
     return dataclasses.replace(moved, update=update)
 
 
-def _transpose(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _transpose(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     order = v.names_at(eqn.params["permutation"])
     return v.map_w(lambda n: n.moved(order))
 
 
-def _along(v: AdaptedWeight, change: dict[int, Any], *operands: Any) -> AdaptedWeight:
+def _along(v: AdaptedWeight, change: dict[int, Any], *operands: jax.Array) -> AdaptedWeight:
     """Change each axis that `change` names, in each array that has it.
 
     `change[name](x, axis, *operands)` returns the changed array.
     """
 
-    def one(n: Named, *operands: Any) -> Named:
+    def one(n: Named, *operands: jax.Array) -> Named:
         for axis, name in enumerate(n.names):
             if name in change:
                 n = Named(change[name](n.array, axis, *operands), n.names)
@@ -84,7 +84,7 @@ def _along(v: AdaptedWeight, change: dict[int, Any], *operands: Any) -> AdaptedW
     return v.map(one, *operands, along=tuple(change))
 
 
-def _rev(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _rev(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     names = v.names_at(eqn.params["dimensions"])
     return _along(v, dict.fromkeys(names, lambda x, axis: lax.rev(x, (axis,))))
 
@@ -93,7 +93,7 @@ def _cut(start: int, stop: int, stride: int = 1) -> Callable[[Any, int], Any]:
     return lambda x, axis: lax.slice_in_dim(x, start, stop, stride, axis)
 
 
-def _slice(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _slice(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     p = eqn.params
     strides = p["strides"] or (1,) * len(v.shape)
     cuts = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
@@ -114,19 +114,19 @@ def _dynamic_slice(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     return [_along(v, change, *starts)]
 
 
-def _split(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _split(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     name, ends = v.names[eqn.params["axis"]], itertools.accumulate(eqn.params["sizes"])
     bounds = itertools.pairwise((0, *map(int, ends)))
     return [_along(v, {name: _cut(*bound)}) for bound in bounds]
 
 
-def _tile(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _tile(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     reps = zip(v.names, eqn.params["reps"], strict=True)
     repeat = lambda n: lambda x, axis: jnp.concatenate([x] * n, axis)  # noqa: E731
     return _along(v, {name: repeat(n) for name, n in reps if n != 1})
 
 
-def _squeeze(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _squeeze(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     gone = v.names_at(eqn.params["dimensions"])
     out = v.map(lambda n: n.reduced(gone, lax.squeeze), along=gone)
     out = evaluator.lost(out, gone, "taken")
@@ -137,14 +137,14 @@ def _squeeze(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     return [out.merged()]
 
 
-def _reduce_sum(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _reduce_sum(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     gone = v.names_at(eqn.params["axes"])
     if not v.update.sums({n: v.size(n) for n in gone}):
         return None  # a sum of products over layers or experts is not of low rank
     return evaluator.lost(v.map(lambda n: n.reduced(gone, jnp.sum)), gone, "summed")
 
 
-def _broadcast(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _broadcast(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     shape = eqn.outvars[0].aval.shape
     names = list(evaluator.fresh(len(shape)))
     for i, j in enumerate(eqn.params["broadcast_dimensions"]):
@@ -154,7 +154,7 @@ def _broadcast(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
 
 
-def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     new, update = eqn.outvars[0].aval.shape, v.update
     names: list[int] = list(evaluator.fresh(len(new)))
     for old_axes, new_axes in reshape_groups(v.shape, new):
@@ -172,7 +172,7 @@ def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     return dataclasses.replace(moved, update=update)
 
 
-def _all_gather(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
+def _all_gather(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     """Gather W's shards along an axis inside a `shard_map`, and the factors' along theirs.
 
     An array without the axis is the same on every device.
@@ -181,7 +181,7 @@ def _all_gather(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     if not p["tiled"]:
         return None
 
-    def gathered(x: Any, axis: int) -> Any:
+    def gathered(x: jax.Array, axis: int) -> jax.Array:
         return eqn.primitive.bind(x, **{**p, "all_gather_dimension": axis})
 
     return _along(v, {v.names[p["all_gather_dimension"]]: gathered})
