@@ -32,7 +32,7 @@ from lora_jax.sweeps import memory_fit
 from lora_jax.sweeps.step import Settings, group_step
 from lora_jax.training import classification, optimizer, step
 from lora_jax.training.config import OptimizerConfig
-from lora_jax.training.summary import in_units
+from lora_jax.training.sizes import in_units
 from lora_jax.training.workload import Workload
 
 CONFIG = "configs/sweep.py"

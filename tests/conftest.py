@@ -133,7 +133,7 @@ def quick_part(matrix: list[pytest.Item]) -> set[str]:
         found = item.callspec.params
         values[item.nodeid] = {(str(axis), repr([found[n] for n in axis])) for axis in axes}
     chosen, seen = set[str](), set[tuple[str, str]]()
-    for fresh in (2, 1):  # first those of which both values are new: the diagonal
+    for fresh in (2, 1):  # first the ones with two new values: the diagonal
         for name, pair in values.items():
             if len(pair - seen) >= fresh:
                 chosen.add(name)

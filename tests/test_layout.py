@@ -332,7 +332,7 @@ def test_one_type_for_each_name() -> None:
 
 
 def test_primitives_are_named_in_one_room() -> None:
-    """What is known of a primitive is in its table; no other room asks for one by its name."""
+    """The facts about a primitive are in its table; no other room asks for one by its name."""
     from lora_jax.primitives import table
 
     names = {name for name in table.PRIMITIVES if "_" in name} | {"gather"}

@@ -280,7 +280,7 @@ def test_the_members_of_an_ensemble_have_adapters_of_their_own() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_output_axis_may_be_stated_as_a_stack_axis(kind: str) -> None:
-    """Where the trace cannot tell, the layout says what it chose, and a rule may say otherwise."""
+    """If the trace cannot tell, the layout says what it chose, and a rule may say otherwise."""
 
     def f(p: Any, x: Any) -> Any:
         kv = jnp.einsum("bd,ckdh->cbkh", x, p["kv"])

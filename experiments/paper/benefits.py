@@ -38,7 +38,7 @@ from lora_jax.errors import LoraError
 from lora_jax.report import render
 from lora_jax.report.document import Paragraph, Section, Table
 from lora_jax.system.console import guarded, say
-from lora_jax.training.summary import in_units
+from lora_jax.training.sizes import in_units
 from measuring import timing
 
 FILE = "benefits.json"

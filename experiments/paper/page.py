@@ -10,7 +10,7 @@ from experiments.paper.experiments import Experiment
 from experiments.paper.result_cache import Answers
 from lora_jax.report import formatting
 from lora_jax.report.document import Fact, Note, Report, Section, Table
-from lora_jax.training.summary import in_units
+from lora_jax.training.sizes import in_units
 
 
 def make(experiments: Sequence[Experiment], answers: Answers) -> Report:

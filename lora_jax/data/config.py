@@ -1,4 +1,4 @@
-"""The configs of data sets: what all kinds share, and those of texts and of images."""
+"""The configs of data sets: what all kinds share, the texts and the images."""
 
 from __future__ import annotations
 

@@ -112,9 +112,9 @@ def visible(
 ) -> Array | None:
     """Return the attention mask of rows: bool, broadcastable to [B, 1, T, T]; None if all see all.
 
-    Only real tokens (`mask` [B, T]) are seen, and only those of the same segment (`segment_ids` [B,
-    T]). With a window a token sees itself, at most window - 1 tokens before it and, unless causal,
-    as many after it.
+    Only real tokens (`mask` [B, T]) of the same segment (`segment_ids` [B, T]) are seen. With a
+    window a token sees itself, at most window - 1 tokens before it and, unless causal, as many
+    after it.
     """
     parts = []
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]

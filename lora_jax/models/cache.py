@@ -105,8 +105,8 @@ def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = N
 
 
 class Fresh(NamedTuple):
-    """The entries of new tokens, collected layer by layer: those of a `Cache` of T slots, or with
-    unrolled layers those of the layers so far. `at` is the current layer; a Python int in unrolled
+    """The entries of new tokens, collected layer by layer: a `Cache` of T slots, or with unrolled
+    layers the entries of the layers so far. `at` is the current layer; a Python int in unrolled
     layers."""
 
     keys: Store

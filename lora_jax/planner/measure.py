@@ -20,8 +20,8 @@ from lora_jax.planner.devices import Device
 from lora_jax.planner.weights import WeightBytes, weight_bytes
 from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.config import Config
+from lora_jax.training.sizes import on_each_device, parameters
 from lora_jax.training.state import State
-from lora_jax.training.summary import on_each_device, parameters
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree

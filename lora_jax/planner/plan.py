@@ -16,7 +16,7 @@ from lora_jax.planner.options import PlanOptions
 from lora_jax.training import mesh
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.config_file import workload_of
-from lora_jax.training.summary import is_quantised
+from lora_jax.training.sizes import is_quantised
 from lora_jax.training.workload import Workload
 
 # XLA's host platform believes that 4,096 devices are of two processes, and refuses to compile.

@@ -14,7 +14,7 @@ from lora_jax.planner.plan import FULL, LORA, Plan
 from lora_jax.planner.weights import FLOATS, by_part
 from lora_jax.system.table import aligned
 from lora_jax.system.whole_files import write_json
-from lora_jax.training.summary import in_units
+from lora_jax.training.sizes import in_units
 
 FORMAT = 1
 CAUSES = {

@@ -10,7 +10,7 @@ import jax
 
 from lora_jax import paths
 from lora_jax.base import is_base
-from lora_jax.training.summary import on_each_device
+from lora_jax.training.sizes import on_each_device
 
 FLOATS = "floats"  # an array that is not part of a quantised weight
 

@@ -9,7 +9,7 @@ axes has which role:
     gather         the looked-up axis -> input                 the row -> output
     ragged_dot     contracted -> input     group -> stack      free -> output
 
-Beside it goes what every value depends on (`flow.py`). The arrays are never computed.
+The walk also follows what every value depends on (`flow.py`). The arrays are never computed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Analysis(Evaluator):
         update = Recorder(flow.parameter(path, w), frozenset((path,)), atoms)
         return AdaptedWeight(Weight.of(w), update, names, path, True)
 
-    # What the rules tell.
+    # The rules report here.
 
     def record(self, v: AdaptedWeight, met: Use) -> None:
         """Add the use to each of the weight's parameters."""
@@ -159,7 +159,7 @@ class Analysis(Evaluator):
             change[which] = getattr(update, which) | atoms
         rest = tuple(n for n in v.names if update.of((n,)))
         if how == "taken" and self._eqn is not None and atoms and len(rest) == 1:
-            # What is left is a row, until a product contracts it.
+            # The rest is a row, until a product contracts it.
             use = Use(self._eqn.primitive.name, jaxprs.where(self._eqn), lookup=True)
             change["lookup"] = update.lookup or update.meets(use, (), names, rest)
         change["flow"] = dataclasses.replace(update.flow, matrix=flow.is_matrix(v.shape))
@@ -298,7 +298,7 @@ class Analysis(Evaluator):
     def leave(self, eqn: Eqn | None, value: Any) -> Any:
         return value if isinstance(value, Datum) else Datum(self.plain(eqn, value), _flow(value))
 
-    # What values depend on.
+    # The dependences of values.
 
     def flows(self, eqn: Eqn, ins: Sequence[Flow]) -> list[Flow]:
         """Return what the outputs of an equation depend on."""

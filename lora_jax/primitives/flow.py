@@ -1,4 +1,4 @@
-"""What a value of a program depends on: the parameters in it, and the products on the way to it.
+"""The dependences of a value of a program: the parameters in it, and the products on the way to it.
 
 Two questions about "all-linear" are answered by it:
 
@@ -37,12 +37,12 @@ ROWS: Paths = frozenset(("\0rows",))  # the way from a lookup
 class Flow:
     """The facts about one value of the program.
 
-    weights: the parameters that it is computed from. If it moves, those that arguments changed.
+    weights: the parameters that it is computed from. If it moves, the ones that arguments changed.
     moving: whether it depends on an argument that is not a parameter.
     ways: for each way to it, the parameters of the last product on that way.
     shifts: the parameters that were added to an activation of their own shape, before any product.
     spread: whether all of its moving inputs have been broadcast.
-    matrix: whether it has two axes or more, not counting those of size 1 and the broadcast ones.
+    matrix: whether it has two axes or more, not counting broadcast axes and axes of size 1.
     axes: for each of its axes, the output axes of parameters that it is; () if that is lost.
     """
 
@@ -138,7 +138,7 @@ def free(axes: Origins, gone: Sequence[int]) -> list[int]:
 
 
 def lost(eqn: Eqn, ins: Sequence[Flow], out: Flow) -> Atoms:
-    """Return the axes that an operation has mixed with others; those of a sum are only gone."""
+    """Return the axes that an operation has mixed with others; the axes of a sum are only gone."""
     if "axes" in eqn.params or "dimensions" in eqn.params:
         return NONE
     return NONE.union(*(a for f in ins for a in f.axes)).difference(*out.axes)

@@ -22,7 +22,11 @@ Change = Callable[[Evaluator, Eqn, AdaptedWeight], Changed]
 
 
 def of_one(change: Change) -> PrimitiveRule:
-    """Return the rule of an operation whose only input is one weight."""
+    """Return the rule of an operation whose only input is one weight.
+
+    Args:
+      change: `change(evaluator, eqn, weight)` returns a weight, several, or None.
+    """
 
     def rule(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         out = change(evaluator, eqn, ins[0])

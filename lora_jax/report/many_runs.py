@@ -29,7 +29,7 @@ from lora_jax.report.run_files import SavedRun
 from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.sweeps import member_names, plots, results
 from lora_jax.sweeps.comparison import ComparedRun, Results, flat, gather
-from lora_jax.training.summary import in_units
+from lora_jax.training.sizes import in_units
 
 _TASKS = 8  # at most this many tasks get a number of their own at the top
 _VALUES = 8  # at most this many values of a field are listed

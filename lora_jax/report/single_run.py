@@ -10,7 +10,8 @@ from lora_jax.report.run_files import SavedRun
 from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.training import curves
 from lora_jax.training.directory import Summary
-from lora_jax.training.summary import costs, in_units
+from lora_jax.training.sizes import in_units
+from lora_jax.training.summary import costs
 
 
 def report(run: SavedRun, base: BaseChoice) -> Report:

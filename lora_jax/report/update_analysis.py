@@ -132,7 +132,7 @@ def by_layer(
 ) -> list[Figure]:
     """Draw a number of each matrix over the layers, a line for each; nothing for one layer.
 
-    `options` are those of `charts.by_layer`.
+    `options` go to `charts.by_layer`.
     """
     if len(modules.layers) == 1:
         return []

@@ -20,7 +20,7 @@ def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[
     For Linen, `params` are variables that contain `nn.Partitioned` or `nn.LogicallyPartitioned`
     boxes (the result of `init`, or `jax.eval_shape` of it), and the paths are those in this tree
     (`kernel/value`). For NNX, they are a module or a state whose variables carry `out_sharding`,
-    and the paths are those that `lora_jax.from_nnx` returns. A name that is a mesh axis is used as
+    and the paths are as `lora_jax.from_nnx` returns them. A name that is a mesh axis is used as
     it is; `rules` are (logical name, mesh axis | tuple of them | None), as in Flax, and come before
     the rules that the metadata itself may carry. A name that is neither is an error.
 

@@ -24,7 +24,7 @@ from lora_jax.sweeps.members import Opener, OpenMember, workload_settings
 from lora_jax.sweeps.progress import GroupDisplay, Lines
 from lora_jax.system import whole_files
 from lora_jax.system.console import Console
-from lora_jax.training import directory, processes, summary
+from lora_jax.training import directory, processes, sizes, summary
 from lora_jax.training.checkpoints import steps_in
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.directory import Summary
@@ -156,7 +156,7 @@ class _Loop(contextlib.ExitStack):
 
     def _fitting(self, group: Group, frozen: object) -> list[OpenMember]:
         """Return the members that fit on the devices; the others leave the group."""
-        shared = float(summary.on_each_device(frozen))
+        shared = float(sizes.on_each_device(frozen))
         needed, count = memory_fit.of_step(group.compiled()), len(group.members)
         memory = self._config.memory or memory_fit.available(held=shared)
         found = memory_fit.fit(needed, shared, count, memory, at_once=group.at_once)

@@ -9,14 +9,14 @@ import jax
 
 from lora_jax.system import host_memory
 from lora_jax.training.config import ConfigError
-from lora_jax.training.summary import in_units
+from lora_jax.training.sizes import in_units
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """A division of members into as few groups as fit, of equal size except for the last.
 
-    `bytes` are those that the step of a group of `size` members takes on a device.
+    The step of a group of `size` members takes `bytes` on a device.
     """
 
     members: int

@@ -39,7 +39,7 @@ class Checked:
     """A frozen dataclass that checks its fields; lists become tuples, NumPy's scalars Python's."""
 
     _path: ClassVar[str] = ""  # of the config in that of a run, such as "lora."
-    # One of `BOUNDS`, which None satisfies -> fields; a subclass adds to those of its base.
+    # One of `BOUNDS`, which None satisfies -> fields; a subclass adds to the bounds of its base.
     _bounds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ def say_table(
     styles: Mapping[int, str] | None = None,
     indents: Sequence[str] = (),
 ) -> None:
-    """Print a table as wide as the console (see `table.blocks`); `styles` has those of rows."""
+    """Print a table as wide as the console (see `table.blocks`); `styles` are by row."""
     blocks = table.blocks(rows, texts, console.width, indents)
     for number, block in enumerate(blocks):
         style = (styles or {}).get(number, "")

@@ -1,4 +1,4 @@
-"""What a run trains next to the adapters: the extension point of the text configs.
+"""The parameters that a run trains next to the adapters: the extension point of the text configs.
 
 A config may train by another method than LoRA: `TextConfig.method_for` then returns a subclass of
 `Method`, as the methods that LoRA is compared with do (`experiments/methods`).

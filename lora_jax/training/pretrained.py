@@ -163,7 +163,7 @@ class Pretrained(NamedTuple):
     """A pretrained model, and what a run adds to it.
 
     config: its config, with the settings of the run.
-    root: the key of its parameters next to those of the new head; "" if there is no head.
+    root: the key of its parameters next to the new head; "" if there is no head.
     """
 
     source: Any
@@ -185,7 +185,7 @@ def workload(
 ) -> Workload:
     """Return the workload of a pretrained model, quantised as `config.model.quantize` says.
 
-    `draw` returns the parameters that are not read but drawn; `join` and `marks` are those of
+    `draw` returns the parameters that are not read but drawn; `join` and `marks` go to
     `Common`, and `own` are the fields of `Workload` that the task decides.
     """
     root, stored = model.root, config.model.quantize == STORED

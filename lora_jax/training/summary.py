@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import sys
@@ -11,15 +10,14 @@ from typing import Any
 
 import jax
 
-from lora_jax import paths
 from lora_jax.adapters import count
-from lora_jax.base import is_base
 from lora_jax.bases.quantise import bytes_of
 from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
 from lora_jax.training.evaluation import first_batch
 from lora_jax.training.run import BatchLoss, Run
+from lora_jax.training.sizes import in_units, is_quantised, on_each_device, parameters
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch
 
@@ -118,25 +116,6 @@ def sizes(run: Run, state: State) -> dict[str, int]:
     }
 
 
-def is_quantised(params: Any) -> bool:
-    """Return whether any of the parameters is quantised."""
-    return any(map(is_base, paths.flatten(params).values()))
-
-
-def parameters(params: Any) -> int:
-    """Count the parameters of a tree; a quantised weight counts as its floats."""
-    return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
-
-
-def on_each_device(tree: Any) -> int:
-    """Return the bytes of a tree's arrays on one device; every device has as many."""
-
-    def part(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-
-    return bytes_of(jax.tree.map(part, tree))
-
-
 def peak_memory() -> int:
     """Return the peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -188,16 +167,3 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
         ("seconds", f"{summary['total_seconds']:.0f}, of them compiling "
                     f"{summary['compile_seconds']:.0f}"),
     ]  # fmt: skip
-
-
-def in_units(number: float, unit: str = "B") -> str:
-    """Format a number of bytes, or of another unit, with a decimal prefix.
-
-    >>> in_units(999), in_units(1_234_567), in_units(2.541e17, "FLOP")
-    ('999 B', '1.23 MB', '254.10 PFLOP')
-    """
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000:
-            return f"{number:.2f} {prefix}{unit}" if prefix else f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:.2f} P{unit}"

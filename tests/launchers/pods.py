@@ -68,7 +68,7 @@ class Pods(Machine):
         self.run("sh", "-c", ready)
 
 
-# What the API knows of the JobSet.
+# The labels of the JobSet in the API.
 # fmt: off
 _SET = {"jobset.sigs.k8s.io/jobset-name": JOBSET}
 _CONTAINERS = {"subdomain": JOBSET, "containers": [{"name": "train"}]}

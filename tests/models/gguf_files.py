@@ -15,7 +15,7 @@ FIELDS |= {"feed_forward_length": 20, "attention.head_count": 4}
 
 @contextlib.contextmanager
 def written(path: Path, arch: str = "llama", eps: float = 1e-5, **fields: Any) -> Iterator[Any]:
-    """Yield a writer for tensors; `fields` replace those of FIELDS, without the architecture."""
+    """Yield a writer for tensors; `fields` replace FIELDS, without the architecture."""
     writer = gguf.GGUFWriter(str(path), arch)
     for name, value in (FIELDS | fields).items():
         add = writer.add_array if isinstance(value, list) else writer.add_uint32

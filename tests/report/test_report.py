@@ -18,7 +18,8 @@ import lora_jax
 from lora_jax import models
 from lora_jax.cli.report import main
 from lora_jax.training.config_json import to_dict
-from lora_jax.training.summary import costs, in_units
+from lora_jax.training.sizes import in_units
+from lora_jax.training.summary import costs
 from tests.report import browser, saved_runs
 from tests.report.conftest import Written, of_rank
 

@@ -17,7 +17,7 @@ from lora_jax.base import is_base
 from lora_jax.bases.quantise import bytes_of, quantize
 from lora_jax.errors import LoraError
 from lora_jax.frozen import join, split
-from lora_jax.training import mesh, summary
+from lora_jax.training import mesh, sizes, summary
 from lora_jax.training.config import MeshConfig
 from lora_jax.training.quantised import quantised
 from lora_jax.training.workload import Workload
@@ -69,10 +69,10 @@ def test_the_codes_are_those_of_the_floats_wherever_they_lie() -> None:
 def test_a_device_holds_its_share_of_the_codes_and_no_floats() -> None:
     _, _, params = loaded()
     held = {p: leaf for p, leaf in paths.flatten(params).items() if is_base(leaf)}
-    numbers = summary.parameters(held)
+    numbers = sizes.parameters(held)
     assert bytes_of(held) < 0.52 * numbers + 2**14  # 4.127 bits each, and tables of scales
-    assert summary.on_each_device(held) < bytes_of(held) / 4 + 2**14
-    assert summary.parameters(params) == summary.parameters(floats().params)
+    assert sizes.on_each_device(held) < bytes_of(held) / 4 + 2**14
+    assert sizes.parameters(params) == summary.parameters(floats().params)
 
 
 def test_what_is_trained_in_full_is_not_quantised() -> None:

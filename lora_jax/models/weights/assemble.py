@@ -53,7 +53,11 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def stored(self, config: StoredConfig | None = None) -> Stored:
-        """Return the tensors without reading them. A GGUF file needs the config for its heads."""
+        """Return the tensors without reading them.
+
+        Args:
+          config: the config, which a GGUF file needs for its heads. None: `self.config`.
+        """
 
     def load(
         self,
