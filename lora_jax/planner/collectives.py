@@ -31,12 +31,14 @@ class Collective:
     """One array in a collective, which runs `times` times in a step.
 
     kind: the name of the operation, such as "all-gather".
+    operand, result: the array that goes in, and the one that comes out.
     group: the devices of the first group.
     origin: the name of the operation or argument that it comes from.
     """
 
     kind: str
     operand: Shape
+    result: Shape
     group: tuple[int, ...]
     origin: str
     times: int
@@ -82,10 +84,11 @@ def _arrays(
     shapes = [computation[o].results[0] for o in i.operands]
     if kind == "all-to-all" and len(shapes) > 1:  # one array, passed in pieces
         whole = Shape(shapes[0].dtype, (len(shapes), *shapes[0].dims))
-        yield Collective(kind, whole, group, origins[0], times)
+        yield Collective(kind, whole, whole, group, origins[0], times)
         return
-    for shape, origin in zip(shapes, origins, strict=True):
-        yield Collective(kind, shape, group, origin, times)
+    results = i.results[-len(shapes) :]  # an asynchronous one returns its operands first
+    for shape, result, origin in zip(shapes, results, origins, strict=True):
+        yield Collective(kind, shape, result, group, origin, times)
 
 
 _MOVES = ("all-gather", "all-to-all", "collective-broadcast", "collective-permute")
