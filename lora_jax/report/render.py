@@ -115,4 +115,5 @@ def markdown_table(found: Table) -> str:
     texts = [i for i, name in enumerate(found.columns) if name in found.texts]
     rule = [":--" if i in texts else "--:" for i in range(len(found.columns))]
     lines = table.padded([tuple(map(plain, found.columns)), rule, *rows], texts)
+    lines[1] = [cell.replace(" ", "-") for cell in lines[1]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
