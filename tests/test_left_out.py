@@ -370,3 +370,12 @@ def test_embeddings_are_named() -> None:
     assert [t.path for t in layout.targets] == ["w"]
     assert set(laws.left_out(layout)) == {"table", "head"}
     assert "embedding" in laws.left_out(layout)["table"]
+
+
+def test_a_slice_of_a_matrix_that_scales_another_weight() -> None:
+    """A matrix of which a slice scales another weight is named: its update cannot be a factor."""
+    f = lambda p, x: jnp.tanh(jnp.tanh(x @ (p["w"] * p["v"][:1])) @ p["v"]) @ p["head"]  # noqa: E731
+    params = {name: normal(i, 8, 8) for i, name in enumerate(("w", "v", "head"))}
+    layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, normal(4, 3, 8))
+    assert "`mul`" in laws.left_out(layout)["v"]
+    laws.assert_adapt_equals_merge(layout, f, params, normal(4, 3, 8))

@@ -237,7 +237,9 @@ class Analysis(Evaluator):
         if axes[0] == axes[1]:
             return ins
         small = axes.index(min(axes))
-        self.record(ins[small], Use(eqn.primitive.name, jaxprs.where(eqn)))
+        v, kind = ins[small], eqn.primitive.name
+        cut = any(v.size(n) == 1 and v.update.of((n,)) for n in v.names)  # a slice of a matrix
+        self.record(v, Use(kind, jaxprs.where(eqn), barrier=kind if cut else None))
         return [v.merged() if i == small else v for i, v in enumerate(ins)]
 
     def _with_left_alone(self, eqn: Eqn, left: AdaptedWeight, right: AdaptedWeight) -> Ins:
