@@ -125,9 +125,12 @@ class ImportOver(Import):
     marks = ("adapters/best.new", "adapters/best.old")
     _more = ("--overwrite",)
 
+    def before(self, place: pathlib.Path) -> None:
+        shutil.copytree(self.whole, place)
+
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
         if not place.exists() and place != self.whole:
-            shutil.copytree(self.whole, place)
+            self.before(place)
         return super().start(place, killed_at)
 
     def is_finished(self, place: pathlib.Path) -> bool:

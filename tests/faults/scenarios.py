@@ -42,6 +42,9 @@ class Scenario(abc.ABC):
         self.folder, self._cache = folder, folder / "cache"
         self.whole = folder / "whole"
 
+    def before(self, place: pathlib.Path) -> None:  # noqa: B027 - most need nothing
+        """Write what must be at `place` before the first start."""
+
     @abc.abstractmethod
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
         """Start the command's processes; the first one dies at the change `killed_at`."""

@@ -87,7 +87,7 @@ def test_tables_of_markdown_are_aligned() -> None:
     table = Table("", ("name", "n"), (("a|b", "1"), ("c", "1,000")), ("name",), marked=1)
     assert render.markdown_table(table).splitlines() == [
         "| name  |         n |",
-        "| :--   |       --: |",
+        "| :---- | --------: |",
         "| a\\|b  |         1 |",
         "| **c** | **1,000** |",
     ]
