@@ -57,6 +57,8 @@ def test_an_old_file_says_the_size_as_one_number(tmp_path: Path) -> None:
         ({"image_mean": [0.5]}, "image_mean must be 3 finite numbers"),
         ({"image_std": [0.5, 0.5, 0.0]}, "image_std must be 3 finite numbers"),
         ({"image_std": [0.5, 0.5, float("nan")]}, "image_std must be 3 finite numbers"),
+        ({"image_mean": [0.5, 0.5, 10**400]}, "image_mean must be 3 finite numbers"),
+        ({"rescale_factor": 10**400}, "rescale_factor must be a number above 0"),
         ({"rescale_factor": "1/255"}, "rescale_factor must be a number above 0"),
         ({"resample": 9}, "resample must be from 0 to 5"),
     ],

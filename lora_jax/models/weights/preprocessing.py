@@ -1,7 +1,6 @@
 """Read how a model's images are preprocessed: preprocessor_config.json of transformers' ViT."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ _SILENT |= {"size_divisor", "default_to_square"}
 _READ = {"image_processor_type", "feature_extractor_type", "do_resize", "size", "resample"}
 _READ |= {"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
 _READ |= {"do_convert_rgb"}
+
+_MOST = 1e30  # an integer of a stranger may be larger than any float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _filter(found: dict[str, Any], where: str) -> int:
 
 def _number(found: dict[str, Any], field: str, where: str) -> float:
     value = found.get(field, 1 / 255)
-    fits = type(value) in (int, float) and math.isfinite(value) and value > 0
+    fits = type(value) in (int, float) and 0 < value <= _MOST
     _require(fits, where, field, value, "a number above 0")
     return float(value)
 
@@ -103,7 +104,7 @@ def _channels(
     fits = (
         isinstance(values, list)
         and len(values) == config.channels
-        and all(type(x) in (int, float) and math.isfinite(x) for x in values)
+        and all(type(x) in (int, float) and abs(x) <= _MOST for x in values)
         and (field == "image_mean" or all(x > 0 for x in values))
     )
     _require(fits, where, field, value, f"{config.channels} finite numbers")
