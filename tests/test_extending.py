@@ -301,9 +301,8 @@ def test_sharding_and_analysis(walked: lora_jax.Layout) -> None:
 # Concatenated weights, each with an update of its own, keep it under dropout and under a router.
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_concatenation_under_dropout(kind: str, axis: int) -> None:
+def concatenated(axis: int) -> tuple[Any, Any, dict[str, Any], Any]:
+    """Two functions that compute the same, with q and k in one product and in two; params and x."""
     params = {"q": cases.normal(0, 8, 6), "k": cases.normal(1, 8, 6)}
     x = cases.normal(2, 5, 8 * (2 - axis))
 
@@ -315,6 +314,13 @@ def test_concatenation_under_dropout(kind: str, axis: int) -> None:
             return jnp.concatenate([x @ p["q"], x @ p["k"]], 1)
         return x[:, :8] @ p["q"] + x[:, 8:] @ p["k"]
 
+    return fused, apart, params, x
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_concatenation_under_dropout(kind: str, axis: int) -> None:
+    fused, apart, params, x = concatenated(axis)
     layout = lora_jax.resolve(LoraSpec(2, kind=kind, targets="*"), apart, params, x)
     shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout, params=params))
     draw = np.random.default_rng(0).standard_normal
@@ -334,17 +340,7 @@ def test_concatenation_under_dropout(kind: str, axis: int) -> None:
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_concatenation_under_route(axis: int) -> None:
-    params = {"q": cases.normal(0, 8, 6), "k": cases.normal(1, 8, 6)}
-    x = cases.normal(2, 5, 8 * (2 - axis))
-
-    def fused(p: Any, x: Any) -> Any:
-        return x @ jnp.concatenate([p["q"], p["k"]], axis)
-
-    def apart(p: Any, x: Any) -> Any:
-        if axis:
-            return jnp.concatenate([x @ p["q"], x @ p["k"]], 1)
-        return x[:, :8] @ p["q"] + x[:, 8:] @ p["k"]
-
+    fused, apart, params, x = concatenated(axis)
     layout = lora_jax.resolve(LoraSpec(2, targets="*"), apart, params, x)
     members = [(layout, jax.tree.map(lambda x: 0.1 * x, drawn_of(layout, s))) for s in (0, 1)]
     layout, stacked = lora_jax.multi.stack(members)
