@@ -31,6 +31,7 @@ from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import stored_arrays
 from lora_jax.checkpoint.manifest import DamagedError, Manifest, StoredArray
 from lora_jax.errors import LoraError, cure, errno_of, listed
+from lora_jax.system import interrupts
 
 # Errors of the system that say nothing of what is on the disk.
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
@@ -185,7 +186,9 @@ def write(folder: RemotePath, parts: Mapping[str, Any]) -> None:
 
     def save(place: RemotePath) -> None:
         with _without_note_of_no_arrays():
-            orbax().save_checkpointables(place, parts, overwrite=True)
+            with interrupts.held_back():
+                response = orbax().save_checkpointables_async(place, parts, overwrite=True)
+            response.result()
 
     if not folder.exists():
         save(folder)

@@ -32,6 +32,7 @@ from lora_jax.checkpoint import storage
 from lora_jax.checkpoint.manifest import DamagedError, Manifest
 from lora_jax.checkpoint.storage import RemotePath, read_manifest, writing
 from lora_jax.errors import LoraError, listed
+from lora_jax.system import interrupts
 from lora_jax.training import processes
 from lora_jax.training.state import State
 
@@ -147,7 +148,8 @@ class Checkpoints:
 
         def begin() -> None:
             folder = storage.absolute(self._directory / str(step))
-            self._response = storage.orbax().save_checkpointables_async(folder, parts)
+            with interrupts.held_back():
+                self._response = storage.orbax().save_checkpointables_async(folder, parts)
 
         self._try(begin)
 
