@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+BLOCK = 128  # queries of one block of a long text
+LONG = 4096  # queries; above this they are computed block by block
+
 
 def attend(
     query: Array,
@@ -30,6 +33,10 @@ def attend(
     that share a key head are rows of one product, so keys are never repeated. Scores and softmax
     are in float32.
 
+    More than `LONG` queries are computed in blocks of `BLOCK`, and again for the gradient. So at no
+    time are there more than N x BLOCK x S scores, and the memory grows with the length and not with
+    its square (the mask is formed by the caller).
+
     Args:
       mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without any
         True attends equally to everything, and stays finite.
@@ -40,6 +47,43 @@ def attend(
       scale: the factor of the scores. None: 1 / sqrt(H).
       cap: if given, scores are limited to (-cap, cap) by cap tanh(scores / cap), before the mask.
     """
+    if past is not None or query.shape[1] <= LONG:
+        return _attend(query, key, value, mask, drop, past, bias, scale, cap)
+    length, count = query.shape[1], -(-query.shape[1] // BLOCK)
+    # The gradients of keys and values are sums over all blocks, which are formed in float32.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    @jax.checkpoint
+    def block(start: Array) -> Array:
+        def rows(x: Array | None, axis: int) -> Array | None:
+            if x is None or x.shape[axis] == 1:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
+
+        these = jax.lax.dynamic_slice_in_dim(query, start, BLOCK, 1)
+        keys, values = wide[0].astype(key.dtype), wide[1].astype(value.dtype)
+        mine = rows(mask, 2), rows(drop, 2), None, rows(bias, 2)
+        return _attend(these, keys, values, *mine, scale, cap)
+
+    # The last block overlaps the one before it if the length is not a multiple.
+    mixed = jax.lax.map(block, jnp.minimum(jnp.arange(count) * BLOCK, length - BLOCK))
+    rest = length - (count - 1) * BLOCK
+    mixed = mixed.swapaxes(0, 1).reshape(query.shape[0], -1, *query.shape[2:])
+    return jnp.concatenate([mixed[:, : length - rest], mixed[:, -rest:]], axis=1)
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    drop: Array | None,
+    past: tuple[Array, Array] | None,
+    bias: Array | None,
+    scale: float | None,
+    cap: float | None,
+) -> Array:
+    """Compute `attend` for all queries at once."""
     batch, length, heads, width = query.shape
     groups, before = key.shape[2], 0 if past is None else past[0].shape[-1]
     shape = (batch, groups, heads // groups, length, before + key.shape[1])
