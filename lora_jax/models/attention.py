@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,9 @@ def attend(
     that share a key head are rows of one product, so keys are never repeated. Scores and softmax
     are in float32.
 
-    More than `LONG` queries are computed in blocks of `BLOCK`, and again for the gradient. So at no
-    time are there more than N x BLOCK x S scores, and the memory grows with the length and not with
-    its square (the mask is formed by the caller).
+    More than `LONG` queries are computed in blocks of `BLOCK`, and again for the gradient. So a
+    row never has more than N x BLOCK x S scores at once. Their memory grows with the length and not
+    with its square; the mask, which the caller forms, still grows with the square.
 
     Args:
       mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without any
@@ -47,43 +48,9 @@ def attend(
       scale: the factor of the scores. None: 1 / sqrt(H).
       cap: if given, scores are limited to (-cap, cap) by cap tanh(scores / cap), before the mask.
     """
-    if past is not None or query.shape[1] <= LONG:
-        return _attend(query, key, value, mask, drop, past, bias, scale, cap)
-    length, count = query.shape[1], -(-query.shape[1] // BLOCK)
-    # The gradients of keys and values are sums over all blocks, which are formed in float32.
-    wide = key.astype(jnp.float32), value.astype(jnp.float32)
-
-    @jax.checkpoint
-    def block(start: Array) -> Array:
-        def rows(x: Array | None, axis: int) -> Array | None:
-            if x is None or x.shape[axis] == 1:
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
-
-        these = jax.lax.dynamic_slice_in_dim(query, start, BLOCK, 1)
-        keys, values = wide[0].astype(key.dtype), wide[1].astype(value.dtype)
-        mine = rows(mask, 2), rows(drop, 2), None, rows(bias, 2)
-        return _attend(these, keys, values, *mine, scale, cap)
-
-    # The last block overlaps the one before it if the length is not a multiple.
-    mixed = jax.lax.map(block, jnp.minimum(jnp.arange(count) * BLOCK, length - BLOCK))
-    rest = length - (count - 1) * BLOCK
-    mixed = mixed.swapaxes(0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-    return jnp.concatenate([mixed[:, : length - rest], mixed[:, -rest:]], axis=1)
-
-
-def _attend(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array | None,
-    drop: Array | None,
-    past: tuple[Array, Array] | None,
-    bias: Array | None,
-    scale: float | None,
-    cap: float | None,
-) -> Array:
-    """Compute `attend` for all queries at once."""
+    if past is None and query.shape[1] > LONG:
+        few = functools.partial(attend, scale=scale, cap=cap)
+        return _by_blocks(few, query, key, value, mask, drop, bias)
     batch, length, heads, width = query.shape
     groups, before = key.shape[2], 0 if past is None else past[0].shape[-1]
     shape = (batch, groups, heads // groups, length, before + key.shape[1])
@@ -106,6 +73,37 @@ def _attend(
     if past is not None:
         mixed = mixed + jnp.matmul(weights[..., :before], past[1])
     return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+
+
+def _by_blocks(
+    few: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    drop: Array | None,
+    bias: Array | None,
+) -> Array:
+    """Return the attention of all queries, of which `few` computes `BLOCK` at a time."""
+    length, count = query.shape[1], -(-query.shape[1] // BLOCK)
+    # The gradients of keys and values are sums over all blocks, which are formed in float32.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    @jax.checkpoint
+    def block(start: Array) -> Array:
+        def rows(x: Array | None, axis: int) -> Array | None:
+            if x is None or x.shape[axis] == 1:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
+
+        keys, values = wide[0].astype(key.dtype), wide[1].astype(value.dtype)
+        return few(rows(query, 1), keys, values, rows(mask, 2), rows(drop, 2), bias=rows(bias, 2))
+
+    # The last block overlaps the one before it if the length is not a multiple.
+    mixed = jax.lax.map(block, jnp.minimum(jnp.arange(count) * BLOCK, length - BLOCK))
+    rest = length - (count - 1) * BLOCK
+    mixed = mixed.swapaxes(0, 1).reshape(query.shape[0], -1, *query.shape[2:])
+    return jnp.concatenate([mixed[:, : length - rest], mixed[:, -rest:]], axis=1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
