@@ -1,12 +1,15 @@
 """Ctrl-C while a save begins: the save is completed, and then the program stops."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from orbax.checkpoint import v1
 
+import lora_jax
 from lora_jax.system import interrupts
 from lora_jax.training.checkpoints import Checkpoints
 from tests.training.test_checkpoints import bits, state
@@ -44,21 +47,31 @@ def test_a_second_one_is_delivered_at_once() -> None:
         block()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each save by Orbax is interrupted as it begins."""
-    begin = v1.save_checkpointables_async
+    for name in ("save_checkpointables", "save_checkpointables_async"):
+        monkeypatch.setattr(v1, name, _interrupted(getattr(v1, name)))
 
+
+def _interrupted(begin: Callable[..., Any]) -> Callable[..., Any]:
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return begin(*args, **kwargs)
 
-    monkeypatch.setattr(v1, "save_checkpointables_async", interrupt)
+    return interrupt
 
 
-@pytest.mark.usefixtures("interrupted")
 def test_the_checkpoint_of_a_run_is_completed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state(3), {})
     with Checkpoints(tmp_path) as checkpoints:
         assert bits(checkpoints.restore(state(0))[0]) == bits(state(3))
+
+
+def test_a_saved_adapter_is_completed(tmp_path: Path) -> None:
+    layout = lora_jax.Layout((lora_jax.Target("w", (3, 4), (), (0,), (1,), rank=2, alpha=4.0),))
+    adapters = lora_jax.init(jax.random.key(0), layout)
+    with pytest.raises(KeyboardInterrupt):
+        lora_jax.save(tmp_path / "a", (layout, adapters))
+    assert bits(lora_jax.restore(tmp_path / "a")[1]) == bits(adapters)

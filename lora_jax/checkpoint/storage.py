@@ -185,10 +185,8 @@ def write(folder: RemotePath, parts: Mapping[str, Any]) -> None:
     """Write the parts of a checkpoint; an old `folder` stays until the new one is complete."""
 
     def save(place: RemotePath) -> None:
-        with _without_note_of_no_arrays():
-            with interrupts.held_back():
-                response = orbax().save_checkpointables_async(place, parts, overwrite=True)
-            response.result()
+        with _without_note_of_no_arrays(), interrupts.held_back():
+            orbax().save_checkpointables(place, parts, overwrite=True)
 
     if not folder.exists():
         save(folder)
