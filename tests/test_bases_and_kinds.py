@@ -1,9 +1,10 @@
 """The law over bases and kinds of update: `adapt` on codes equals the merged, dequantised weights.
 
 Every program runs over NF4 with DoRA, the kind that asks most of a rule, because the gain must not
-be lost on the way; one program for each rule is quick, and the others are slow. A rule multiplies with W in one place, with a gain or without, so LoRA over NF4
-runs only on the programs that refuse a gain and on a few others. The other bases differ from NF4
-only in `dense()`, and the other kinds become plain factors, so a few programs are enough for them.
+be lost on the way; one program for each rule is quick, and the others are slow. A rule multiplies
+with W in one place, with a gain or without, so LoRA over NF4 runs only on the programs that refuse
+a gain and on a few others. The other bases differ from NF4 only in `dense()`, and the other kinds
+become plain factors, so a few programs are enough for them.
 LoRA over floats is tested in tests/test_transform.py.
 """
 

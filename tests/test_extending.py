@@ -317,7 +317,7 @@ def concatenated(axis: int) -> tuple[Any, Any, dict[str, Any], Any]:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_concatenation_under_dropout(kind: str, axis: int) -> None:
-    """Along the outputs both have one mask of x; along the inputs each weight has a mask of its x."""
+    """Along the outputs both have one mask of x; along the inputs each weight has its own."""
     fused, apart, params, x = concatenated(axis)
     layout = lora_jax.resolve(LoraSpec(2, kind=kind, targets="*"), apart, params, x)
     adapters = drawn_of(layout, 0, params)
@@ -335,7 +335,9 @@ def test_concatenation_under_dropout(kind: str, axis: int) -> None:
         assert_close(got, dropped(layout, apart, params, adapters))
         return
     # With W = 0, and identities for the factors of one weight, the output is its part of drop(x).
-    square = lora_jax.Layout(tuple(dataclasses.replace(t, rank=8, alpha=8.0) for t in layout.targets))
+    square = lora_jax.Layout(
+        tuple(dataclasses.replace(t, rank=8, alpha=8.0) for t in layout.targets)
+    )
     none, eye = jnp.zeros((8, 8)), jnp.eye(8)
     want = apart(params, x)
     for name, part in (("q", x[:, :8]), ("k", x[:, 8:])):
