@@ -282,7 +282,6 @@ class Result(NamedTuple):
 
 
 def same(one: object, other: ast.AST) -> bool:
-    """Return whether two pieces of syntax are equal."""
     return type(one) is type(other) and ast.dump(one) == ast.dump(other)
 
 
@@ -333,7 +332,6 @@ def scopes(tree: ast.Module, name: str) -> Iterator[ast.AST]:
 
 
 def places(mutant: Mutant, tree: pathlib.Path) -> list[Place]:
-    """Return where the mutant's expression is."""
     room, _, scope = mutant.where.partition(":")
     top, found = tree / "lora_jax" / room, set[Place]()
     words = [scope, *re.findall(r"\w+", mutant.old.removeprefix("if ").removeprefix("return "))]
@@ -365,7 +363,6 @@ def misplaced(mutants: Sequence[Mutant], tree: pathlib.Path) -> list[str]:
 
 
 def copied(folder: pathlib.Path) -> pathlib.Path:
-    """Copy the tracked files, as they are in the working tree, into `folder`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
@@ -411,7 +408,6 @@ def tried(mutant: Mutant, tree: pathlib.Path, whole: bool) -> Result:
 
 
 def run(mutants: Sequence[Mutant], jobs: int, whole: bool, checked: bool) -> int:
-    """Try the mutants, print their verdicts, and return the exit status."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [copied(pathlib.Path(folder, str(number))) for number in range(jobs)]
         if lines := misplaced(mutants, trees[0]):
@@ -446,7 +442,6 @@ def run(mutants: Sequence[Mutant], jobs: int, whole: bool, checked: bool) -> int
 
 
 def main() -> int:
-    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; none: all")

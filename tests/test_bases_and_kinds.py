@@ -42,18 +42,13 @@ TABLE = [
 
 @pytest.mark.parametrize(("name", "kind", "scheme"), TABLE)
 def test_the_law(name: str, kind: str, scheme: str | None) -> None:
-    """`adapt` equals `merge` for every program, kind and base of the table."""
     law = Law(cases.REGISTRY[name](), kind, scheme)
     for got, want in zip(law.got, law.want, strict=True):
         assert_near(got, want)
 
 
 def assert_near(got: Any, want: Any) -> None:
-    """Compare to 2e-5 of the largest entry of all arrays.
-
-    It is not 2e-5 of each array's largest entry: the gradient of a saturated attention is a small
-    difference of large numbers, in which the definition itself is 3.5e-5 away from float64.
-    """
+    """Compare to 2e-5 of the largest entry of all arrays."""
     got, want = jax.device_get((got, want))
     largest = max((float(np.abs(x).max()) for x in jax.tree.leaves(want)), default=0.0)
     chex.assert_trees_all_close(got, want, rtol=0, atol=2e-5 * largest)
@@ -61,14 +56,12 @@ def assert_near(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_gain_that_cannot_follow_is_refused(name: str) -> None:
-    """A program that combines outputs of different gains is refused."""
     with pytest.raises(lora_jax.LoraError, match="no low-rank rule"):
         _ = Law(cases.REGISTRY[name](), "dora").got
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_quantised_base_without_adapters(name: str) -> None:
-    """A quantised weight works in a function that has no adapters."""
     case = cases.REGISTRY[name]()
     layout = lora_jax.resolve(
         lora_jax.LoraSpec(2, targets=case.targets), case.f, case.params, *case.args, **case.kwargs

@@ -86,7 +86,6 @@ def assert_law(law: Law) -> None:
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
-    """A base and a kind of update from outside the package follow the law."""
     law = Law(cases.REGISTRY[name](), kind)
     to_ternary(law)
     assert_law(law)
@@ -95,7 +94,6 @@ def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
 @pytest.mark.parametrize("base", [None, "ternary", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 def test_a_kernel_with_a_gradient_rule_of_its_own(kind: str, base: str | None) -> None:
-    """A kernel with a gradient rule of its own follows the law once its rule is registered."""
     law = Law(gmm_case(), kind, "nf4" if base == "nf4" else None)
     assert [t.stack for t in law.layout.targets] == [(0,), ()]
     if base == "ternary":
@@ -134,8 +132,6 @@ ad.defbilinear(
 
 
 def test_a_primitive_of_the_users_own() -> None:
-    """A registered rule for a primitive is found by `resolve` and by "all-linear"."""
-
     def f(p: Any, x: Any) -> Any:
         return jnp.tanh(own_product.bind(jnp.tanh(x @ p["first"]), p["own"])) @ p["head"]
 
@@ -358,7 +354,6 @@ def drawn_of(layout: lora_jax.Layout, seed: int) -> Any:
 
 
 def test_no_kind_is_tested_by_name() -> None:
-    """Outside updates/, no code compares a kind of update with a name."""
     names = {"lora", "dora", "vera", "loha", "lokr", "bias"}
     found = []
     for path in pathlib.Path(lora_jax.__file__).parent.rglob("*.py"):

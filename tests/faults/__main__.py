@@ -24,7 +24,6 @@ from tests.faults.kills import Kills
 
 
 def main() -> int:
-    """Run the command line, and return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -58,7 +58,6 @@ class Disk:
         folder.mkdir()
 
     def mount(self, size: int) -> None:
-        """Make an empty one of `size` bytes, in the place of one that may be there."""
         self.unmount()
         options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(self.folder)]
         subprocess.run(["mount", *options], check=True)
@@ -69,7 +68,6 @@ class Disk:
         subprocess.run(["mount", *options], check=True)
 
     def unmount(self) -> None:
-        """Delete it, if there is one."""
         if self.folder.is_mount():
             subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
@@ -131,7 +129,6 @@ def _run(scenario: Scenario, place: pathlib.Path, wanted: int | None) -> int:
 
 
 def main() -> int:
-    """Run the command line, and return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

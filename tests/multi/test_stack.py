@@ -58,7 +58,6 @@ def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> l
 
 @pytest.mark.parametrize("name", TABLE)
 def test_one_of_a_stack_is_that_adapter(name: str) -> None:
-    """It has that adapter's outputs and gradients."""
     case = cases.REGISTRY[name]()
     pairs = three(case.f, case.params, case.args, case.targets, case.kwargs)
     layout, stacked = compiled(lora_jax.multi.stack, pairs)
@@ -245,7 +244,6 @@ def test_resident_adapters_cost_their_own_bytes_alone() -> None:
 
 
 def test_put_writes_one_slot_and_unstack_reads_it_back() -> None:
-    """`put` changes one slot alone, bit for bit."""
     f, params, args = model(BERT)
     pairs = three(f, params, args, "all-linear")
     layout, stacked = compiled(functools.partial(lora_jax.multi.stack, size=5), pairs)
@@ -302,8 +300,6 @@ def test_examples_draw_apart_from_each_other() -> None:
 
 
 def test_axes_of_the_examples() -> None:
-    """Examples may be on any axis."""
-
     def f(p: Any, x: Any, table: Any) -> Any:  # x [T, B, D], time first
         return {"y": x @ p["w"] + table, "loss": jnp.sum(x @ p["w"])}
 
@@ -322,7 +318,6 @@ def test_axes_of_the_examples() -> None:
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
 def test_on_a_mesh(sizes: tuple[int, int]) -> None:
-    """Rows sharded over `data` and weights over `tensor` give the numbers of one device."""
     axes = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=axes)
     f, params, _ = model(BERT)

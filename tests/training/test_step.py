@@ -122,8 +122,6 @@ def test_a_padded_row_without_weight_changes_nothing() -> None:
 
 
 def test_each_part_draws_from_a_key_of_its_own() -> None:
-    """Each part of a batch has its own key. Red with one key for all: dropout would leave out the
-    same places in every part."""
     workload, layout, base, frozen = parts()
 
     def noise(params: Any, batch: Any, *, train: bool, key: Any) -> jax.Array:
