@@ -85,6 +85,8 @@ CEILING = 400  # lines of a file
 # Distribution -> the name that it is imported by, where the two differ.
 IMPORT_NAMES = {
     "absl-py": "absl",
+    "jax-cuda12-plugin": "jax_cuda12_plugin",
+    "nvidia-cuda-nvcc-cu12": "nvidia",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
     "tensorflow-datasets": "tensorflow_datasets",
