@@ -331,19 +331,6 @@ def test_a_router_learns_which_expert_made_which_token() -> None:
     np.testing.assert_allclose(served.share, 0.5, atol=0.05)
 
 
-def test_factors_and_router_train_together() -> None:
-    case = cases.REGISTRY["bare_scan"]()
-    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
-    router = router_of(layout, 3)
-    loss = scalar(runs(case, layout))
-    both = jax.jit(jax.grad(lambda s, r: loss(case.params, lora_jax.moe.route(s, r, 2)), (0, 1)))
-    of_stack, of_router = both(stacked, router)
-    for path in stacked.factors:
-        assert jnp.all(of_stack.factors[path].a[-1] == 0)
-        assert all(jnp.any(x[:-1] != 0) for x in of_stack.factors[path])
-        assert jnp.any(of_router[path] != 0)
-
-
 def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
     """The recipe in `lora_jax.moe.router` keeps experts and router: restore(save(x)) == x."""
     case = cases.REGISTRY["bare_scan"]()
