@@ -12,6 +12,7 @@ import pytest
 from jax import Array
 
 from lora_jax.models import attention
+from lora_jax.models.sight import visible
 
 BATCH, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ def settings(
     ids = jnp.arange(length)[None] // jnp.array([[5], [9]]) if segments else None
     pairs = (BATCH, HEADS, length, length)
     return rest | {
-        "mask": attention.visible(length, mask, ids, causal=causal, window=window),
+        "sight": visible(length, mask, ids, causal=causal, window=window),
         "drop": (draw(8, *pairs) > 0) * 2.0 if drop else None,
         "bias": draw(9, *pairs) if bias else None,
     }
@@ -103,7 +104,7 @@ def test_memory_is_linear_in_the_length() -> None:
             jax.ShapeDtypeStruct((1, length, n, WIDTH), jnp.float32)
             for n in (HEADS, KEY_HEADS, KEY_HEADS)
         ]
-        step = jax.jit(jax.grad(lambda *x: attention.attend(*x, None).sum(), (0, 1, 2)))
+        step = jax.jit(jax.grad(lambda *x: attention.attend(*x, visible(x[0].shape[1])).sum(), (0, 1, 2)))
         return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(16384) < 2.2 * temporaries(8192)
