@@ -89,11 +89,12 @@ class _DecoderLayer(nn.Module):
     def __call__(
         self, flow: _Flow, views: _Views, cache: Cache | None, kind: Array | None = None
     ) -> tuple[_Flow, None]:
-        config, view, other = self.config, views[self.kind], views[1 - self.kind]
+        config, view, (one, other) = self.config, views[self.kind], views
+        if kind is not None and one and other:  # one program for layers of both kinds
+            first = kind == 0
+            turn = jax.tree.map(lambda *each: jnp.where(first, *each), one.turn, other.turn)
+            view = _View(turn, either(first, one.sight, other.sight))
         assert view is not None
-        if kind is not None and other is not None:  # one program for layers of both kinds
-            turn = jax.tree.map(lambda *each: jnp.where(kind == 0, *each), view.turn, other.turn)
-            view = _View(turn, either(kind == 0, view.sight, other.sight))
 
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
 
