@@ -1,4 +1,4 @@
-"""What each token of a row sees: padded and packed rows, causal attention, windows, caches."""
+"""The tokens that each token of a row sees: padding, packed rows, causality, windows, caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jax import Array
 )
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """Which of S tokens each of T tokens sees. A mask [T, S] is formed only where it is used.
+    """The tokens, of S, that each of T tokens sees. A mask [T, S] is formed only where it is used.
 
     A token sees the real tokens of its own segment: if causal, none after itself, and in a window
     none that is `window` or more tokens away.
