@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.exchange.axes import rotary_order
 from lora_jax.exchange.expert_stacks import numbered
-from lora_jax.exchange.module_update import rotary_order
 from lora_jax.exchange.names import NameTable
 from lora_jax.system.extras import require
 
