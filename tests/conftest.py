@@ -100,10 +100,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark most of each matrix as slow, and put the longest files first.
-
-    All objects made so far are exempt from garbage collection.
-    """
+    """Mark most of each matrix as slow, and put the longest files first."""
     matrices = collections.defaultdict[str, list[pytest.Item]](list)
     for item in items:
         if item.get_closest_marker("matrix"):

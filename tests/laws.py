@@ -15,7 +15,6 @@ from tests.test_transform import assert_close, weighted
 
 
 def drawn_adapters(layout: lora_jax.Layout) -> Any:
-    """Adapters drawn by NumPy, whose updates are not zero."""
     shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
     draw = np.random.default_rng(3).standard_normal
     return jax.tree.map(lambda x: jax.device_put((0.1 * draw(x.shape)).astype(x.dtype)), shapes)
@@ -58,18 +57,13 @@ def is_float(x: Any) -> bool:
 
 
 def left_out(layout: lora_jax.Layout) -> dict[str, str]:
-    """The reason why each parameter was left out, by path."""
     return {entry.path: entry.reason for entry in layout.left_out}
 
 
 def assert_complete(
     layout: lora_jax.Layout, f: Callable[..., Any], params: Any, *args: Any
 ) -> None:
-    """Check that "all-linear" takes or names every kernel that the oracle finds.
-
-    Of the kernels, it leaves out the output heads that the oracle finds, and those alone. Every
-    other parameter that it leaves out has no rule.
-    """
+    """Check that "all-linear" takes or names every kernel that the oracle finds."""
     found = oracle.walk(f, params, *args)
     unnamed = set(found.kernels) - {t.path for t in layout.targets}
     if unnamed:  # a layout that has every kernel needs no list

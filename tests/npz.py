@@ -6,6 +6,5 @@ import numpy as np
 
 
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by name."""
     with np.load(file) as arrays:
         return dict(arrays)

@@ -65,7 +65,6 @@ SUMS = ("add", "add_any")
 
 
 def walk(f: Callable[..., Any], params: Any, *args: Any) -> Found:
-    """Find the kernels and heads of `f(params, *args)`."""
     keyed = jax.tree_util.tree_leaves_with_path(params)
     paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in keyed]
     matrices = {path for path, (_, x) in zip(paths, keyed, strict=True) if np.ndim(x) >= 2}
@@ -89,7 +88,6 @@ def walk(f: Callable[..., Any], params: Any, *args: Any) -> Found:
 
 
 def _cut(value: Value, x: Any) -> Value:
-    """Drop the paths of a value that is integer, a predicate or a key."""
     floating = jnp.issubdtype(x.dtype, jnp.inexact)
     return value if floating else value._replace(ways=frozenset())
 

@@ -13,7 +13,6 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Yield all equations of a jaxpr, nested jaxprs included."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for eqn in jaxpr.eqns:
         yield eqn
@@ -32,11 +31,7 @@ def product_sizes(f: Any, *args: Any) -> set[int]:
 
 
 def compiled(f: Callable[..., Any], *args: Any) -> Any:
-    """Return `f(*args)`, run as one program; without jit, each operation would be compiled.
-
-    Only the arrays in the arguments and in the result are traced. So both may hold a layout, or a
-    number that `f` reads in Python.
-    """
+    """Return `f(*args)`, run as one program; without jit, each operation would be compiled."""
     leaves, tree = jax.tree.flatten(args)
     others: list[Any] = []
     found: Any = None

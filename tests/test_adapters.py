@@ -16,7 +16,6 @@ LAYOUT = lora_jax.resolve(LoraSpec(8, 16.0, ("w", "v")), F, PARAMS, jnp.ones((2,
 
 
 def test_a_is_gaussian_with_variance_one_over_fan_in_and_b_is_zero() -> None:
-    """Factor a is Gaussian with variance 1 / fan_in, and b is zero."""
     adapters = lora_jax.init(jax.random.key(0), LAYOUT)
     for target in LAYOUT.targets:
         a, b = adapters[target.path]

@@ -90,7 +90,6 @@ def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> No
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS, "vit"])
 def test_families_adapted_equal_merged(family: str) -> None:
-    """The spec "all-linear" takes the products of a family's layers, and `adapt` equals `merge`."""
     encoder = family in ENCODERS
     base, options = (BERT, ENCODERS[family]) if encoder else (LLAMA, FAMILIES.get(family, {}))
     config: Any = VIT if family == "vit" else dataclasses.replace(base, **options)
@@ -115,14 +114,12 @@ def test_families_adapted_equal_merged(family: str) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_linear_leaves_out_the_language_models_head(tied: bool) -> None:
-    """The spec "all-linear" does not adapt the head of a language model, tied or not."""
     f, params, args = built(dataclasses.replace(LLAMA, tied=tied))
     layout = lora_jax.resolve(lora_jax.LoraSpec(2), f, params, *args)
     assert {t.path.split("/")[0] for t in layout.targets} == {"layers_0", "layers_1"}
 
 
 def test_profiles_name_the_users_modules() -> None:
-    """Operations of an adapted program keep the names of the user's modules."""
     f, params, args = built(LLAMA)
     layout = lora_jax.resolve(lora_jax.LoraSpec(2), f, params, *args)
     adapters = lora_jax.init(jax.random.key(1), layout)

@@ -99,11 +99,7 @@ def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def gradient(name: str, sizes: tuple[int, int, int], rank: int | None) -> hlo.Module:
-    """HLO of the gradient by the adapters or, without a rank, of the base by one of its vectors.
-
-    The vector comes before all products, so its gradient needs the gradient of every product's
-    input.
-    """
+    """HLO of the gradient by the adapters or, without a rank, of the base by one of its vectors."""
     f, params, x, table, vector = MODELS[name]()
     mesh = grid(sizes)
     specs = sharding.place(params, dict(mesh.shape), table=table)
@@ -142,7 +138,6 @@ def whole_weights(name: str) -> set[int]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
-    """No collective over the tensor axis moves a whole weight."""
     found = collectives(gradient(name, TENSOR, RANKS[0]))
     assert found
     assert not [i for i in found if sizes_of(i) & whole_weights(name)]
@@ -157,8 +152,6 @@ def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
 def test_adapters_add_collectives_of_their_rank_alone(
     name: str, sizes: tuple[int, int, int]
 ) -> None:
-    """Adapters add only collectives whose shapes contain the rank."""
-
     def counted(rank: int | None) -> Counter[Any]:
         return Counter((i.kind, i.operand) for i in collectives(gradient(name, sizes, rank)))
 
@@ -178,7 +171,6 @@ def test_adapters_add_collectives_of_their_rank_alone(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_gradient_of_a_weight(name: str) -> None:
-    """No product has the size of a weight, or of one device's shard of a weight."""
     sizes = {size // n for size in whole_weights(name) for n in (1, 2, 4, 8)}
     products = [i for i in gradient(name, ALL, RANKS[0]).instructions if i.kind == "dot"]
     assert products
@@ -187,10 +179,7 @@ def test_no_gradient_of_a_weight(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_activations_stay_where_the_batch_is(name: str) -> None:
-    """Over fsdp alone, only weights, factors and gradients of factors move.
-
-    Red without `by_rows`, or if an embedding is not gathered before the lookup.
-    """
+    """Over fsdp alone, only weights, factors and gradients of factors move."""
     found = collectives(gradient(name, FSDP, RANKS[0]))
     assert found
     assert not [i for i in found if any(size % LENGTH == 0 for size in sizes_of(i))]

@@ -101,7 +101,6 @@ def test_an_option_that_is_given_twice_is_said(capsys: pytest.CaptureFixture[str
 def test_every_command_says_what_is_given_twice(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, main: Any, words: list[str]
 ) -> None:
-    """Each command notes an option that is given twice."""
     given = [*words, "--out", str(tmp_path / "a"), f"--out={tmp_path / 'b'}"]
     assert main(given) == 1
     said = capsys.readouterr().err.split("error: ")[0]
@@ -109,7 +108,6 @@ def test_every_command_says_what_is_given_twice(
 
 
 def test_one_reader_of_options() -> None:
-    """Only `console.py` reads options with tyro."""
     package = pathlib.Path(command_line.__file__).parents[1]
     using = {p.name for p in package.rglob("*.py") if "tyro.cli(" in p.read_text()}
     assert using == {"console.py", "config_fields.py"}  # config_fields.py reads single values
@@ -118,7 +116,6 @@ def test_one_reader_of_options() -> None:
 def test_a_model_that_is_not_there_leaves_the_directory_to_others(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
-    """A run that stops before it finds its model does not claim the directory."""
     run = tmp_path / "run"
     assert train.main(["--model.reference", str(tmp_path / "none"), "--run-dir", str(run)]) == 1
     assert "none is neither a folder nor a .gguf file" in capsys.readouterr().err
@@ -142,7 +139,6 @@ def every_field(kind: type, prefix: str = "") -> list[str]:
 def test_help_names_every_field_with_default_and_meaning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The help of each option has its default, and words."""
     with pytest.raises(SystemExit):
         parse("--help")
     out = capsys.readouterr().out.replace("│", " ")

@@ -22,7 +22,6 @@ from tests.training.runs import OWN
 def test_names_of_strangers_do_not_command_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Control characters in names from a file do not reach the terminal."""
     name = "a\x1b]52;c;eA==\x07b\x9b2J\r\x08"
     file = io.StringIO()
     console.say(Console(file=file, force_terminal=True), f"{name}c\nd")
@@ -55,7 +54,6 @@ class Said:
 def test_options_of_one_value_that_are_repeated_are_noted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A note names each option whose earlier values are lost."""
     given = ["--image", "a", "--image=b", "--out", "x", "--out", "y"]
     found = console.read_options(Said, "test", None, given, adding=True)
     assert found == Said(("a", "b"), "y")
@@ -68,8 +66,6 @@ def test_options_of_one_value_that_are_repeated_are_noted(
 def test_a_lack_of_memory_is_an_error_with_a_cure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    """Running out of memory gives an error message with a cure."""
-
     def large(*_: object) -> None:
         jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**46, jnp.uint8))())
 

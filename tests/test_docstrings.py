@@ -98,7 +98,6 @@ def unexplained(name: str, value: Any) -> list[str]:
 
 
 def test_public_symbols_explain_their_parameters() -> None:
-    """Every public symbol has a docstring that explains each of its parameters."""
     found = [line for name, value in public_symbols().items() for line in unexplained(name, value)]
     assert not found, "\n".join(found)
 
@@ -156,7 +155,6 @@ def faults(path: pathlib.Path) -> list[str]:
 
 
 def test_plain_english() -> None:
-    """Docstrings and comments do not use the words and openings above."""
     folders = ("lora_jax", "configs", "experiments", "measuring")
     folders += ("tests", "benchmarks", "docs", ".ci")
     files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))

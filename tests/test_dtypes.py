@@ -63,7 +63,6 @@ def test_all_linear_names_what_is_not_float(name: str) -> None:
 
 
 def test_a_merge_into_integers_is_refused() -> None:
-    """A layout that was resolved on floats is refused for the codes that replaced them."""
     params = {"w": CODES.astype(jnp.float32), "head": HEAD}
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w"), dequantised, params, X)
     adapters = laws.drawn_adapters(layout)

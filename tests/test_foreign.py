@@ -38,7 +38,6 @@ X = jax.random.normal(jax.random.key(0), (4, 10))
 
 
 def test_same_outputs_and_state_as_the_model_itself() -> None:
-    """The bridge gives the outputs and the state of the model itself."""
     model = Net(nnx.Rngs(0))
     f, params, state = lora_jax.from_nnx(model)
     for _ in range(2):
@@ -93,7 +92,6 @@ def gathered() -> Gathered:
 
 
 def test_every_array_of_a_tree_is_an_argument() -> None:
-    """`f` takes every array of a tree as an argument."""
     f, params, state = lora_jax.from_equinox(gathered(), method="forward")
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(f(params, state, x)[0], gathered()(x))

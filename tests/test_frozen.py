@@ -57,7 +57,6 @@ def test_a_pattern_that_matches_nothing() -> None:
 
 @pytest.mark.parametrize("tx", [optax.adamw(1e-2, weight_decay=0.1), optax.adafactor(1e-2)])
 def test_training_adapters_and_head_leaves_w0_bit_identical(tx: Any) -> None:
-    """Training the adapters and the head leaves W0 identical, bit for bit."""
     before = np.array(PARAMS["body"]["w"])
     trained, rest = frozen.split(PARAMS, ("head/**",))
     trainable = {"adapters": lora_jax.init(jax.random.key(0), LAYOUT), "base": trained}
@@ -79,10 +78,6 @@ def test_training_adapters_and_head_leaves_w0_bit_identical(tx: Any) -> None:
 
 
 def test_partition_freezes_even_where_gradients_of_w0_exist() -> None:
-    """`partition` freezes W0 where one tree holds all parameters and all are differentiated.
-
-    Red with `optax.masked` in its place.
-    """
     tree = {"params": PARAMS, "adapters": lora_jax.init(jax.random.key(0), LAYOUT)}
     g = lora_jax.adapt(LAYOUT, model)
     grads = jax.grad(lambda t: (g(t["params"], t["adapters"], X) ** 2).mean())(tree)

@@ -24,7 +24,6 @@ def test_what_json_has_is_read_as_json_reads_it() -> None:
 
 @pytest.mark.parametrize("depth", [101, 900, 100_000])
 def test_depth(depth: int) -> None:
-    """Text that is nested more than 100 levels deep is refused."""
     assert parse("[" * 100 + "]" * 100) is not None
     assert parse(json.dumps([[]] * 1000)) == [[]] * 1000
     for begin, end in (("[", "]"), ('{"a":', "}")):

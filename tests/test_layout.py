@@ -85,6 +85,8 @@ CEILING = 400  # lines of a file
 # Distribution -> the name that it is imported by, where the two differ.
 IMPORT_NAMES = {
     "absl-py": "absl",
+    "jax-cuda12-plugin": "jax_cuda12_plugin",
+    "nvidia-cuda-nvcc-cu12": "nvidia",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
     "tensorflow-datasets": "tensorflow_datasets",
@@ -166,10 +168,7 @@ CHECKOUT: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("folder", CHECKOUT)
 def test_folders_of_a_checkout(folder: str) -> None:
-    """Folders of a checkout import one another only as the table allows.
-
-    The wheel holds `lora_jax` alone.
-    """
+    """Folders of a checkout import one another only as the table allows."""
     known = {"configs", "train", "experiments", "benchmarks", "measuring", "tests"}
     for path in sources(folder):
         others = {name.split(".")[0] for name in imports(path)} & known
@@ -254,7 +253,6 @@ def test_five_libraries_are_required() -> None:
 
 
 def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing extra gives one error with the command that installs it."""
     for room in ("training", "data", "sweeps", "planner", "serving", "report"):
         assert "require(" in (PACKAGE / room / "__init__.py").read_text()
     find = importlib.util.find_spec
@@ -298,7 +296,6 @@ def test_no_tensorflow_and_no_backend_at_import() -> None:
 
 
 def test_manners() -> None:
-    """No file of the package is too long, and none asks `hasattr`."""
     texts = {name_of(path): path.read_text() for path in sources("lora_jax")}
     assert not {
         n: len(text.splitlines()) for n, text in texts.items() if text.count("\n") > CEILING
@@ -322,7 +319,6 @@ def defined_types(path: pathlib.Path) -> set[str]:
 
 
 def test_one_type_for_each_name() -> None:
-    """Each name of a type has one definition in the package."""
     where: dict[str, list[str]] = {}
     for path in sources("lora_jax"):
         for name in defined_types(path):
@@ -332,7 +328,6 @@ def test_one_type_for_each_name() -> None:
 
 
 def test_primitives_are_named_in_one_room() -> None:
-    """The facts about a primitive are in its table; no other room asks for one by its name."""
     from lora_jax.primitives import table
 
     names = {name for name in table.PRIMITIVES if "_" in name} | {"gather"}

@@ -226,7 +226,6 @@ NO_REVERSE = {"in_a_pallas_kernel"}
 @pytest.mark.parametrize("last", [False, True], ids=["then_a_head", "last"])
 @pytest.mark.parametrize("name", list(REGISTRY))
 def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
-    """Each kernel is a target, or is named as left out with a reason."""
     f, params = program(name, last)
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, X)
     paths = {t.path for t in layout.targets}
@@ -241,7 +240,6 @@ def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
 
 @pytest.mark.parametrize("name", sorted({*REGISTRY} - NO_REVERSE))
 def test_a_named_kernel_can_be_adapted_by_the_cure(name: str) -> None:
-    """A kernel that was left out can be adapted by a rule with its axes, and a fold."""
     f, params = program(name, last=False)
     stack = tuple(range(params["w"].ndim - 2))
     rule = Rule("w", stack=stack, inputs=(len(stack),), outputs=(len(stack) + 1,))
@@ -337,7 +335,6 @@ def test_axes_that_do_not_fit_the_parameter(axes: Any) -> None:
 
 
 def test_axes_of_a_rule_that_contradict_the_trace() -> None:
-    """Axes of a rule that contradict the trace are refused: they would shard and export wrongly."""
     f, params = program("masked", last=False)
     rule = Rule("first", inputs=(1,), outputs=(0,))
     with pytest.raises(LoraError, match=r"'first'(.|\n)*inputs"):
@@ -356,14 +353,12 @@ def test_what_is_left_out_is_printed_and_saved() -> None:
 
 
 def test_explicit_targets_leave_nothing_out() -> None:
-    """A layout of explicit targets has an empty list of parameters that are left out."""
     f, params = program("normalised", last=False)
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "first"), f, params, X)
     assert not layout.left_out
 
 
 def test_embeddings_are_named() -> None:
-    """The spec "all-linear" names a table that is only looked up among the parameters left out."""
     f = lambda p, ids: jnp.tanh(p["table"][ids] @ p["w"]) @ p["head"]  # noqa: E731
     params = {"table": normal(0, 9, 6), "w": normal(1, 6, 8), "head": normal(2, 8, 5)}
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, jnp.array([1, 4, 8]))

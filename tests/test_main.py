@@ -10,7 +10,6 @@ from lora_jax.system.extras import MissingExtraError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help has a line for each command."""
     assert command.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"\n    {name} " in said for name in command.COMMANDS)
@@ -23,7 +22,6 @@ def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_train_is_train_py(capsys: pytest.CaptureFixture[str]) -> None:
-    """`lora-jax train` passes its arguments to train.py."""
     with pytest.raises(SystemExit) as end:
         command.main(["train", "--config", "configs/own_model.py", "--help"])
     assert end.value.code == 0

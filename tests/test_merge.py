@@ -33,7 +33,6 @@ def test_merge_against_float64_by_hand() -> None:
 
 
 def test_a_bfloat16_base_is_summed_in_float32_and_rounded_once() -> None:
-    """An update of a bfloat16 base is added in float32, and the sum is rounded once."""
     w = jnp.full((4, 4), 256.0, jnp.bfloat16)  # neighbours in bfloat16: 255, 258
     f = lambda p, x: x @ p["w"]  # noqa: E731
     layout = lora_jax.resolve(LoraSpec(1, 1.0, "w"), f, {"w": w}, jnp.ones((1, 4), jnp.bfloat16))

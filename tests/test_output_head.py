@@ -218,7 +218,6 @@ def batch_statistics() -> Any:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_the_head_is_left_out_by_name_and_nothing_else_is(name: str) -> None:
-    """The spec "all-linear" leaves out the head, with a reason, and adapts every other kernel."""
     f, params, args, heads = REGISTRY[name]()
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
     matrices = {path for path, w in laws.flat(params).items() if w.ndim >= 2}

@@ -33,7 +33,6 @@ from lora_jax import LoraError, paths
     ],
 )
 def test_match(pattern: str, path: str, hit: bool) -> None:
-    """A pattern matches the paths that its wild cards describe."""
     assert paths.match(pattern, path) is hit
     assert paths.matching(pattern, [path]) == [path] * hit
 

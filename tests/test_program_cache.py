@@ -36,7 +36,6 @@ pathlib.Path(out).write_text(json.dumps(found))
 
 
 def test_a_second_command_compiles_nothing(tmp_path: pathlib.Path) -> None:
-    """A third command compiles nothing after two commands filled the cache at the same time."""
     base = tiny.write_model(tmp_path / "base", tiny.LLAMA)
     script, cache = tmp_path / "generate.py", tmp_path / "cache"
     script.write_text(PROGRAM)
@@ -83,7 +82,6 @@ def test_a_cache_of_the_user_is_left_alone() -> None:
 def test_commands_run_without_it(
     trouble: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command runs where the cache is off, not a folder, locked for ever or on a full disk."""
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
     folder = user_cache.folder() / "programs" / program_cache.machine()
     lock = filelock.FileLock(folder / program_cache._LOCK)
@@ -105,7 +103,6 @@ def _full(*_: Any, **__: Any) -> None:
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path: pathlib.Path) -> None:
-    """A file that a killed process left unfinished is deleted."""
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (tmp_path / name).write_text("x")
     program_cache._drop_unfinished(tmp_path)
@@ -114,8 +111,6 @@ def test_what_a_killed_process_left_is_deleted(tmp_path: pathlib.Path) -> None:
 
 
 def test_machines_have_folders_of_their_own(tmp_path: pathlib.Path) -> None:
-    """Each model of processor and instruction set has a folder of its own."""
-
     def named(flags: str, mhz: int = 2000, model: str = "EPYC") -> str:
         text = f"model name\t: {model}\ncpu MHz\t: {mhz}\nflags\t: {flags}\n"
         (tmp_path / "cpuinfo").write_text(text * 2)

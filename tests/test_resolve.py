@@ -33,13 +33,10 @@ def paths_of(layout: lora_jax.Layout) -> list[str]:
 
 
 def test_all_linear_takes_every_product_but_the_output_head() -> None:
-    """The spec "all-linear" adapts every product except the output head."""
     assert paths_of(resolved("all-linear")) == ["body/first", "body/second"]
 
 
 def test_a_residual_stream_has_no_output_head() -> None:
-    """The last product of an encoder that ends in a residual sum is not a head."""
-
     def encoder(p: Any, x: Any) -> Any:
         x = x @ p["head"] @ p["head"].T
         h = x + jnp.tanh(x @ p["body"]["first"]) @ p["body"]["second"]
@@ -59,7 +56,6 @@ def test_the_head_is_found_behind_a_loss_and_inside_calls() -> None:
 
 
 def test_the_first_matching_rule_wins() -> None:
-    """A parameter takes the first rule that matches it."""
     layout = resolved(Rule("**/first", rank=3, alpha=1.5), Rule("body/{first,second}", alpha=8.0))
     first, second = layout.targets
     assert (first.rank, first.scale) == (3, 0.5)
@@ -67,10 +63,7 @@ def test_the_first_matching_rule_wins() -> None:
 
 
 def test_a_rule_that_earlier_ones_hide_is_an_error() -> None:
-    """A later rule with other settings must decide at least one parameter.
-
-    Red without the check: the rank 3 of the second rule is lost, and nothing says so.
-    """
+    """A later rule with other settings must decide at least one parameter."""
     with pytest.raises(LoraError, match=r"'body/first' changes nothing: .*first,second"):
         resolved(Rule("body/{first,second}"), Rule("body/first", rank=3))
     wide = resolved(Rule("body/first"), Rule("body/{first,second}", rank=3))
@@ -156,8 +149,6 @@ def test_a_rank_above_the_smaller_side() -> None:
 
 
 def test_an_operation_without_a_rule_names_itself_and_the_cure() -> None:
-    """The error for an operation without a rule names the operation, its line and the cure."""
-
     def regularised(p: Any, x: Any) -> Any:
         return mlp(p, x).sum() + (p["body"]["first"] ** 2).sum()
 
@@ -185,10 +176,7 @@ def test_folding_is_done_where_it_is_asked_for() -> None:
 
 
 def test_a_custom_vjp_is_refused_unless_folded() -> None:
-    """A function with its own gradient rule is refused unless it is folded.
-
-    The transform cannot enter it without losing that rule, which doubles the gradient here.
-    """
+    """A function with its own gradient rule is refused unless it is folded."""
 
     @jax.custom_vjp
     def product(w: Any, x: Any) -> Any:

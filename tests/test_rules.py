@@ -161,7 +161,6 @@ def depthwise(p: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_a_depthwise_kernel_that_is_reshaped(multiplier: int) -> None:
-    """The axes of a depthwise kernel keep their roles through the reshape."""
     params, x = {"w": normal(0, 3, 3, 4, multiplier)}, normal(1, 2, 5, 5, 4)
     layout = law(depthwise, params, x, targets="w")
     target = layout["w"]
@@ -234,8 +233,6 @@ def test_the_columns_picked_by_indices_are_outputs() -> None:
 
 
 def test_spectral_normalisation_is_no_use_of_the_weight() -> None:
-    """The axes come from the product with the input, not from the power iteration."""
-
     def f(p: Any, u: Any, x: Any) -> Any:
         v = u @ p["w"].T
         v = lax.stop_gradient(v / jnp.linalg.norm(v))

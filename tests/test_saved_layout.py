@@ -46,7 +46,6 @@ def test_it_is_read_back_with_what_is_left_out() -> None:
 
 
 def test_what_is_dequantised_is_printed_and_saved() -> None:
-    """The list of dequantised weights is printed and saved."""
     embedding = Remark("embed", (1000, 64), "`gather` at model.py:31 (f) takes it")
     layout = Layout(LAYOUT.targets, LAYOUT.left_out, (embedding,))
     below = "dequantised:\n  embed  1000x64  `gather` at model.py:31 (f) takes it"

@@ -204,7 +204,6 @@ def test_an_unknown_name_in_metadata_is_an_error() -> None:
 
 
 def test_the_arrays_of_every_kind_follow_the_weights() -> None:
-    """The arrays of each kind are sharded as the axes of W that they belong to."""
     form = ((3, 8, 9), (0,), (1,), (2,))
     kinds = ("dora", "vera", "loha", "lokr", "bias")
     targets = [lora_jax.Target(k, *form, 2, 2.0, kind=k) for k in kinds]

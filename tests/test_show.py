@@ -53,7 +53,6 @@ def every(branches: tuple[Branch, ...], above: str = "") -> dict[str, Leaf]:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "bert", "vit", "llama_nf4"])
 def test_the_tree_holds_every_parameter_and_marks_what_is_adapted(name: str) -> None:
-    """Each parameter is in one line of the tree; a line is marked if its weights are adapted."""
     model = open_shaped(str(MODELS / name), False)
     found = trace(model.apply, model.params, model.batch, train=False, key=None)
     layout = found.layout(lora_jax.LoraSpec(1, 1.0, ATTENTION))
@@ -72,7 +71,6 @@ def test_the_tree_holds_every_parameter_and_marks_what_is_adapted(name: str) -> 
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize(("name", "scan"), [("modernbert", False), ("qwen3_moe", True)])
 def test_lines_fit_the_terminal(name: str, scan: bool, width: int) -> None:
-    """No line is wider than the terminal, except the model's path."""
     text = shown(name, width, targets=("all-linear",), scan_layers=scan)
     of_tree = text.splitlines()[1:]  # the first line is the model's path, unchanged
     assert max(map(len, of_tree)) <= width
@@ -80,7 +78,6 @@ def test_lines_fit_the_terminal(name: str, scan: bool, width: int) -> None:
 
 
 def test_the_roles_of_the_axes_and_the_numbers_by_rank() -> None:
-    """Lines show the roles of axes in the shape's order, and the table counts adapters by rank."""
     text = shown("qwen3_moe", 100, targets=(ATTENTION, "**/router/kernel@rank=2"), ranks=(1, 4))
     assert re.search(r"● .*router/kernel +12 in x 4 out +48", text)
     assert re.search(r"\n  .*down/kernel +4 experts x 6 in x 12 out +288", text)
@@ -105,12 +102,10 @@ def test_stored_codes_are_told_by_their_bits() -> None:
 
 
 def test_a_terminal_without_block_characters() -> None:
-    """A terminal that has only ASCII gets the tree in ASCII."""
     assert re.search(r"\n\* .*`- kernel", shown("bert", encoding="ascii", targets=(ATTENTION,)))
 
 
 def test_errors_tell_the_cure(capsys: pytest.CaptureFixture[str]) -> None:
-    """An error is one message with a cure."""
     with pytest.raises(LoraError, match=r"lora.targets: cannot read 'rnk=4'"):
         shown("no_such_model", targets=("**@rnk=4",))
     with pytest.raises(LoraError, match=r"--ranks: rank must be an integer of at least 1, got 0"):

@@ -28,7 +28,6 @@ def large(deep: str = WORDS, kind: str = "lora", parts: tuple[tuple[int, int], .
 
 
 def test_a_large_layout_is_a_few_short_lines() -> None:
-    """Layers with equal targets share a line, and every line fits the width."""
     layout = large()
     text = str(layout)
     lines = text.splitlines()
@@ -43,7 +42,6 @@ def test_a_large_layout_is_a_few_short_lines() -> None:
 
 
 def test_long_columns_are_broken_and_lose_nothing() -> None:
-    """A column that is too long is wrapped, and its text stays complete."""
     deep = "/".join(f"tower_{name}" for name in "abcdefghijklmn")
     parts = tuple((64 * i, 32) for i in range(8))
     text = str(large(deep, parts=parts))
@@ -53,7 +51,6 @@ def test_long_columns_are_broken_and_lose_nothing() -> None:
 
 
 def test_a_group_is_the_pattern_of_its_paths_and_of_no_other() -> None:
-    """The pattern of a group matches the paths of the group and no other path."""
     alike = {f"a/{i}/{name}/w": (i < 2 or name == "v") for i in range(4) for name in "qvk"}
     alike |= {"a/0/q": True, "b": True, "a/1/q": True, "b/{x}": True, "b/{y}": True}
     found = path_groups.group(alike)

@@ -45,17 +45,14 @@ class Law:
         self.derive_slow = jax.jit(self._derive(self.slow))
 
     def fast(self, params: Any, adapters: Any, x: Any = None) -> Any:
-        """The fast path, with `x` in place of the first floating argument."""
         return self._adapted(params, adapters, *self._args(x), **self.case.kwargs)
 
     def slow(self, params: Any, adapters: Any, x: Any = None) -> Any:
-        """The definition, with `x` in place of the first floating argument."""
         merged = lora_jax.merge(self.layout, lora_jax.dequantize(params), adapters)
         return self.case.f(merged, *self._args(x), **self.case.kwargs)
 
     @functools.cached_property
     def base(self) -> Any:
-        """The outputs without adapters."""
         run = jax.jit(lambda params, *args: self.case.f(params, *args, **self.case.kwargs))
         return run(self.case.params, *self.case.args)
 
@@ -86,12 +83,10 @@ class Law:
 
     @functools.cached_property
     def got(self) -> tuple[Any, Any, Any]:
-        """Outputs, derivative by the adapters, and gradient of x, from the fast path."""
         return self.derive_fast(self.base_params, self.adapters, self.x)
 
     @functools.cached_property
     def want(self) -> tuple[Any, Any, Any]:
-        """Outputs, derivative by the adapters, and gradient of x, from the definition."""
         return self.derive_slow(self.base_params, self.adapters, self.x)
 
 
@@ -124,7 +119,6 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 
 def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The adapted function has the outputs of the function on merged weights."""
     want = law.want[0]
     assert_close(law.got[0], want)
     outputs = zip(*map(jax.tree.leaves, (law.base, want)), strict=True)
@@ -133,13 +127,11 @@ def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
 
 
 def test_gradients_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The adapted function has the derivatives by the adapters of the merged one."""
     assert_close(law.got[1], law.want[1])
     assert any(np.any(x) for x in jax.tree.leaves(law.got[1]))
 
 
 def test_gradients_of_the_inputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The adapted function has the input gradients of the function on merged weights."""
     if law.x is None:
         pytest.skip("no floating input, or no reverse mode")
     assert_close(law.got[2], law.want[2])
@@ -179,14 +171,12 @@ def test_composes_with_outer_transformations(law: Law) -> None:
 
 
 def test_the_first_output_is_the_base(law: Law) -> None:
-    """With b = 0, the adapted function has the outputs of the base."""
     fresh = lora_jax.init(jax.random.key(0), law.layout)
     got = law.derive_fast(law.case.params, fresh, law.x)[0]
     assert_close(got, law.base, tolerance=1e-6)
 
 
 def test_resolve_needs_shapes_only(law: Law) -> None:
-    """`resolve` works on shapes without values."""
     case = law.case
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.params)
     spec = lora_jax.LoraSpec(RANK, 3.0 * RANK, case.targets)
@@ -195,7 +185,6 @@ def test_resolve_needs_shapes_only(law: Law) -> None:
 
 @pytest.mark.parametrize("name", ["linen_attention", "bare_ragged_dot", "linen_conv_grouped"])
 def test_forward_mode_and_second_derivatives(name: str) -> None:
-    """The fast path has forward mode and second derivatives."""
     law = Law(cases.REGISTRY[name]())
     tangent = jax.tree.map(jnp.cos, law.adapters)
 
@@ -210,7 +199,6 @@ def test_forward_mode_and_second_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bare_scan", "bare_fused_reshape", "linen_scan_remat"])
 def test_the_same_function_traced_twice_gives_the_same_jaxpr(name: str) -> None:
-    """Tracing a function twice gives the same jaxpr."""
     law = Law(cases.REGISTRY[name]())
     case = law.case
     first, second = (

@@ -34,6 +34,7 @@ class Collective:
     operand, result: the array that goes in, and the one that comes out.
     group: the devices of the first group.
     origin: the name of the operation or argument that it comes from.
+    asynchronous: whether the program computes something else until it is done.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Collective:
     group: tuple[int, ...]
     origin: str
     times: int
+    asynchronous: bool = False
 
     @property
     def of(self) -> Cause:
@@ -62,20 +64,33 @@ def cause(origin: str) -> Cause:
 
 
 def collectives(module: Module) -> list[Collective]:
-    """Return every collective; one of several arrays has an entry for each of them."""
-    found = []
+    """Return every collective; one of several arrays has an entry for each of them.
+
+    libtpu divides an asynchronous collective over several fusions, which form a chain. Each of them
+    repeats the instruction, with the same channel; it counts once.
+    """
+    found, chains = [], set[tuple[str, ...]]()
     for name, computation in module.computations.items():
         for i in computation.values():
             kind = i.kind.removesuffix("-start")
             if kind in COLLECTIVES and module.times[name]:
+                if chain := _CHAIN.search(i.attributes):
+                    if chain.groups() in chains:
+                        continue
+                    chains.add(chain.groups())
                 found += list(_arrays(module, kind, i, computation, module.times[name]))
     return found
+
+
+_CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
+_ASYNCHRONOUS = re.compile(r'chain_id=|async_collective_name=|"is_sync":false')  # libtpu, CUDA
 
 
 def _arrays(
     module: Module, kind: str, i: Instruction, computation: Computation, times: int
 ) -> Iterator[Collective]:
     group = first_group(i.attributes, module.devices)
+    apart = bool(_ASYNCHRONOUS.search(i.attributes))
     origins = _origins(i, computation)
     if kind in _MOVES and LORA not in origins[0]:
         users = list(_users(computation, i.name))
@@ -84,11 +99,11 @@ def _arrays(
     shapes = [computation[o].results[0] for o in i.operands]
     if kind == "all-to-all" and len(shapes) > 1:  # one array, passed in pieces
         whole = Shape(shapes[0].dtype, (len(shapes), *shapes[0].dims))
-        yield Collective(kind, whole, whole, group, origins[0], times)
+        yield Collective(kind, whole, whole, group, origins[0], times, apart)
         return
     results = i.results[-len(shapes) :]  # an asynchronous one returns its operands first
     for shape, result, origin in zip(shapes, results, origins, strict=True):
-        yield Collective(kind, shape, result, group, origin, times)
+        yield Collective(kind, shape, result, group, origin, times, apart)
 
 
 _MOVES = ("all-gather", "all-to-all", "collective-broadcast", "collective-permute")

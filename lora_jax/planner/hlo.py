@@ -14,6 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 LORA = "/lora/"  # in the origin of operations of `lora_jax.updates.lowrank`, in both directions
 VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # views of an array, or copies
@@ -29,6 +30,8 @@ _CALLS = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _DIMS = r"{}=\{{([\d,]*)\}}"
+_NUMBER = re.compile(r"^(\d+)\)")
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +80,14 @@ class Instruction:
 
     @property
     def trips(self) -> int | None:
-        """The number of iterations of a loop, or None if XLA does not know it."""
+        """The number of iterations of a loop, or None if XLA does not write it."""
         found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found else None
+
+    @property
+    def number(self) -> int | None:
+        """The value of a scalar constant."""
+        found = _NUMBER.match(self.attributes) if self.kind == "constant" else None
         return int(found[1]) if found else None
 
     def dims(self, name: str) -> tuple[int, ...]:
@@ -107,7 +116,7 @@ class Module:
             for instruction in self.computations[name].values():
                 for role, callee in instruction.called:
                     loop = role in ("body", "condition") and instruction.kind == "while"
-                    trips = (instruction.trips or 1) if loop else 1
+                    trips = (self.trips(instruction) or 1) if loop else 1
                     times[callee] = times.get(callee, 0) + times[name] * trips
         return times
 
@@ -120,7 +129,23 @@ class Module:
     def unknown_loops(self) -> list[str]:
         """The origins of loops whose number of iterations XLA does not know; they count once."""
         loops = (i for i in self.instructions if i.kind == "while")
-        return [i.origin or i.name for i in loops if i.trips is None]
+        return [i.origin or i.name for i in loops if self.trips(i) is None]
+
+    def trips(self, loop: Instruction) -> int | None:
+        """Return the number of iterations of a loop, or None if nothing tells it.
+
+        libtpu does not write it. A loop of JAX counts from 0 while its counter is less than a
+        number, which is in its condition.
+        """
+        if loop.trips is not None:
+            return loop.trips
+        condition = next(callee for role, callee in loop.called if role == "condition")
+        inside = self.computations[condition]
+        root = next(i for i in inside.values() if i.root)
+        if root.kind != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limit = inside[root.operands[1]]
+        return limit.number
 
 
 def parse(text: str) -> Module:
@@ -149,7 +174,7 @@ def parse(text: str) -> Module:
 
 def _instruction(root: str | None, name: str, result: str, kind: str, rest: str) -> Instruction:
     end = closing(rest)
-    attributes = rest[end + 1 :]
+    attributes = rest if kind == "constant" else rest[end + 1 :]  # a constant keeps its value
     origin = _ORIGIN.search(attributes)
     results = tuple(
         Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
@@ -202,3 +227,64 @@ def _outputs(convolution: Instruction, kernel: Shape) -> int:
     """Return the output features of a kernel, from `dim_labels=b01f_01io->b01f`."""
     labels = re.search(r"dim_labels=\w+_(\w+)->", convolution.attributes)
     return kernel.dims[labels[1].index("o")] if labels else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """A large value of a program: its bytes, its type, and the operation and line that make it."""
+
+    bytes: int
+    shape: str
+    origin: str
+    line: str
+
+
+def largest(module: Module, text: str, count: int = 5) -> tuple[Buffer, ...]:
+    """Return the largest values that a program writes to memory, one of each type and origin.
+
+    The values inside a fusion are not written.
+    """
+    bodies = {module.entry} | {
+        callee
+        for i in module.instructions
+        for role, callee in i.called
+        if role in ("body", "branch_computations")
+    }
+    found: dict[tuple[Any, ...], Buffer] = {}
+    frames = _Frames(text)
+    for name in bodies:
+        for i in module.computations[name].values():
+            if i.kind in ("parameter", "tuple", "get-tuple-element", "bitcast", "while"):
+                continue
+            shape = max(i.results, key=lambda shape: shape.bytes, default=Shape("token", ()))
+            written = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+            frame = _FRAME.search(i.attributes)
+            line = frames.line(int(frame[1])) if frame else ""
+            found.setdefault((shape, i.origin), Buffer(shape.bytes, written, i.origin, line))
+    return tuple(sorted(found.values(), key=lambda buffer: -buffer.bytes)[:count])
+
+
+class _Frames:
+    """The tables at the top of HLO text: which line of Python made an instruction."""
+
+    def __init__(self, text: str) -> None:
+        head = text[: text.find("\nStackFrames") + 1]
+        self.files = dict(re.findall(r'^(\d+) "(.*)"$', head[: head.find("\nFunctionNames")], re.M))
+        self.places = {
+            number: (self.files.get(file, ""), line)
+            for number, file, line in re.findall(
+                r"^(\d+) \{file_name_id=(\d+) .*?line=(\d+)", head, re.M
+            )
+        }
+        found = re.findall(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", text, re.M)
+        self.frames = {int(number): (place, int(parent)) for number, place, parent in found}
+
+    def line(self, frame: int) -> str:
+        """Return `file:line` of the innermost frame that is not in an installed library."""
+        while frame in self.frames:
+            place, parent = self.frames[frame]
+            file, line = self.places.get(place, ("", ""))
+            if file and "site-packages" not in file and "/lora_jax/primitives/" not in file:
+                return f"{file}:{line}"
+            frame = parent - 1  # 1 means that there is none
+        return ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from lora_jax.adapters import count
 from lora_jax.bases.quantise import bytes_of
 from lora_jax.data.process_slice import Shard
 from lora_jax.frozen import split
-from lora_jax.planner import bf16_lowering, collectives, hlo, residuals
+from lora_jax.planner import bf16_lowering, collectives, hlo, program, residuals
 from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.devices import Device
+from lora_jax.planner.program import CompiledProgram
+from lora_jax.planner.real_compiler import RealDevices
 from lora_jax.planner.weights import WeightBytes, weight_bytes
 from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.config import Config
@@ -84,6 +86,10 @@ class StepCosts:
     moved: bytes that these products read and write.
     arrays: every array that a collective moves.
     unknown_loops: loops that count once, because XLA does not know their number of iterations.
+    moments: the dtypes of the optimizer's floats.
+    buffers: the largest values of the simulated program.
+    program: the program of the device's own compiler. Where there is one, `traffic` and `arrays`
+      are its collectives; `bytes` stays the estimate by the simulated program.
     """
 
     parameters: int
@@ -99,6 +105,14 @@ class StepCosts:
     arrays: tuple[Collective, ...]
     unknown_loops: tuple[str, ...]
     weights: tuple[WeightBytes, ...]
+    moments: str
+    buffers: tuple[hlo.Buffer, ...]
+    program: CompiledProgram | None = None
+
+    @property
+    def needs(self) -> float:
+        """The bytes that a device must have: as its compiler says, or else the estimate."""
+        return self.bytes.total if self.program is None else self.program.needs
 
 
 def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
@@ -109,10 +123,17 @@ def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for name, x in batch.items()}
 
 
-def measure(
-    config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
-) -> StepCosts:
-    """Compile the step of `config` for the mesh `grid`, and measure it."""
+class PreparedStep(NamedTuple):
+    """A run's step on a mesh: the function, its placement, the parameters, and its arguments."""
+
+    take: Callable[..., Any]
+    place: mesh.Placement
+    params: Tree
+    arguments: tuple[State, Tree, Tree]
+
+
+def prepared(config: Config, workload: Workload, grid: jax.sharding.Mesh) -> PreparedStep:
+    """Return the step of `config` on the mesh `grid`, with shapes in place of arrays."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -126,8 +147,18 @@ def measure(
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
     rate = config.adaptation.dropout
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
-    compiled, bfloat16 = _compile(take, place, state, frozen, rows)
-    module = hlo.parse(compiled.as_text())
+    return PreparedStep(take, place, params, (state, frozen, rows))
+
+
+def measure(
+    config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
+) -> StepCosts:
+    """Compile the step of `config` for the simulated devices of `grid`, and measure it."""
+    take, place, params, arguments = prepared(config, workload, grid)
+    state = arguments[0]
+    compiled, bfloat16 = _compile(take, place, *arguments)
+    text = compiled.as_text()
+    module = hlo.parse(text)
     found = collectives.collectives(module)
     arrays = tuple(map(_in_bfloat16, found) if bfloat16 else found)
     products = hlo.products(module)
@@ -137,7 +168,7 @@ def measure(
         base_parameters_trained=count(state.trained["base"]),
         checkpoint_full=bytes_of(params),
         checkpoint_trained=bytes_of(state.trained),
-        bytes=_bytes(compiled, residuals.residual_bytes(module), state, frozen, rows),
+        bytes=_bytes(compiled, residuals.residual_bytes(module), *arguments),
         flops=sum(p.flops * p.times for p in products),
         flops_adapters=sum(p.flops * p.times for p in products if hlo.LORA in p.origin),
         moved=sum(p.bytes * p.times for p in products),
@@ -145,6 +176,38 @@ def measure(
         arrays=arrays,
         unknown_loops=tuple(module.unknown_loops),
         weights=weight_bytes(params),
+        moments=", ".join(sorted({str(x.dtype) for x in _moments(state)})),
+        buffers=hlo.largest(module, text),
+    )
+
+
+def _moments(state: State) -> list[Any]:
+    return [x for x in jax.tree.leaves(state.optimizer) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def really(
+    costs: StepCosts,
+    config: Config,
+    workload: Workload,
+    grid: jax.sharding.Mesh,
+    device: Device,
+    target: RealDevices,
+) -> StepCosts:
+    """Return the costs with the memory and the collectives of the device's own compiler.
+
+    FLOPs and the bytes that products move are still counted in the simulated program: in the real
+    one they are inside custom kernels. `grid` is a mesh of the devices of `target`.
+    """
+    take, place, _, arguments = prepared(config, workload, grid)
+    traced = jax.jit(take, **step.compilation(arguments[0], place)).trace(*arguments)
+    lowered = traced.lower(lowering_platforms=(target.platform,))
+    found, module = program.compiled(lowered, target.compiler, device.memory)
+    if module is None:
+        buffers = found.buffers or costs.buffers
+        return dataclasses.replace(costs, program=dataclasses.replace(found, buffers=buffers))
+    arrays = tuple(collectives.collectives(module))
+    return dataclasses.replace(
+        costs, program=found, arrays=arrays, traffic=_traffic(arrays, device)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from lora_jax.planner.devices import DEVICES
 from lora_jax.training.config import require
@@ -21,6 +22,13 @@ class PlanOptions:
     l40s-48gb, rtx4090-24gb, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e or tpu-v7x."""
     plan_devices: int | None = None
     """The number of devices. None: the product of the mesh's sizes."""
+    plan_slices: int = 1
+    """Slices of a pod of TPUs that the devices are divided into; only the data-centre network
+    connects them."""
+    plan_compiler: Literal["real", "simulated"] | None = None
+    """real: the device's own compiler, which runs without the device (pip install
+    'lora-jax[plan-tpu]' or 'lora-jax[plan-cuda]'). simulated: XLA's for a CPU. None: real if it is
+    installed."""
     plan_file: str | None = None
     """The JSON file for the plan. None: the path of the run directory, followed by .plan.json."""
 
@@ -29,3 +37,5 @@ class PlanOptions:
         require(known, "plan_device", self.plan_device, f"one of {', '.join(DEVICES)}")
         if self.plan_devices is not None:
             require(self.plan_devices > 0, "plan_devices", self.plan_devices, "at least 1")
+        gpus = DEVICES[self.plan_device].is_gpu and self.plan_slices != 1
+        require(self.plan_slices > 0 and not gpus, "plan_slices", self.plan_slices, "1 for GPUs")

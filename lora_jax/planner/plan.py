@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 
-from lora_jax.planner import measure
+from lora_jax.planner import measure, real_compiler
 from lora_jax.planner.devices import DEVICES, Device
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.options import PlanOptions
+from lora_jax.planner.real_compiler import RealDevices
 from lora_jax.training import mesh
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.config_file import workload_of
@@ -21,6 +22,7 @@ from lora_jax.training.workload import Workload
 
 # XLA's host platform believes that 4,096 devices are of two processes, and refuses to compile.
 LIMIT = 2048
+SIMULATED = "XLA for a CPU, with simulated devices"
 LORA, FULL = "lora", "full"  # the run itself, and the same run with every parameter trained
 
 
@@ -57,6 +59,7 @@ class Plan:
       costs are extrapolated.
     first_batch: whether `batch` is the first of the data, so that others may be longer.
     parts: the number of parts that a batch is split into.
+    compiler: the compiler, and what it compiled for.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Plan:
     batch: dict[str, tuple[int, ...]]
     first_batch: bool
     parts: int
+    compiler: str
 
     @property
     def devices(self) -> int:
@@ -80,7 +84,9 @@ class Plan:
 
     def fits(self, run: str) -> bool:
         """Return whether the memory of a device is large enough for the run."""
-        return self.runs[run].bytes.total <= DEVICES[self.device].memory
+        found = self.runs[run]
+        refused = found.program is not None and found.program.refused
+        return not refused and found.needs <= DEVICES[self.device].memory
 
     def roofline(self, run: str) -> Roofline:
         """Return the shortest possible time of a step."""
@@ -116,20 +122,42 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
         if shape:
             mesh.check_rows(entry, shape[0], sizes["data"] * sizes["fsdp"])
     device = DEVICES[options.plan_device]
+    if options.plan_slices > 1:
+        device = dataclasses.replace(
+            device, domain=math.prod(sizes.values()) // options.plan_slices
+        )
+    real = _real(options, sizes) if len(compiled) == 1 else None
     runs = {}
     full = config.full_fine_tuning()
     # Full fine-tuning needs all parameters as floats.
     floats = workload_of(full) if is_quantised(workload.params) else workload
     for run, of, its in ((LORA, config, workload), (FULL, full, floats)):
         *smaller, largest = (_measure(of, its, s, there, device) for s in compiled)
-        runs[run] = largest
         if smaller:
             one, two = (math.prod(s.values()) for s in compiled)
             at = (one, two, math.prod(sizes.values()))
-            runs[run] = measure.extrapolated(smaller[0], largest, at)
+            largest = measure.extrapolated(smaller[0], largest, at)
+        if real is not None:
+            of = dataclasses.replace(of, mesh=MeshConfig(**sizes, rules=config.mesh.rules))
+            grid = mesh.make(of.mesh, real.devices)
+            with jax.set_mesh(grid):
+                largest = measure.really(largest, of, its, grid, device, real)
+        runs[run] = largest
     numbers = tuple(math.prod(s.values()) for s in compiled)
-    first = workload.example is None
-    return Plan(name, sizes, options.plan_device, runs, numbers, batch, first, config.accumulate)
+    first, parts = workload.example is None, config.accumulate
+    compiler = SIMULATED if real is None else real.compiler
+    return Plan(name, sizes, options.plan_device, runs, numbers, batch, first, parts, compiler)
+
+
+def _real(options: PlanOptions, sizes: dict[str, int]) -> RealDevices | None:
+    """Return the devices of the real compiler; None if it is not installed, or not asked for."""
+    lacking = real_compiler.missing(options.plan_device)
+    if options.plan_compiler == "real" and lacking:
+        raise ConfigError(lacking)
+    if options.plan_compiler == "simulated" or lacking:
+        return None
+    count = math.prod(sizes.values())
+    return real_compiler.target(options.plan_device, count, options.plan_slices)
 
 
 def _measure(

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,7 +62,23 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = tuple(sizes(config, len(devices)).values())
     # Auto axes let the partitioner choose shardings that the specs leave open. JAX's default is
     # Explicit.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    return Mesh(hybrid(shape, slices, devices), AXES, axis_types=types)
+
+
+def hybrid(shape: tuple[int, ...], slices: int, devices: Sequence[Any]) -> Any:
+    """Return an array of the devices of several slices, which `jax.make_mesh` refuses.
+
+    Only the slow network connects slices, so the first axis that can is divided over them.
+    """
+    axis = next((n for n, size in enumerate(shape) if size % slices == 0), None)
+    require(axis is not None, "mesh", shape, f"divisible by the {slices} slices on one axis")
+    outer = tuple(slices if n == axis else 1 for n in range(len(shape)))
+    inner = tuple(size // many for size, many in zip(shape, outer, strict=True))
+    return create_hybrid_device_mesh(inner, outer, devices)
 
 
 def shard_of(mesh: Mesh) -> Shard:

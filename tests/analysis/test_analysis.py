@@ -80,7 +80,6 @@ def trained() -> tuple[Any, Any, list[Any]]:
 
 @pytest.mark.parametrize("of", analysis.subspaces.SIDES)
 def test_phi_is_what_full_matrices_give(of: Any) -> None:
-    """Each phi equals the value that the full matrices give, for each side and both orders."""
     small, large = trained()[2]
     for one, two in ((WIDE, OTHER), (OTHER, WIDE), (small, large)):
         found = analysis.similarity(one, two, of)
@@ -97,7 +96,6 @@ def test_phi_is_what_full_matrices_give(of: Any) -> None:
 
 
 def test_an_adapter_is_all_of_itself() -> None:
-    """The phi of an adapter with itself is 1 on the diagonal."""
     for of in analysis.subspaces.SIDES:
         for found in analysis.similarity(OTHER, OTHER, of).values():
             diagonal = np.diagonal(found, axis1=-2, axis2=-1)
@@ -120,7 +118,6 @@ def test_random_gaussians_share_max_over_d() -> None:
 
 
 def test_a_direction_that_does_not_exist_is_nan() -> None:
-    """A direction whose singular value is zero gives NaN."""
     layout, adapters = WIDE
     path = "matrix"
     a = jnp.asarray(adapters[path].a).at[:, 2].set(0)
@@ -133,7 +130,6 @@ def test_a_direction_that_does_not_exist_is_nan() -> None:
 
 
 def test_spectra_are_those_of_the_full_update() -> None:
-    """`spectrum` gives the values, energy and effective rank of the full update."""
     for layout, adapters in (WIDE, OTHER, *trained()[2]):
         found = analysis.spectrum(layout, adapters)
         for target in layout.targets:
@@ -163,7 +159,6 @@ def weights(layout: Layout, seed: int = 9) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_amplification_is_what_full_matrices_give(rank: int | None) -> None:
-    """The norms of an amplification equal those from full matrices."""
     base, pairs = trained()[1:]
     cases = [(WIDE, weights(WIDE[0])), (OTHER, weights(OTHER[0]))]
     cases += [(pair, base) for pair in pairs]
@@ -190,10 +185,6 @@ def test_amplification_is_what_full_matrices_give(rank: int | None) -> None:
 
 
 def test_the_random_row_is_the_mean_of_draws() -> None:
-    """The random row equals the mean of random draws.
-
-    Red with the rank squared, or with the root of in + out.
-    """
     target = Target("w", (12, 9), (), (0,), (1,), rank=3, alpha=1.0)
     layout, params = Layout((target,)), {"w": jax.random.normal(jax.random.key(0), (12, 9))}
     found = analysis.amplification(layout, params, lora_jax.init(jax.random.key(1), layout))["w"]
@@ -208,7 +199,6 @@ def test_the_random_row_is_the_mean_of_draws() -> None:
 
 
 def test_iterated_directions_are_those_of_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Iteration finds LAPACK's directions, also where the spectrum has no gap."""
     monkeypatch.setattr(analysis.matrices, "EXACT", 16)
     gaussian = np.random.default_rng(3).standard_normal((300, 200))
     falling = gaussian @ np.diag(0.9 ** np.arange(200))
@@ -224,11 +214,7 @@ def test_iterated_directions_are_those_of_lapack(monkeypatch: pytest.MonkeyPatch
 
 
 def test_iterated_values_of_a_slow_spectrum() -> None:
-    """The values of a spectrum without a gap, a Gaussian of 1536, are found to 4.2e-4.
-
-    Their norm is 1.8e-4 too low for r=64 and 3.9e-4 for r=8. Red with a tolerance of 1e-2, or with
-    a check after every block, which is half of `rank` columns.
-    """
+    """The values of a spectrum without a gap, a Gaussian of 1536, are found to 4.2e-4."""
     matrix = np.random.default_rng(4).standard_normal((1536, 1536), np.float32)
     gram = matrix.astype(np.float64).T @ matrix.astype(np.float64)  # a third of the SVD's time
     exact = np.sqrt(np.linalg.eigvalsh(gram)[::-1])
@@ -239,10 +225,7 @@ def test_iterated_values_of_a_slow_spectrum() -> None:
 
 
 def test_iterated_directions_where_the_space_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The iteration finds exact values where a block adds no new direction to the space.
-
-    Red without noise: the basis repeats columns, and `ones` gets a value that is twice its own.
-    """
+    """The iteration finds exact values where a block adds no new direction to the space."""
     monkeypatch.setattr(analysis.matrices, "EXACT", 16)
     rng = np.random.default_rng(5)
     q = np.linalg.qr(rng.standard_normal((300, 200)))[0]
@@ -260,7 +243,6 @@ def test_iterated_directions_where_the_space_is_used_up(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("rank", [None, 1, 4])
 def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
-    """The extracted adapter is as near to the change as any adapter of its rank can be."""
     layout = OTHER[0]
     base, tuned = weights(layout, 1), weights(layout, 2)
     found = analysis.extract(layout, base, tuned, rank)
@@ -280,7 +262,6 @@ def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
 
 
 def test_extract_gives_an_adapter_back() -> None:
-    """Extracting a merged adapter gives back its whole update."""
     layout, adapters = WIDE
     base = weights(layout)
     merged = lora_jax.merge(layout, base, adapters)
@@ -292,7 +273,6 @@ def test_extract_gives_an_adapter_back() -> None:
 
 
 def test_extract_says_what_no_adapter_holds() -> None:
-    """`extract` reports the change of parameters that no adapter holds."""
     layout = WIDE[0]
     base = {**weights(layout), "bias": jnp.zeros(3), "norm": jnp.ones(2)}
     tuned = {**base, "bias": jnp.array([3.0, 0.0, 4.0])}
@@ -300,10 +280,6 @@ def test_extract_says_what_no_adapter_holds() -> None:
 
 
 def test_sharded_and_bfloat16_arrays_are_read() -> None:
-    """Sharded arrays and arrays in bfloat16 are read.
-
-    Red with np.asarray of a bfloat16 array, which stays bfloat16 and fails in LAPACK.
-    """
     layout, adapters = WIDE
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), adapters)
     same = jax.tree.map(lambda x: x.astype(jnp.float32), half)

@@ -31,7 +31,6 @@ def no_hanging() -> Iterator[None]:
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("name", INPUTS)
 def test_reading_does_no_harm(name: str, attack: str, tmp_path: pathlib.Path) -> None:
-    """Each file of the input is attacked in turn."""
     one, files = INPUTS[name], INPUTS[name].files()
     with quiet_storage(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -75,7 +75,6 @@ ATTACKS += ("group", "parent", "link")
 def test_no_program_comes_from_others(
     attack: str, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is kept, and one line says why."""
     others(cache, monkeypatch, attack)
     said: list[str] = []
     assert program_cache.enable(said.append) is None
@@ -88,7 +87,6 @@ def test_no_program_comes_from_others(
 def test_no_package_and_no_data_comes_from_others(
     attack: str, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    """Neither is read. A note that a checksum was right is not believed."""
     file = tmp_path / "weights"
     file.write_bytes(b"changed")
     others(cache, monkeypatch, attack)
@@ -114,7 +112,6 @@ def test_it_is_private_whatever_the_umask(umask: int, cache: pathlib.Path) -> No
 
 
 def test_a_private_cache_is_used(cache: pathlib.Path) -> None:
-    """The cache below a folder with the sticky bit, such as /tmp, is used."""
     cache.parent.chmod(0o1777)
     said: list[str] = []
     assert program_cache.enable(said.append) == cache / "programs" / program_cache.machine()

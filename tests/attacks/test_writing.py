@@ -52,7 +52,6 @@ CASES = [
 def test_no_command_writes_through_a_link(
     name: str, entry: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether the command goes on or stops, what the link leads to stays as it was."""
     before, command, _ = COMMANDS[name]
     run, outside = tmp_path / "run", tmp_path / "outside"
     if before is not None:
@@ -70,7 +69,6 @@ def test_no_command_writes_through_a_link(
 
 
 def main_of(arguments: list[str]) -> int:
-    """Run a command; `lora-jax train` ends the process, so its program is called."""
     if arguments[0] != "train":
         return main(arguments)
     import train
@@ -79,7 +77,6 @@ def main_of(arguments: list[str]) -> int:
 
 
 def test_a_whole_file_replaces_a_link(tmp_path: pathlib.Path) -> None:
-    """The link itself is replaced."""
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     whole_files.write(tmp_path / "link", b"new")
@@ -89,7 +86,6 @@ def test_a_whole_file_replaces_a_link(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_whole_file_enters_no_link(depth: int, tmp_path: pathlib.Path) -> None:
-    """A link between the user's folder and the file is an error."""
     outside = tmp_path / "outside"
     outside.mkdir()
     link = tmp_path / "run" / "/".join("ab"[:depth])
@@ -109,7 +105,6 @@ def test_the_users_own_folder_may_be_a_link(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: pathlib.Path) -> None:
-    """Nothing is left over if the file cannot be replaced, here since it is a folder."""
     (tmp_path / "file").mkdir()
     with pytest.raises(LoraError, match="cannot be written"):
         whole_files.write(tmp_path / "file", b"new")
@@ -163,7 +158,6 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 
 
 def test_the_umask_counts(tmp_path: pathlib.Path) -> None:
-    """A written file has the permissions that the user's umask leaves."""
     old = os.umask(0o027)
     try:
         whole_files.write(tmp_path / "file", b"new")

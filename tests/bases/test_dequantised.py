@@ -53,13 +53,11 @@ TAKEN = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_operations_that_keep_the_codes_are_not_listed(name: str) -> None:
-    """A weight whose codes an operation keeps is not listed."""
     assert lora_jax.resolve(SPEC, KEPT[name], parameters(name == "scan"), X).dequantised == ()
 
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_operations_that_take_the_whole_weight_are_listed(name: str) -> None:
-    """A weight that an operation needs as a whole float array is listed with the operation."""
     params = parameters(name == "scan")
     (found,) = lora_jax.resolve(SPEC, TAKEN[name], params, X).dequantised
     assert (found.path, found.shape) == ("other", params["other"].shape)
@@ -67,8 +65,6 @@ def test_operations_that_take_the_whole_weight_are_listed(name: str) -> None:
 
 
 def test_a_folded_target_is_listed_and_floats_are_not() -> None:
-    """A folded quantised target is listed, and float parameters are not."""
-
     def f(params: Any, x: Any) -> Any:
         return x @ jnp.sin(params["w"]) @ params["w"] @ jnp.sin(params["other"])
 

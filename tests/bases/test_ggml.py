@@ -36,7 +36,6 @@ def expanded(records: np.ndarray, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_dense_is_what_the_gguf_package_expands(kind: str) -> None:
-    """Each kind of block expands to the numbers that the gguf package gives."""
     records = blocks(kind)
     want = expanded(records, kind)
     w = base(records, kind)

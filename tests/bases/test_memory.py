@@ -57,7 +57,6 @@ def compiled(name: str, scheme: str) -> Any:
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned"])
 def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: str) -> None:
-    """The temporaries of a step do not grow by a dequantised weight for each layer."""
     temporary = compiled(name, scheme).memory_analysis().temp_size_in_bytes
     assert temporary < 0.5 * LAYERS * DENSE
 
@@ -65,7 +64,6 @@ def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned", "experts"])
 def test_residuals_are_x_and_codes(name: str, scheme: str) -> None:
-    """The residuals of a product are x and codes."""
     g, params, adapters, x = program(name, scheme)
     _, pull = jax.vjp(lambda adapters, x: g(params, adapters, x), adapters, x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -74,7 +72,6 @@ def test_residuals_are_x_and_codes(name: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_no_weight_is_a_constant_of_the_program(scheme: str) -> None:
-    """The codes of a weight are arguments of the program and not constants."""
     program_bytes = compiled("unrolled", scheme).memory_analysis()
     _, params, adapters, x = program("unrolled", scheme)
     inputs = bytes_of((params, adapters, x))
@@ -83,7 +80,6 @@ def test_no_weight_is_a_constant_of_the_program(scheme: str) -> None:
 
 
 def test_forward_mode_second_derivatives_and_mixed_batches() -> None:
-    """A quantised base has forward mode, second derivatives and mixed batches."""
     f = lambda params, x: jnp.tanh(x @ params["w"])  # noqa: E731
     w = jax.random.normal(jax.random.key(0), (8, 4))
     x = jax.random.normal(jax.random.key(1), (3, 8))

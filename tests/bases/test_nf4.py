@@ -33,11 +33,6 @@ def quantised(case: str) -> tuple[nf4.FourBit, dict[str, np.ndarray], dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_of_bitsandbytes(case: str) -> None:
-    """Codes and scales equal the bytes that bitsandbytes writes.
-
-    Red with `>=` for `>` at a midpoint, with the low nibble first, or if each row is padded by
-    itself.
-    """
     base, want, state = quantised(case)
     np.testing.assert_array_equal(np.ravel(base.codes), want["weight"].ravel())
     scales = base.scales
@@ -52,7 +47,6 @@ def test_bytes_of_bitsandbytes(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_dense_is_what_bitsandbytes_dequantises(case: str) -> None:
-    """The dequantised weight equals that of bitsandbytes."""
     base, want, state = quantised(case)
     dense = base.dense()
     assert dense.dtype == state["dtype"] and dense.shape == want["w"].T.shape
@@ -99,7 +93,6 @@ def test_second_implementation(shape: tuple[int, int]) -> None:
 
 
 def test_double_quantisation_of_a_stack_is_that_of_each_layer() -> None:
-    """Double quantisation of a stack equals that of each layer."""
     w = jax.random.normal(jax.random.key(0), (3, 2, 320, 24)) * jnp.arange(1.0, 7).reshape(
         3, 2, 1, 1
     )
@@ -113,10 +106,7 @@ def test_double_quantisation_of_a_stack_is_that_of_each_layer() -> None:
 
 
 def test_blocks_that_divide_the_inputs_are_rows() -> None:
-    """Blocks that divide the inputs have one row for each output, so that rows can be sharded.
-
-    The bytes have the same order in both forms.
-    """
+    """Blocks that divide the inputs have one row for each output, so that rows can be sharded."""
     w = jax.random.normal(jax.random.key(0), (128, 6))
     rows = lora_jax.quantize({"w": w}, "nf4", "w", block=64)["w"]
     run_on = lora_jax.quantize({"w": w}, "nf4", "w", block=256)["w"]
@@ -125,10 +115,7 @@ def test_blocks_that_divide_the_inputs_are_rows() -> None:
 
 
 def test_a_scale_between_two_codes_takes_the_lower() -> None:
-    """A scale halfway between two codes takes the lower code.
-
-    Scales of mean 0 and absmax 1 are compared unchanged. Red with `side="right"`.
-    """
+    """A scale halfway between two codes takes the lower code."""
     table = dynamic.dynamic_map()
     middles = (table[140:200] + table[141:201]) * np.float32(0.5)
     scales = np.concatenate([middles, -middles, [1, -1]]).astype(np.float32)

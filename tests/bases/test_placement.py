@@ -50,7 +50,6 @@ BOTH, LEAD = P(None, "tensor", "fsdp"), P(None)
 
 
 def test_outputs_are_rows_and_inputs_are_columns() -> None:
-    """Outputs are the rows of the stored arrays, and inputs are their columns."""
     placed = P(None, "fsdp", "tensor")
     assert specs(quantised("nf4", *STACK), placed) == [BOTH, BOTH]
     assert specs(quantised("nf4", *STACK, double=True), placed) == [BOTH, BOTH, LEAD, LEAD, LEAD]
@@ -69,7 +68,6 @@ def test_the_first_of_several_output_axes_cuts_the_rows() -> None:
 
 
 def test_a_block_is_never_cut() -> None:
-    """A shard never ends inside a block: 128 inputs are two blocks."""
     base = quantised("nf4", (128, 64), (), (0,), (1,))
     with pytest.raises(LoraError, match=r"4 shards over fsdp would cut a block.* 1, 2 shards"):
         specs(base, P("fsdp", "tensor"))
@@ -83,7 +81,6 @@ def test_a_block_is_never_cut() -> None:
 
 @pytest.mark.parametrize("spec", [P(None, "fsdp", "tensor"), P("tensor"), P(None, None, "fsdp")])
 def test_the_placement_of_the_floats_is_found_again(spec: P) -> None:
-    """The placement of the dequantised weight is found from the placements of codes and scales."""
     grid = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shape, *roles = (4, 256, 512), (0,), (1,), (2,)
     for scheme in ("nf4", "int8"):
@@ -121,7 +118,6 @@ def test_a_base_of_another_kind() -> None:
 
 
 def test_each_device_dequantises_its_own_part() -> None:
-    """Each device has its share of the codes, and the values are as on one device."""
     grid = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shape, *roles = (2, 512, 64), (0,), (1,), (2,)
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -59,10 +59,6 @@ def largest(w: jax.Array, groups: int) -> np.ndarray:
 def test_no_number_is_off_by_more_than_half_a_step(
     how: dict[str, Any], groups: int, half_step: float
 ) -> None:
-    """A dequantised number differs from the original by at most half a step of its scheme.
-
-    Red with floor for round, with scales of another group, or with absmax over the outputs.
-    """
     w = normal(128, 24) * jnp.exp(normal(1, 24))  # columns of very different sizes
     off = np.abs(np.asarray(quantised(w, how).dense() - w))
     assert (off <= half_step * largest(w, groups) * (1 + 1e-5)).all()
@@ -71,7 +67,6 @@ def test_no_number_is_off_by_more_than_half_a_step(
 
 @every_scheme
 def test_dense_has_the_shape_and_dtype_that_the_base_says(how: dict[str, Any]) -> None:
-    """The dequantised weight has the shape and dtype of the original."""
     w = normal(2, 3, 8, 64, 5, dtype=jnp.bfloat16)
     base = quantised(w, how, layout(w.shape, (0, 1), (3, 2), (4,)))
     dense = jax.jit(lambda base: base.dense())(base)
@@ -83,7 +78,6 @@ def test_dense_has_the_shape_and_dtype_that_the_base_says(how: dict[str, Any]) -
 
 @every_scheme
 def test_a_slice_of_a_stack_is_the_quantised_slice(how: dict[str, Any]) -> None:
-    """A slice of a stack, by index, scan or vmap, equals the slice quantised by itself."""
     w = normal(3, 128, 6) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
     stack = quantised(w, how, layout(w.shape, (0,), (1,), (2,)))
     alone = [quantised(w[i], how) for i in range(3)]
@@ -103,10 +97,6 @@ def test_a_slice_of_a_stack_is_the_quantised_slice(how: dict[str, Any]) -> None:
 
 @every_scheme
 def test_quantising_what_was_dequantised_changes_no_code(how: dict[str, Any]) -> None:
-    """Quantising a dequantised weight changes no code, except with double quantisation.
-
-    There the scales move, and with them the largest number of a block.
-    """
     first = quantised(normal(128, 12), how)
     again = quantised(first.dense(), how)
     if how.get("double"):
@@ -130,10 +120,7 @@ def test_axes_of_the_layout_are_one_matrix(how: dict[str, Any]) -> None:
 
 
 def test_a_stack_axis_that_is_not_the_first() -> None:
-    """A stack axis after the first is stored as an output, with the same values.
-
-    It cannot be sliced from the arrays.
-    """
+    """A stack axis after the first is stored as an output, with the same values."""
     w = normal(64, 3, 5)
     inner = quantised(w, SCHEMES["int8"], layout(w.shape, (1,), (0,), (2,)))
     first = quantised(w.swapaxes(0, 1), SCHEMES["int8"], layout((3, 64, 5), (0,), (1,), (2,)))
@@ -142,7 +129,6 @@ def test_a_stack_axis_that_is_not_the_first() -> None:
 
 @every_scheme
 def test_zeros_stay_zeros(how: dict[str, Any]) -> None:
-    """A column of zeros stays zero."""
     w = normal(128, 4).at[:, 1].set(0)
     dense = quantised(w, how).dense()
     assert jnp.isfinite(dense).all()
@@ -153,7 +139,6 @@ def test_zeros_stay_zeros(how: dict[str, Any]) -> None:
 
 @every_scheme
 def test_a_base_is_a_pytree_of_anything(how: dict[str, Any]) -> None:
-    """Placements, shapes and tracers can be the leaves of a base."""
     w = normal(3, 128, 6)
     base = quantised(w, how, layout(w.shape, (0,), (1,), (2,)))
     placed = jax.tree.map(lambda x: PartitionSpec(), base)

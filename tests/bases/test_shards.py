@@ -25,7 +25,6 @@ def base(scheme: str, shape: tuple[int, ...] = (256, 24), lead: int = 0, **how: 
 
 
 def test_rows_and_blocks() -> None:
-    """Rows are sharded as outputs, and blocks as inputs."""
     got = placed(base("nf4"), P("fsdp", "tensor"), MESH, "w")
     assert (got.codes, got.scales) == (P("tensor", "fsdp"), P("tensor", "fsdp"))
     got = placed(base("int8"), P("fsdp", "tensor"), MESH, "w")

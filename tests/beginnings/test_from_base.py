@@ -40,7 +40,6 @@ def matrices_of(target: Target, array: Any) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_first_step_is_the_base(method: Any, kind: str) -> None:
-    """The merged first step equals the base."""
     layout = targets(kind)
     params = weights(layout)
     start = lora_jax.init_from_base(layout, params, method)
@@ -98,11 +97,6 @@ def test_a_bfloat16_base_loses_its_rounding_alone() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
 def test_loftq_is_nearer_than_quantising_alone(scheme: str, scaling: str) -> None:
-    """LoftQ is nearer to the weight than quantising alone, and reports its error.
-
-    Red without the division by the scale (as in PEFT), or if the error is of another round than the
-    result.
-    """
     layout = Layout((dataclasses.replace(WIDE, scaling=scaling),))
     params = {"w": weight(WIDE), "bias": jnp.ones(3)}
     q = lora_jax.quantize(params, scheme, layout)
@@ -144,7 +138,6 @@ def test_qpissa_quantises_the_residual(scheme: str, double: bool) -> None:
 
 
 def test_a_program_begins_as_its_base() -> None:
-    """The adapted program on the new base, with scanned layers, equals the old program."""
     case = cases.REGISTRY["bare_scan"]()
     spec = lora_jax.LoraSpec(2, 3.0, case.targets)
     layout = lora_jax.resolve(spec, case.f, case.params, *case.args)
@@ -156,10 +149,7 @@ def test_a_program_begins_as_its_base() -> None:
 
 
 def test_what_was_learnt_moves_to_the_original_base() -> None:
-    """The update that was learnt moves to the original base by the weights [1, -1].
-
-    It is the cure in the docstring of `init_from_base`. Red with the weights [1, 1].
-    """
+    """The update that was learnt moves to the original base by the weights [1, -1]."""
     layout = Layout((WIDE,))
     params = {"w": weight(WIDE)}
     start = lora_jax.init_from_base(layout, params)
@@ -190,7 +180,6 @@ def test_what_cannot_begin_so() -> None:
 
 
 def test_dora_has_the_lengths_of_the_whole_weight() -> None:
-    """The magnitudes of DoRA are the lengths of W's columns."""
     layout = Layout((forms.as_kind(WIDE, "dora"),))
     start = lora_jax.init_from_base(layout, {"w": weight(WIDE)})
     np.testing.assert_allclose(

@@ -39,7 +39,6 @@ def scanned(remat: bool) -> Any:
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_main_directions_of_every_layer(remat: bool) -> None:
-    """`a` has the main directions of each layer's inputs, over all batches."""
     f, params = scanned(remat)
     batches = [(stretched(i, 4, 5, IN),) for i in range(3)]
     layout = lora_jax.resolve(LoraSpec(2, 4.0, ("up", "down")), f, params, *batches[0])
@@ -94,7 +93,6 @@ def test_second_moments(name: str) -> None:
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["bare_ragged_dot", "nnx_attention", "bare_while", "bare_cond"])
 def test_other_programs(name: str) -> None:
-    """Every target of other programs gets orthonormal directions."""
     case = cases.REGISTRY[name]()
     if not case.reverse:
         return  # the inputs are read in the backward pass, which a while loop does not have

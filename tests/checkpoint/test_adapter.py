@@ -52,7 +52,6 @@ def folder_bytes(path: Path) -> int:
 def test_restore_is_the_inverse_of_save(
     head: Any, full: bool, tmp_path: Path, trained: Any
 ) -> None:
-    """`restore` inverts `save`, with or without factors and a head."""
     layout, adapters = (lora_jax.Layout(), {}) if full else trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters, head))
     again_layout, *again = lora_jax.restore(tmp_path / "a")
@@ -62,7 +61,6 @@ def test_restore_is_the_inverse_of_save(
 
 
 def test_every_kind_is_saved_with_its_own_arrays(tmp_path: Path) -> None:
-    """Each kind keeps its arrays."""
     kinds = ("lora", "dora", "vera", "loha", "lokr", "bias")
     targets = [
         lora_jax.Target(f"layer/{k}", (3, 8, 6), (0,), (1,), (2,), 2, 2.0, kind=k) for k in kinds
@@ -93,7 +91,6 @@ def test_no_base_weight_is_on_disk(tmp_path: Path, trained: Any) -> None:
 
 
 def test_restore_onto_a_mesh(tmp_path: Path, trained: Any) -> None:
-    """Arrays have the given shardings."""
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     auto = (jax.sharding.AxisType.Auto,)
@@ -182,7 +179,6 @@ def test_whatever_is_damaged_is_an_error_or_the_same_numbers(tmp_path: Path) -> 
 
 
 def test_an_array_of_another_adapter_is_named(tmp_path: Path) -> None:
-    """An array whose own checksums are right, but which is not the saved array, is named."""
     ours, other = saved(tmp_path / "ours"), tmp_path / "other"
     zeros = jax.tree.map(jnp.zeros_like, small_adapters())
     lora_jax.save(
@@ -215,7 +211,6 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_beside_is_not_the_base(tmp_path: Path) -> None:
-    """A head of any shape, or none, fits the base; another frozen parameter is a difference."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
     lora_jax.restore(folder, params={**BASE, "head": jnp.ones(9)})
     lora_jax.restore(folder, params={"enc": BASE["enc"]})
@@ -224,7 +219,6 @@ def test_what_was_trained_beside_is_not_the_base(tmp_path: Path) -> None:
 
 
 def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
-    """It is refused unless allowed."""
     folder = saved(tmp_path / "a")
     with pytest.raises(LoraError, match="no fingerprint"):
         lora_jax.restore(folder, params=BASE)
@@ -232,7 +226,6 @@ def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> None:
-    """A fingerprint can stand for the base in a comparison."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
     SavedAdapter.open(folder).check_base(lora_jax.fingerprint({**BASE, "head": jnp.ones(9)}))
     other = lora_jax.fingerprint({**BASE, "enc": {**BASE["enc"], "b": jnp.ones(4)}})

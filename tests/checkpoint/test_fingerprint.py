@@ -57,7 +57,6 @@ def by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("small", [-1, MODULE.SMALL])
 def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hash equals its definition, in NumPy for small arrays and in XLA."""
     monkeypatch.setattr(MODULE, "SMALL", small)
     x = weights()
     words = [int(w) for w in x.view(np.uint32).ravel()]
@@ -73,7 +72,6 @@ def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_arrays_have_the_hash_of_large_ones(
     dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NumPy gives small arrays the hash that XLA would give them."""
     x = jnp.asarray(3 * np.random.default_rng(1).standard_normal(shape)).astype(dtype)
     found = digests([x])
     monkeypatch.setattr(MODULE, "SMALL", -1)
@@ -111,7 +109,6 @@ def test_no_weight_is_gathered() -> None:
 
 
 def test_no_copy_is_made() -> None:
-    """A fingerprint needs no memory for a copy of the weights."""
     compiled = _sums.lower(jax.ShapeDtypeStruct((256, 1024), jnp.float32), True).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
 
@@ -126,7 +123,6 @@ def test_every_bit_counts(bit: int, place: int) -> None:
 
 
 def test_places_count() -> None:
-    """The places of numbers count."""
     x = weights()
     x[0, 0, 0], x[7, 3, 5] = x[7, 3, 5], x[0, 0, 0]
     assert digests([jnp.asarray(x)]) != digests([jnp.asarray(weights())])
@@ -143,7 +139,6 @@ def test_a_bfloat16_copy_has_the_fingerprint_of_its_source() -> None:
 
 
 def test_denormals_and_zeros_are_one() -> None:
-    """Denormals and zeros have one fingerprint, because some processors flush denormals to zero."""
     zero = fingerprint([jnp.zeros(3)])
     assert fingerprint([jnp.array([1e-40, -0.0, -1e-39], jnp.float32)]) == zero
     assert digests([jnp.array([0.0, -0.0, 0.0])]) != digests([jnp.zeros(3)])

@@ -50,8 +50,6 @@ for path in sys.argv[2:]:
 
 
 def add(name: str, data: bytes) -> Make:
-    """Write a file into the folder."""
-
     def make(folder: pathlib.Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -60,19 +58,15 @@ def add(name: str, data: bytes) -> Make:
 
 
 def node(data: bytes, *, compressed: bool = True, height: int = 0) -> Make:
-    """Put a node of this content in the place of the arrays' database."""
     found = ocdbt.record(ocdbt.NODE, data, compressed=compressed)
     return lambda folder: ocdbt.put(folder / "arrays", found, height=height)
 
 
 def value(key: str, data: bytes) -> Make:
-    """Write a value into the arrays' database."""
     return lambda folder: ocdbt.opened(folder / "arrays").write(key, data).result()
 
 
 def described(change: Callable[[Any], object]) -> Make:
-    """Change the description of an array."""
-
     def make(folder: pathlib.Path) -> None:
         store = ocdbt.opened(folder / "arrays")
         found = json.loads(store[ZARR])
@@ -161,7 +155,6 @@ def round_and_round(folder: pathlib.Path) -> None:
 
 
 def bound(folder: pathlib.Path) -> None:
-    """Put a socket into the folder."""
     place = os.getcwd()
     os.chdir(folder)
     with socket.socket(socket.AF_UNIX) as made:
@@ -302,7 +295,6 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_ends_in_an_error(ends: dict[str, Any], name: str) -> None:
-    """Each folder is refused at once. Red without the check that its message names."""
     assert name in ends, ends["died"]
     error, seconds, size = ends[name]
     assert error is not None, "it was read"
@@ -313,7 +305,6 @@ def test_it_ends_in_an_error(ends: dict[str, Any], name: str) -> None:
 
 
 def test_what_is_saved_is_read(tmp_path: pathlib.Path) -> None:
-    """Many arrays are read with a small limit of the caller's."""
     targets = tuple(
         lora_jax.Target(f"layer{i}/kernel", (4, 4), (), (0,), (1,), 1, 1.0) for i in range(200)
     )

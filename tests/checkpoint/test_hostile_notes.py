@@ -18,11 +18,6 @@ from tests.checkpoint.test_adapter import BASE, SMALL, forge, saved
 
 
 def test_an_adapter_of_keys_is_refused(tmp_path: Path) -> None:
-    """An adapter whose arrays are PRNG keys is refused.
-
-    Red without the check: JAX cannot allocate the dtype "key<fry>", so restoring raises a
-    TypeError.
-    """
     tree = {"base": {"head": jax.random.key(0)}}
     notes = {"layout": lora_jax.Layout().to_json(), "base": ["head"], "fingerprint": None}
     folder = storage.absolute(tmp_path / "a")
@@ -49,8 +44,6 @@ def test_a_fingerprint_that_is_not_one(tmp_path: Path, stored: Any) -> None:
 
 @pytest.mark.parametrize("field", ["stack", "fold", "parts", "part_axis"])
 def test_a_layout_with_an_object_in_it(tmp_path: Path, field: str) -> None:
-    """A layout with an object in place of a value is refused."""
-
     def change(data: Any) -> None:
         layout = json.loads(data["notes"]["layout"])
         layout["targets"][0][field] = {}
@@ -64,7 +57,6 @@ def test_a_layout_with_an_object_in_it(tmp_path: Path, field: str) -> None:
     "change", [{"scheme": []}, {"block": [64]}, {"layout": 3}, {"layout": "[" * 100_000}]
 )
 def test_a_recipe_that_is_not_one(change: dict[str, Any]) -> None:
-    """A wrong recipe in the adapter's `about` is refused: it says how the base was quantised."""
     good = {"scheme": "nf4", "block": 64, "double": False, "layout": SMALL.to_json()}
     with pytest.raises(LoraError, match=r"is not understood|not a layout"):
         requantised(BASE, good | change)

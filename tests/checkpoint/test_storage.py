@@ -11,7 +11,6 @@ import lora_jax
 
 
 def test_a_save_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Saving an adapter logs no line. Red without the filter: Orbax says that "meta" is skipped."""
     params = {"w": jnp.ones((8, 8))}
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=("w",))
     layout = lora_jax.resolve(spec, lambda p, x: x @ p["w"], params, jnp.ones((2, 8)))

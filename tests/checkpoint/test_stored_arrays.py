@@ -18,7 +18,6 @@ DTYPES = ("float32", "bfloat16", "float16", "int8", "uint32", "bool")
 
 
 def test_both_readers_read_the_same(tmp_path: pathlib.Path) -> None:
-    """Both give equal descriptions and arrays. Red with another separator of names."""
     shapes = ((), (3,), (2, 0), (4, 2))
     names = {f"a.b/{d}.{len(s)}": jnp.full(s, 1, d) for d in DTYPES for s in shapes}
     tree = {"adapters": {"x/y.z": {"a": jnp.arange(6.0)}}, "base": names}

@@ -58,10 +58,7 @@ def grow(part: Path, name: str, numbers: int) -> None:
 
 @pytest.mark.parametrize("numbers", [2**28, 10**13])
 def test_an_array_beside_the_manifest_takes_no_memory(tmp_path: Path, numbers: int) -> None:
-    """An array that the manifest does not list takes no memory.
-
-    Its 200 kB on disk would be 1 GiB of arrays (4 GiB while Orbax reads it), or 40 TB.
-    """
+    """An array that the manifest does not list takes no memory."""
     folder = saved(tmp_path / "a", meta={"x": jnp.zeros(CHUNK)})
     grow(folder / "meta", "x", numbers)
     command = [sys.executable, "-c", RESTORE, str(folder)]

@@ -13,7 +13,6 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def adapter(name: str) -> str:
-    """Return the folder of an adapter that PEFT wrote."""
     return str(GOLDEN / "golden_peft" / name)
 
 

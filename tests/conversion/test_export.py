@@ -244,7 +244,6 @@ def test_refusals_name_the_cure_and_leave_nothing(
 def test_another_base_is_noticed_while_it_is_read(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another base is an error when its last tensor is read, before any file is in its place."""
     other = tmp_path / "other"
     other.mkdir()
     held = tensors(GOLDEN / "llama")

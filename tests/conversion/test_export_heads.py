@@ -28,11 +28,7 @@ def export(run: GoldenRun, out: pathlib.Path, *options: str) -> int:
 
 
 def opened(run: GoldenRun, folder: pathlib.Path, name: str, labels: int) -> Any:
-    """Return the logits of the folder on the base with transformers' head for this model.
-
-    `peft.load` is compared with PEFT in test_peft_golden.py, and the models with transformers in
-    tests/models.
-    """
+    """Return the logits of the folder on the base with transformers' head for this model."""
     source = models.open(str(GOLDEN / name))
     vit = isinstance(source.config, models.VitConfig)
     head = models.Head("cls" if vit else "roberta_head", labels)
@@ -106,7 +102,6 @@ def test_a_run_without_factors_is_no_adapter(
 def test_a_base_that_pools_otherwise(
     labels: tuple[str, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """ModernBERT's pooling is in config.json: PEFT takes the base's, a merged model has its own."""
     base = shutil.copytree(GOLDEN / "modernbert", tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"classifier_pooling": "mean"}
     (base / "config.json").write_text(json.dumps(config))

@@ -61,7 +61,6 @@ def golden(name: str) -> tuple[list[list[int]], np.ndarray]:
 
 
 def test_a_classifier_predicts_as_peft(imported: Imported, tmp_path: pathlib.Path) -> None:
-    """A classifier predicts PEFT's probabilities; its pooler has an update in PEFT's file."""
     run = imported("bert", "bert", "--labels", "x", "y", "z")
     ids, logits = golden("bert")
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -79,7 +78,6 @@ def test_a_classifier_predicts_as_peft(imported: Imported, tmp_path: pathlib.Pat
 def test_a_decoder_computes_what_peft_computes(
     scan: bool, imported: Imported, models_folder: pathlib.Path
 ) -> None:
-    """A decoder computes PEFT's logits, with scanned layers or without."""
     run = imported("plain", "llama", *(["--scan-layers"] if scan else []))
     ids, logits = golden("plain")
     served = served_adapters.open_adapters([str(run)], models.DecoderConfig)
@@ -106,7 +104,6 @@ def test_a_decoder_generates(imported: Imported, tmp_path: pathlib.Path) -> None
 def test_modules_to_save_come_along(
     imported: Imported, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An output head and a norm that PEFT saved are imported with the factors."""
     run = imported("saved", "llama")
     saved = lora_jax.restore(run / "adapters/best").trainable
     assert sorted(saved) == ["lm_head/kernel", "norm/scale"]
@@ -134,7 +131,6 @@ def test_a_report_says_where_it_came_from(
 
 
 def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: Any) -> None:
-    """Export, import and predict give the same answers as the run itself."""
     weights = tiny.write_model(tmp_path / "model", tiny.ROBERTA)
     source = classifiers.examples(tmp_path / "data", lambda k: "abc"[k], ("line",))
     config = classifiers.config_of(weights, source, fields=("line",), pooling="roberta_head")
@@ -161,7 +157,6 @@ def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: A
 def test_a_folder_names_its_base_only_if_that_is_here(
     models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    """A folder's base is opened only if it is a local folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub:some/one").mkdir(parents=True)
     shutil.copytree(bases.adapter("plain"), tmp_path / "adapter")
@@ -207,7 +202,6 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_what_cannot_be_imported(
     arguments: tuple[str, ...], said: str, wide: pathlib.Path, tmp_path: pathlib.Path, capfd: Any
 ) -> None:
-    """An import that fails names its reason and leaves no file."""
     known = {name: bases.adapter(name) for name in ("plain", "dora", "bert")}
     known["models"], known["wide"] = str(bases.GOLDEN / "golden_models"), str(wide)
     given = [argument.format(**known) for argument in arguments]
@@ -219,10 +213,7 @@ def test_what_cannot_be_imported(
 def test_one_import_at_a_time(
     models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    """An import into a directory that another command is writing is refused, and writes nothing.
-
-    Red without the lock: two imports at once leave a damaged adapter, and both exit with 0.
-    """
+    """An import into a directory that another command is writing is refused, and writes nothing."""
     given = ["import", bases.adapter("plain"), "--base", str(models_folder / "llama")]
     with run_lock.hold(tmp_path / "run", LoraError("busy")):
         assert main([*given, "--out", str(tmp_path / "run")]) == 1
@@ -246,7 +237,6 @@ def test_a_killed_import_goes_on(
 def test_a_run_is_not_overwritten(
     imported: Imported, models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    """A run is overwritten only if an import wrote it and the user asks."""
     run = shutil.copytree(imported("plain", "llama"), tmp_path / "run")
     given = ["import", bases.adapter("rslora"), "--base", str(models_folder / "llama")]
     before = lora_jax.restore(run / "adapters/best").layout
@@ -263,7 +253,6 @@ def test_a_run_is_not_overwritten(
 def test_an_encoder_without_a_head(
     models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    """An adapter of a bare encoder (PEFT's FEATURE_EXTRACTION) is imported without a head."""
     config = models.open(str(models_folder / "bert")).config
     layout, adapters, _ = lora_jax.restore(_bare(tmp_path, config))
     names = models.hf_names(config, root="bert/")

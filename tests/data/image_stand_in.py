@@ -18,11 +18,7 @@ SIZES = {"train": 42, "validation": 15, "test": 9}
 
 
 class ShapesStandIn(tfds.core.GeneratorBasedBuilder):
-    """A data set with the fields of oxford_flowers102: PNG and JPEG images of many sizes.
-
-    `arrays` gives its images as NumPy arrays, and `archives` in zip files, which TFDS unpacks or
-    reads in place: for both TFDS calls TensorFlow. `tensorflow` calls more of TensorFlow than that.
-    """
+    """A data set with the fields of oxford_flowers102: PNG and JPEG images of many sizes."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [

@@ -133,8 +133,6 @@ def test_a_killed_preparation_does_not_poison_the_next(tmp_path: Path) -> None:
 
 
 def test_two_preparations_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The later of two preparations at once reads the files that the other has written."""
-
     def overtaken(config: str, split: str) -> list[tuple[int, dict[str, object]]]:
         monkeypatch.undo()
         open_source("tfds:glue_stand_in/pair", str(tmp_path))
@@ -186,8 +184,6 @@ def _environment() -> dict[str, str]:
 def test_a_full_disk_is_named(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk is an error that names the folder."""
-
     def prepare(self: object, **options: object) -> None:
         raise error
 

@@ -81,7 +81,6 @@ def test_a_batch_has_the_smallest_bucket_that_holds_it(
 
 
 def test_like_lengths_come_together(config: DataConfig, words: Tokenizer) -> None:
-    """Batches mix buckets at most once at each boundary."""
     mixed = 0
     for batch in shuffled(config, words):
         buckets = {int(np.searchsorted(LENGTHS, n)) for n in batch["mask"].sum(1)}

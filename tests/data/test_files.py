@@ -91,7 +91,6 @@ def test_a_field_that_nobody_uses_may_be_missing(tmp_path: Path, words: Tokenize
 
 @pytest.mark.parametrize("value", [None, ["a", "b"], [{"role": "user", "content": "hi"}], {}])
 def test_a_text_that_is_none(tmp_path: Path, words: Tokenizer, value: Any) -> None:
-    """A value that is not a text is an error."""
     rows = [{"text": "w1", "label": 0}, {"text": value, "label": 1}]
     name = written(tmp_path / "a.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(DataError, match=r"a\.jsonl:2: 'text', which data.text_fields names, is "):

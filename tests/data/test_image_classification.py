@@ -36,7 +36,6 @@ def training(config: ImageDataConfig, **settings: Any) -> Any:
 
 
 def test_images_come_as_they_were_stored(shapes: ImageDataConfig) -> None:
-    """A source gives images as they are in their files."""
     examples = open_source(SOURCE, shapes.data_dir).examples("train")
     for row in examples:
         name, number = row["file_name"].rsplit("_", 1)
@@ -60,7 +59,6 @@ def test_one_pass_has_every_example_once(shapes: ImageDataConfig) -> None:
 
 
 def test_every_epoch_varies_each_image_anew(shapes: ImageDataConfig) -> None:
-    """Each epoch varies each image anew."""
     epochs = [{}, {}]
     for number, batch in enumerate(itertools.islice(training(shapes), 12)):
         rows = zip(batch["index"], batch["pixels"], batch["weight"], strict=True)
@@ -74,7 +72,6 @@ def test_every_epoch_varies_each_image_anew(shapes: ImageDataConfig) -> None:
 
 
 def test_shards_are_the_rows_of_the_whole(shapes: ImageDataConfig) -> None:
-    """The parts of a batch are the rows of the whole batch."""
     whole = list(itertools.islice(training(shapes), 7))
     parts = [training(shapes).iterator(Shard((part,), 2)) for part in (0, 1)]
     for batch in whole:
@@ -87,7 +84,6 @@ def test_shards_are_the_rows_of_the_whole(shapes: ImageDataConfig) -> None:
 
 
 def test_resumed_is_uninterrupted(shapes: ImageDataConfig) -> None:
-    """A resumed iterator goes on as an uninterrupted one, with any number of shards."""
     batches = training(shapes)
     straight = list(itertools.islice(batches.iterator(), 9))
     iterator = batches.iterator(Shard((1,), 2))
@@ -129,7 +125,6 @@ def test_a_wrong_field_is_found_at_once(shapes: ImageDataConfig) -> None:
 def test_files_are_prepared_without_tensorflow(
     name: str, shapes: ImageDataConfig, tmp_path: Path
 ) -> None:
-    """Images in arrays and in archives are prepared without TensorFlow."""
     source = open_source(f"tfds:shapes_stand_in/{name}", str(tmp_path))
     for split, size in SIZES.items():
         rows = {row["file_name"]: row for row in source.examples(split)}

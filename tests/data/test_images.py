@@ -33,7 +33,6 @@ def said(folder: Path, found: Any) -> Path:
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_pixels_are_those_of_transformers(number: int, tmp_path: Path) -> None:
-    """The pixels equal transformers'."""
     how = preprocessing.read(said(tmp_path, CASES[number]), SMALL)
     image = decode(GOLDEN[f"file_{number}"].tobytes(), 3, "here")
     np.testing.assert_array_equal(pixels(image, how), GOLDEN[f"pixels_{number}"])
@@ -66,7 +65,6 @@ def test_an_old_file_says_the_size_as_one_number(tmp_path: Path) -> None:
 def test_what_is_not_followed_is_refused_by_name(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """A setting that the code does not follow is an error that names it."""
     with pytest.raises(ModelConfigError, match=message):
         preprocessing.read(said(tmp_path, CASES[0] | change), SMALL)
 
@@ -92,7 +90,6 @@ def test_every_kind_of_eight_bit_image_becomes_colour_or_grey(mode: str) -> None
 
 
 def test_an_image_comes_upright() -> None:
-    """An image is turned upright."""
     image = PIL.Image.new("RGB", (6, 2))
     exif = image.getexif()
     exif[0x0112] = 6  # the orientation: to be turned by 90 degrees
@@ -131,7 +128,6 @@ def test_a_flip_mirrors_and_a_box_cuts() -> None:
 
 
 def test_boxes_have_the_share_and_the_form_they_should_have() -> None:
-    """Boxes have the wanted share and form."""
     random, augmentation = np.random.default_rng(0), Augmentation(crop=0.25)
     boxes = [augmentation.box((40, 30), random) for _ in range(200)]
     found = np.array([box for box in boxes if box is not None])

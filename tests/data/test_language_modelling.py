@@ -96,7 +96,6 @@ def test_packed_rows_hold_every_example_once_an_epoch(
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_rows_of_one_example(config: DataConfig, words: Tokenizer, epochs: int) -> None:
-    """Without packing, a batch of four rows is a batch of four examples."""
     config = dataclasses.replace(config, pack=False)
     batches = opened(config, words, epochs=epochs)
     assert max(batch["segment_ids"].max() for batch in batches) == 1
@@ -238,7 +237,6 @@ def test_limit(config: DataConfig, words: Tokenizer) -> None:
 def test_padding_of_an_endless_run(
     config: DataConfig, words: Tokenizer, examples: int, batch_size: int
 ) -> None:
-    """The padding of an endless run is estimated well, even if some streams have no example."""
     config = dataclasses.replace(config, train_limit=examples)
     batches = language_modelling(config, words, "train", batch_size, shuffle=True, epochs=None)
     iterator = iter(batches)

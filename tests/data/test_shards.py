@@ -52,10 +52,7 @@ def packing(jsonl: Callable[..., str], words: Tokenizer, rows: list[dict[str, st
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[Make, int], list[BatchIterator]]:
-    """Return a function that makes the iterators of all shards, as several processes would.
-
-    In each of them `most` sees the numbers of the others.
-    """
+    """Return a function that makes the iterators of all shards, as several processes would."""
 
     def begin(make: Make, count: int) -> list[BatchIterator]:
         asked: list[list[int]] = [[] for _ in range(count)]
@@ -164,10 +161,7 @@ def test_each_stream_has_its_own_order(jsonl: Callable[..., str], words: Tokeniz
 
 
 def test_the_emptiest_rows_of_the_streams_come_apart() -> None:
-    """The emptiest rows of the streams come at different times.
-
-    Otherwise every 32nd batch would have far fewer tokens than the others.
-    """
+    """The emptiest rows of the streams come at different times."""
     random = np.random.default_rng(0)
 
     def row() -> TokenRow:

@@ -31,7 +31,6 @@ def test_each_chunk_is_cut_and_counted_alike(words: Tokenizer) -> None:
 
 
 def test_a_token_that_the_model_lacks(words: Tokenizer) -> None:
-    """A token that the model lacks is an error."""
     encoder = Encoder(words, 8, vocabulary=54)  # w48 is the last
     assert encoder.plain(["w48", ""]) == [[53], []]
     for call in (encoder.plain, lambda texts: encoder.truncate(texts, TextTruncation())):
@@ -40,7 +39,6 @@ def test_a_token_that_the_model_lacks(words: Tokenizer) -> None:
 
 
 def test_half_a_character(words: Tokenizer) -> None:
-    """Half a character, which a terminal may pass on, is an error of ours."""
     encoder = Encoder(words, 8)
     pair: list[TextOrPair] = [("w1", "w2"), ("w1", "w2 \udcff")]
     for call in (
@@ -52,7 +50,6 @@ def test_half_a_character(words: Tokenizer) -> None:
 
 
 def test_an_expression_without_end() -> None:
-    """A regular expression that does not end is an error."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), behavior="isolated")
     with pytest.raises(DataError, match=r"fails on one of 2 texts: .*retry-limit"):

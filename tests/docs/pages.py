@@ -31,7 +31,6 @@ class Block(NamedTuple):
 
 
 def names() -> list[str]:
-    """Return all pages that people wrote, as paths under docs/ without the suffix."""
     found = (path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
     return sorted(name.removesuffix(".md") for name in found if not name.startswith(MADE))
 

@@ -37,7 +37,6 @@ def imported(code: str) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_a_page_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of a page runs and prints the output that the page shows."""
     code = "\n".join(b.code for b in pages.blocks(name) if b.language == "python")
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     for package in imported(code) & OTHERS:
@@ -49,7 +48,6 @@ def test_a_page_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", pages.names())
 def test_python_that_is_only_shown_is_python(name: str) -> None:
-    """Code of other libraries, in `{code-block} python`, is valid Python."""
     for block in pages.blocks(name):
         if block.language.startswith("{code-block} python"):
             ast.parse(re.sub(r"^:.*\n", "", block.code, flags=re.M))
@@ -94,7 +92,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.parametrize("name", [name for name in pages.names() if pages.commands(name)])
 def test_commands_take_their_options(name: str, folder: pathlib.Path) -> None:
-    """Each command has the options that the pages give it."""
     for words in pages.commands(name):
         program = ours([w for w in words if not re.fullmatch(r"[A-Z_]+=\S*", w)])
         if program is None:
@@ -124,7 +121,6 @@ def test_every_public_name_is_in_a_table_of_the_reference() -> None:
 
 
 def test_named_modules_and_files_exist() -> None:
-    """Modules and files that pages name exist."""
     for name in pages.names():
         text = (pages.DOCS / f"{name}.md").read_text()
         for path in re.findall(
@@ -145,7 +141,6 @@ def exists(dotted: str) -> bool:
 
 
 def test_the_messages_of_the_troubleshooting_page_are_said() -> None:
-    """The troubleshooting page quotes errors of the package."""
     texts = [words for path in (pages.ROOT / "lora_jax").rglob("*.py") for words in said(path)]
     page = (pages.DOCS / "troubleshooting.md").read_text()
     messages = re.findall(r"^### `(.*)`$", page, re.M)

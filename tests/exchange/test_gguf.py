@@ -50,10 +50,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 def by_hand(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read the metadata and tensors (float32, float16) of a file as ggml describes the format.
-
-    Axes are in ggml's order: numbers along the first axis are next to each other.
-    """
+    """Read the metadata and tensors (float32, float16) of a file as ggml describes the format."""
     data, at = file.read_bytes(), 4
     assert data[:4] == b"GGUF"
 
@@ -131,7 +128,6 @@ def test_the_published_reader(tmp_path: Path) -> None:
 
 
 def test_names_are_those_of_our_own_table() -> None:
-    """The package's table of names equals the table of our loader."""
     own = {r.hf: r.gguf for r in LLAMA.rows if r.gguf.endswith(".weight") and "norm" not in r.gguf}
     for hf, tensor in own.items():
         module = (hf if hf.startswith("lm_head") else LLAMA.prefix + hf).removesuffix(".weight")
@@ -149,7 +145,6 @@ def test_every_kind_that_is_a_product(kind: str, tmp_path: Path) -> None:
 
 
 def test_ranks_scales_tables_and_half_precision(tmp_path: Path) -> None:
-    """Targets may differ in rank and scale, tables may be adapted, and float16 loses little."""
     model = built_in("llama")
     rules = (
         Rule("**/q/kernel", rank=3, alpha=4.0),

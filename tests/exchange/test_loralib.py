@@ -29,11 +29,7 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def merged_linear(a: np.ndarray, b: np.ndarray, enabled: Sequence[bool]) -> np.ndarray:
-    """The update [out, in] of a MergedLinear: a convolution in groups, padded with zeros.
-
-    Group g of a 1-D convolution reads the g-th of `groups` equal ranges of channels, and makes the
-    g-th range of outputs.
-    """
+    """The update [out, in] of a MergedLinear: a convolution in groups, padded with zeros."""
     groups, rank = sum(enabled), b.shape[1]
     size = len(b) // groups
     delta = np.zeros((size * len(enabled), a.shape[1]), np.float32)
@@ -67,7 +63,6 @@ X = jnp.ones((2, 6))
 @pytest.mark.parametrize("enabled", [(True, False, True), (True, True, True), (False, True, False)])
 @pytest.mark.parametrize("form", ["scanned", "unrolled"])
 def test_merged_linear(form: str, enabled: tuple[bool, ...]) -> None:
-    """The parts of a MergedLinear become factors of their own, for each choice of parts."""
     n = sum(enabled)
     state = {}
     for i in range(2):
@@ -139,7 +134,6 @@ def state() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("in_a_file", [False, True])
 def test_linear_embedding_and_convolution(in_a_file: bool, tmp_path: Path) -> None:
-    """Factors of a linear layer, an embedding and a convolution are read, and biases replaced."""
     model, s = layers(), state()
     source: Any = s
     if in_a_file:

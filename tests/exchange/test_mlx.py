@@ -44,12 +44,7 @@ def assert_same(model: Model, adapter: lora_jax.Adapter, folder: Path) -> None:
 
 
 def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
-    """Fuse an adapter as mlx-lm loads and fuses it, which is strict in names, ranks and shapes.
-
-    It puts adapters on modules of the last `num_layers` layers whose name inside the layer is in
-    `keys`, and on modules whose full name is in `keys`. Each tensor of the file must then belong to
-    one of these modules.
-    """
+    """Fuse an adapter as mlx-lm loads and fuses it, which is strict in names, ranks and shapes."""
     config = json.loads((folder / "adapter_config.json").read_text())
     asked = config["lora_parameters"]
     assert not [k for k in asked["keys"] if ".layers." in k]  # older versions know none there
@@ -93,7 +88,6 @@ def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict
     ids=["tables", "ranks", "dora", "tied"],
 )
 def test_mlx_lms_rules_give_the_merged_model(name: str, spec: LoraSpec, tmp_path: Path) -> None:
-    """The model fused by mlx-lm's rules has the weights of `merge`."""
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     adapter = drawn(model, spec)
     assert_same(model, adapter, tmp_path / "a")

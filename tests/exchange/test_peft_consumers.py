@@ -146,7 +146,6 @@ def agrees(got: Deltas, want: Deltas) -> bool:
 def test_portable_is_read_alike(
     name: str, consumer: str, model: Model, adapters: Any, tmp_path: Path
 ) -> None:
-    """Every server reads the same weights from a portable folder."""
     adapter = adapters[name]
     options: Any = {"profile": "portable", "params": model.params}
     peft.save(tmp_path / "a", model.names, adapter, base="b", **options)
@@ -169,7 +168,6 @@ def test_portable_is_read_alike(
 def test_what_is_not_read_right_is_said_before(
     name: str, consumer: str, model: Model, adapters: Any, tmp_path: Path
 ) -> None:
-    """`check` finds a problem exactly if a reader refuses the folder or gets other weights."""
     adapter = adapters[name]
     peft.save(tmp_path / "a", model.names, adapter, base="b", params=model.params)
     try:

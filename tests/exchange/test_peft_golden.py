@@ -46,11 +46,6 @@ def expected(name: str) -> tuple[Any, np.ndarray]:
 
 @pytest.mark.parametrize(("base", "name", "scan"), CASES)
 def test_logits_are_those_of_peft(base: str, name: str, scan: bool) -> None:
-    """Every golden adapter gives PEFT's logits.
-
-    Red with alpha / r for rsLoRA, with a norm over the wrong axis, with a transposed factor, or
-    without a bias.
-    """
     model = built_in(base, scan)
     x, want = expected(name)
     adapter = peft.load(ADAPTERS / name, model.names, model.f, model.params, model.x)
@@ -62,7 +57,6 @@ def test_logits_are_those_of_peft(base: str, name: str, scan: bool) -> None:
 
 @pytest.mark.parametrize("name", ["toy", "toy_dora"])
 def test_convolutions_and_gpt2s_product(name: str) -> None:
-    """Convolutions and GPT-2's transposed product give PEFT's outputs."""
     model = toy()
     x, want = expected(name)
     adapter = peft.load(ADAPTERS / name, model.names, model.f, model.params, x)
@@ -109,7 +103,6 @@ def experts_function(transposed: bool) -> Any:
 @pytest.mark.parametrize("form", ["plain", "plain_square", "transposed", "transposed_square"])
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"])
 def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:
-    """Experts written by each version of PEFT are read as that version reads them."""
     name = f"experts_{version}_{form}"
     golden = npz.read(ADAPTERS / name / "expected.npz")
     weights = {k.partition("/")[2]: jnp.asarray(golden[k]) for k in golden if "experts/" in k}

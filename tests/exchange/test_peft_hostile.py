@@ -139,7 +139,6 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_named(name: str, good: Path, tmp_path: Path) -> None:
-    """Each fault is an error that names the file and the key."""
     change, file, key = WRONG[name]
     start = time.monotonic()
     with pytest.raises(lora_jax.LoraError, match=rf"(?s){file}.*{key}"):
@@ -148,8 +147,6 @@ def test_what_is_wrong_is_named(name: str, good: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_wrong(good: Path, tmp_path: Path) -> None:
-    """Bare module names, which PEFT loads without effect, and unused settings are accepted."""
-
     def bare(settings: Any, tensors: Any) -> None:
         settings.update({"a_newer_setting": None, "layer_replication": None, "lora_dropout": 0.1})
         for key in list(tensors):

@@ -50,7 +50,6 @@ def assert_same(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind: str, tmp_path: Path) -> None:
-    """Each kind of update keeps the merged weights."""
     model = scanned("h.{layer}.up")
     assert_same(model, drawn(model, LoraSpec(2, 3.0, kind=kind, targets="**")), tmp_path / "a")
 
@@ -76,7 +75,6 @@ def test_biases_with_and_without_the_base(tmp_path: Path) -> None:
 
 
 def test_ranks_alphas_and_scalings(tmp_path: Path) -> None:
-    """Ranks, alphas and scalings that differ from target to target are kept."""
     model = built_in("llama")
     rules = (
         Rule("**/q/kernel", rank=3, alpha=4.0),
@@ -98,7 +96,6 @@ def test_heads_norms_and_tables(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_head_trained_in_full(tmp_path: Path) -> None:
-    """A head that was trained in full is saved as PEFT's whole module."""
     model = built_in("bert")
     kernel = flat(model.params)["classifier/out/kernel"]
     adapter = drawn(model, LoraSpec(2, 3.0, "**/query/kernel"))
@@ -268,7 +265,6 @@ def test_a_tree_with_hugging_faces_names_needs_no_table(tmp_path: Path) -> None:
 
 
 def test_experts_by_number(tmp_path: Path) -> None:
-    """Each expert gets its own key, from one array of layers and experts."""
     model, adapter = experts()
     assert_same(model, adapter, tmp_path / "a")
     assert_same(model, adapter, tmp_path / "b", profile="portable")
@@ -299,7 +295,6 @@ HEADS |= dict.fromkeys(("bert", "roberta", "modernbert", "distilbert"), "roberta
 
 @pytest.mark.parametrize("name", [*DECODERS, *HEADS])
 def test_names_of_the_built_in_models(name: str) -> None:
-    """Every tensor of the golden folder has one place, by one name."""
     source = models.open(str(GOLDEN / "golden_models" / name))
     head = models.Head(HEADS[name], 3) if name in HEADS else None
     shapes = {p: x.shape for p, x in flat(source.load(head=head)).items()}
@@ -315,7 +310,6 @@ def test_names_of_the_built_in_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 def test_experts_of_the_built_in_models(name: str, tmp_path: Path) -> None:
-    """One key for each expert is written; this form and parameters of all experts are read."""
     model = built_in(name)
     adapter = drawn(model, LoraSpec(2, 3.0, "**/{gate,up,down}/kernel"))
     assert model.names is not None

@@ -49,7 +49,6 @@ def finished(
 
 
 def members(config: SweepConfig) -> tuple[Member, ...]:
-    """Return the members of a sweep."""
     return config.expand().members
 
 

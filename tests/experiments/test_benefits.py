@@ -66,7 +66,6 @@ def on_disk(folder: pathlib.Path) -> int:
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_is_trained(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
-    """One side trains all parameters, the other the factors and the head."""
     full, lora = made[name].values()
     head = models.Head("mean", 2) if name == "minilm" else None
     assert lora_jax.count(full.state.trained) == lora_jax.count(
@@ -80,7 +79,6 @@ def test_what_is_trained(name: str, made: dict[str, dict[str, TrainingSide]]) ->
 
 @pytest.mark.parametrize("name", TINY)
 def test_memory(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
-    """The memory is that of the compiled step, part by part."""
     found = {side: trained.memory(one) for side, one in made[name].items()}
     for side, one in made[name].items():
         numbers, memory = lora_jax.count(one.state.trained), found[side]
@@ -102,7 +100,6 @@ def test_memory(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
 def test_steps_and_checkpoints(
     name: str, made: dict[str, dict[str, TrainingSide]], tmp_path: pathlib.Path
 ) -> None:
-    """Each call is a step, and the saved bytes are exactly the trained parameters."""
     for side, one in made[name].items():
         again = fresh(one)
         take = trained.stepping(again)
@@ -130,7 +127,6 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The command measures the named models and writes its file."""
     monkeypatch.setattr(benefits, "CASES", TINY)
     sides = {name: functools.partial(fresh, one) for name, one in made["smollm2"].items()}
     monkeypatch.setattr(trained, "sides", {TINY["smollm2"]: sides}.__getitem__)
@@ -158,7 +154,6 @@ def test_the_command(
 def test_errors_of_the_command_line(
     given: list[str], said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong option is an error that names it."""
     out = [] if "--out" in given else ["--out", str(tmp_path / "x.json")]
     assert benefits.main([*out, *given]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
@@ -173,7 +168,6 @@ def by_hand() -> Benefits:
 
 
 def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
-    """The tables show ratios, LoRA to full, and medians."""
     measurement_file.write(tmp_path / "benefits.json", by_hand())
     assert measurement_file.read(tmp_path / "benefits.json", Benefits, "") == by_hand()
     (section,) = benefits.sections(tmp_path)
@@ -190,7 +184,6 @@ def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """Without a measurement there is no section; page.py names the missing parts."""
     assert benefits.sections(tmp_path) == ()
 
 

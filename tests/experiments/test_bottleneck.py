@@ -41,7 +41,6 @@ def test_a_layer_is_the_formula(norm: bool) -> None:
     ids=["encoder", "decoder"],
 )
 def test_it_stands_before_the_residual(config: Any, layer: str, biases: dict[str, str]) -> None:
-    """An adapter layer that adds a constant equals a bias of the module's last product."""
     model, params = model_of(config)
     method = methods.houlsby(config, 2)
     shift = np.random.default_rng(3).normal(0.0, 0.5, 16).astype(np.float32)
@@ -90,7 +89,6 @@ def test_rematerialised_layers_are_the_same(kind: str) -> None:
 
 
 def test_it_computes_in_the_models_dtype() -> None:
-    """Float32 adapter layers compute in the base's bfloat16."""
     config = dataclasses.replace(BERT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     method = methods.lin(config, 3)
     extra = method.extra

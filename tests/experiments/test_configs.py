@@ -39,7 +39,6 @@ APPLY = classification.apply_of(models.BertClassifier(MINILM, 2, "mean"))
 
 
 def layout(member: Member) -> lora_jax.Layout:
-    """Return the layout of the member's targets on the shapes of the model."""
     params = models.shapes(MINILM, models.Head("mean", 2))
     batch = {
         "input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
@@ -51,13 +50,11 @@ def layout(member: Member) -> lora_jax.Layout:
 
 @pytest.fixture(scope="module")
 def layouts() -> dict[str, lora_jax.Layout]:
-    """The layouts of the members of seed 0, by name."""
     every = (*members(matrices.config), *members(rank.config))
     return {m.name: layout(m) for m in every if m.config.seed == 0}
 
 
 def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Layout]) -> None:
-    """All choices of matrices train the same number of parameters."""
     names = [m.name for m in members(matrices.config) if m.config.seed == 0]
     assert len(names) == 10
     assert {layouts[name].size for name in names} == {2 * 15_360}
@@ -65,7 +62,6 @@ def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Lay
 
 
 def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> None:
-    """The scale does not change with the rank, except at rank 64 with another alpha."""
     found = [layouts[m.name] for m in members(rank.config) if m.config.seed == 0]
     counts = {(len(own.targets) // 2, own.targets[0].rank) for own in found}
     assert counts == {(n, r) for n in (1, 2, 4) for r in (1, 2, 4, 8, 64)}
@@ -73,14 +69,12 @@ def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> No
 
 
 def test_every_setting_has_three_seeds() -> None:
-    """66 runs are for Tables 5 and 6, nine for the MLP, and nine for rank 64 with another alpha."""
     assert len(members(matrices.config)) + len(members(rank.config)) == 66 + 9 + 9
     for config in (matrices.config, rank.config):
         assert {m.config.seed for m in members(config)} == {0, 1, 2}
 
 
 def test_a_decoder_has_one_budget_over_its_matrices() -> None:
-    """Four choices of a decoder's matrices have one budget, and three ranks come on top."""
     two = dataclasses.replace(SMOLLM2, num_layers=2)
     apply = causal_lm.apply_of(models.DecoderModel(two))
     params, batch = models.shapes(two), causal_lm.batch_shapes(1, 8)

@@ -47,7 +47,6 @@ def test_the_model_has_the_size_of_gpt2_medium() -> None:
 
 
 def test_the_numbers_are_those_of_the_trees(made: dict[str, forward.Variant]) -> None:
-    """The numbers of added parameters are counted on the trees."""
     found = forward.added(TINY, SIZES)
     lin, houlsby = methods.lin(TINY, SIZES.lin), methods.houlsby(TINY, SIZES.houlsby)
     _, factors = made[UNMERGED].weights
@@ -74,8 +73,6 @@ def test_merged_is_the_bases_own_program(programs: dict[str, Any]) -> None:
 
 
 def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) -> None:
-    """The text of a program does not depend on the place of its source."""
-
     def one(x: Any) -> Any:
         return x * 2 + 1
 
@@ -96,7 +93,6 @@ def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) ->
 def test_merged_does_what_unmerged_does(
     made: dict[str, forward.Variant], programs: dict[str, Any]
 ) -> None:
-    """Merged and unmerged give the same outputs, and each method changes the base's."""
     ids = jax.random.randint(jax.random.key(3), (BATCH, LENGTH), 0, TINY.vocab_size, np.int32)
     found = {name: np.asarray(programs[name](one.weights, ids)) for name, one in made.items()}
     scale = np.abs(found[BASE]).max()
@@ -134,7 +130,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command follows its options and writes a file that can be read."""
     out = tmp_path / "a" / "latency.json"
     given = ["--layers", "1", "--repeats", "3", "--shapes", "2x8"]
     assert latency.main(["--out", str(out), *given]) == 0
@@ -170,7 +165,6 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
 def test_errors_of_the_command_line(
     given: list[str], said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong option is an error that names it, and no file is written."""
     out = [] if "--out" in given else ["--out", str(tmp_path / "x.json")]
     assert latency.main([*out, *given]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
@@ -178,7 +172,6 @@ def test_errors_of_the_command_line(
 
 
 def by_hand(shape: tuple[int, int] = (32, 512)) -> Latencies:
-    """Return measurements with medians of 2 seconds, and of 3 for Adapter^L."""
     runs = tuple(
         Timed(name, 10, 120, (1.0, 2.0, 6.0) if name != LIN else (3.0,), 1e9, 50)
         for name in METHODS
@@ -211,7 +204,6 @@ def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """Without a measurement there is no section; page.py names the missing parts."""
     assert latency.sections(tmp_path / "none") == ()
 
 
@@ -243,7 +235,6 @@ def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path)
 
 
 def test_half_a_file_is_named(tmp_path: pathlib.Path) -> None:
-    """A file that is cut short is an error that names it."""
     file = tmp_path / "latency.json"
     file.write_text('{"machine": {')
     with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it again"):

@@ -79,7 +79,6 @@ def trained(params: Any, method: methods.Method) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_counts_of_an_encoder(name: str) -> None:
-    """The parameters that are trained in an encoder are as many as the formula says."""
     make, count, _ = METHODS[name]
     found = trained(models.shapes(BERT, HEAD), make(BERT))
     own = {path: x for path, x in found.items() if not path.startswith("classifier/")}
@@ -89,7 +88,6 @@ def test_counts_of_an_encoder(name: str) -> None:
 
 @pytest.mark.parametrize("name", DECODER)
 def test_counts_of_a_decoder(name: str) -> None:
-    """The parameters that are trained in a decoder are as many as the formula says."""
     make, _, count = METHODS[name]
     assert size_of(trained(models.shapes(LLAMA), make(LLAMA))) == count
 
@@ -106,7 +104,6 @@ def test_counts_of_a_real_model() -> None:
 
 
 def test_which_parameters() -> None:
-    """Each method trains the right layers and parameters."""
     params = models.shapes(BERT, HEAD)
     folders = {p.split("/")[2] for p in trained(params, methods.top_layers(BERT, 2))}
     assert folders == {"layer_1", "layer_2"}
@@ -119,10 +116,7 @@ def test_which_parameters() -> None:
 
 
 def noisy(tree: Any, seed: int) -> Any:
-    """Return the tree with random numbers added to its arrays, or in place of its shapes.
-
-    A constant would not do: layer norms take it out.
-    """
+    """Return the tree with random numbers added to its arrays, or in place of its shapes."""
     random = np.random.default_rng(seed)
 
     def number(x: Any) -> np.ndarray:
@@ -187,14 +181,12 @@ def test_patterns_put_nothing_into_the_model() -> None:
     ],
 )
 def test_what_does_not_go_is_said(make: Callable[[], Any], says: str) -> None:
-    """A method that does not go with the model is an error."""
     with pytest.raises(lora_jax.LoraError, match=f"(?s){says}"):
         make()
 
 
 @pytest.mark.parametrize("name", ["top_layers", "houlsby", "adapter_drop", "lin", "prefix_layer"])
 def test_scanned_layers_are_refused(name: str) -> None:
-    """A method that chooses layers refuses a stack."""
     config = dataclasses.replace(BERT, scan_layers=True)
     with pytest.raises(lora_jax.LoraError, match=r"model\.scan_layers"):
         METHODS[name][0](config)

@@ -57,7 +57,6 @@ def test_settings_of_another_method_are_refused(settings: dict[str, Any], says: 
 
 
 def test_what_a_method_trains_is_not_said_twice() -> None:
-    """A method decides alone what it trains, so `lora.trainable` is an error."""
     lora = LoraConfig(trainable=("classifier/**",))
     with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' decides"):
         dataclasses.replace(BITFIT, lora=lora)
@@ -76,7 +75,6 @@ def test_another_method_is_another_run() -> None:
 
 
 def test_the_command_line() -> None:
-    """The command line sets the method and its settings."""
     line = ["--method.name", "adapter_drop", "--method.drop", "2", "--method.size", "16"]
     config: Any = command_line.parse(line, "experiments/paper/configs/method.py", ROOT)[1]
     assert config.method == MethodConfig("adapter_drop", size=16, drop=2)
@@ -126,7 +124,6 @@ def together(path: pathlib.Path, group: GroupConfig) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_sweep_is_its_members_alone(folder: pathlib.Path) -> None:
-    """A sweep of a method's rates and seeds is one program, and each member trains as alone."""
     base = config_of(folder, MethodConfig("pfeiffer", size=4))
     cases = tuple({"optimizer.learning_rate": 1e-2 / (1 + seed), "seed": seed} for seed in (0, 1))
     group = SweepConfig(base=base, cases=cases).expand()
@@ -168,6 +165,5 @@ def pair(folder: pathlib.Path, one: MethodConfig, two: MethodConfig) -> GroupCon
 def test_other_methods_do_not_go_together(
     one: MethodConfig, two: MethodConfig, says: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Members with different methods or settings do not share a program."""
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         together(tmp_path / "group", pair(folder, one, two))

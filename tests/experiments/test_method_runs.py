@@ -168,7 +168,6 @@ def steps(folder: pathlib.Path) -> Callable[[str], Stepped]:
 def test_only_its_own_parameters_change(
     name: str, steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """A run changes and exports its method's parameters alone, as many as the formula says."""
     found = steps(name)
     check_moved(found)
     own = [x for path, x in found.trained["base"].items() if extra(path)]
@@ -242,7 +241,6 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
 def test_exports_of_base_parameters_are_served(
     steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """`predict` gives the outputs of the workload with the trained parameters."""
     found = steps("bitfit")
     frozen = lora_jax.fingerprint(found.frozen)
     about = found.workload.about

@@ -64,7 +64,6 @@ def trained(method: str, **changes: int) -> int:
 
 
 def test_every_method_has_a_grid_of_nine() -> None:
-    """Each method has three learning rates and three seeds."""
     assert {n for n, v in vars(config).items() if isinstance(v, SweepConfig)} == {
         "config",
         *methods.METHODS,
@@ -240,7 +239,6 @@ def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
 
 
 def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> None:
-    """Without runs there is no section; with some runs, a note lists the methods that have none."""
     for module in (methods, samples):
         assert module.sections(tmp_path) == ()
     group(tmp_path, "lora", LORA)
@@ -287,7 +285,6 @@ def test_samples_are_by_their_number(tmp_path: pathlib.Path) -> None:
 
 
 def test_names_of_points_do_not_meet() -> None:
-    """Names of points do not overlap, even for six methods with nearly the same numbers."""
     near = [
         seed_scatter.NamedPoint(f"method_{i}", 70_000 + i, 75.0 + 0.01 * i, 1.0) for i in range(6)
     ]

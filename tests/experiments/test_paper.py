@@ -59,7 +59,6 @@ def tables(path: pathlib.Path, *columns: str) -> list[list[list[str]]]:
 
 
 def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None:
-    """Seeds are one line of a table, with the mean and deviation of their summaries."""
     rows = {row[0]: row for row in tables(written, "matrices", "paper: MNLI")[0]}
     assert len(rows) == 10
     for member in runs.members(matrices.config):
@@ -75,7 +74,6 @@ def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None
 
 
 def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
-    """The paper's numbers are shown next to ours for each rank."""
     found, losses = tables(written, "r", "paper: WikiSQL", "seeds")[-1], tables(
         written, "paper: GPT-2 M loss"
     )[0]  # fmt: skip
@@ -109,7 +107,6 @@ def test_claims_have_the_papers_difference(written: pathlib.Path) -> None:
 
 
 def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> None:
-    """An experiment without runs is a note with its command."""
     text = (written / "report.md").read_text()
     for name in ("directions", "methods", "samples", "latency", "benefits"):
         assert f"python -m experiments.paper {name}" in text.replace("\\", ""), name
@@ -117,7 +114,6 @@ def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> No
 
 
 def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
-    """HTML and Markdown have the same tables."""
     found = saved_runs.page(written / "report.html")
     assert found.tables == saved_runs.Markdown((written / "report.md").read_text()).tables
 
@@ -125,7 +121,6 @@ def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
 def test_nothing_at_all_is_an_error(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder without any run is an error."""
     assert main(["--report-only", "--runs", str(tmp_path)]) == 1
     assert "holds no run of any experiment" in " ".join(capsys.readouterr().err.split())
 
@@ -240,7 +235,6 @@ def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None:
-    """docs/paper/report.html is drawn whole and loads nothing, on a phone and on a screen."""
     found = browser.measured(COMMITTED / "report.html", width, tmp_path)
     assert found["width"] == width
     assert found["scrolls"] <= width
@@ -262,7 +256,6 @@ def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_committed_formats_hold_the_same() -> None:
-    """The committed HTML and Markdown have the same tables."""
     found = saved_runs.page(COMMITTED / "report.html")
     plain = saved_runs.Markdown((COMMITTED / "report.md").read_text())
     assert found.tables == plain.tables

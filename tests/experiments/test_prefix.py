@@ -67,7 +67,6 @@ def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> Non
 
 
 def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
-    """The outputs equal layers that run one by one."""
     model, params = model_of(BERT)
     method = methods.prefix_layer(BERT, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 6)
@@ -88,7 +87,6 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
 def test_padding_changes_nothing(pooling: str) -> None:
-    """A row gives the same outputs alone and padded."""
     model = models.BertClassifier(BERT, 2, pooling)
     method = methods.prefix_layer(BERT, LP, LI, 12)
     params = noisy(models.shapes(BERT, models.Head(pooling, 2)), 0)
@@ -99,7 +97,6 @@ def test_padding_changes_nothing(pooling: str) -> None:
 
 
 def test_token_types_stay_with_their_tokens() -> None:
-    """Each token keeps its token type."""
     model, params = model_of(BERT)
     method = methods.prefix_embedding(BERT, LP, 0, 8)
     whole, f = {**params, **noisy(method.shapes(), 1)}, run(method, model)

@@ -38,7 +38,6 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 def test_without_the_runs_the_report_is_the_same(
     folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the runs every file of the report stays the same; the command says what it kept."""
     shutil.copytree(folder / "whole", tmp_path / "out")
     (tmp_path / "none").mkdir()
     arguments = ["--report-only", "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
@@ -48,7 +47,6 @@ def test_without_the_runs_the_report_is_the_same(
 
 
 def test_runs_go_before_what_is_kept(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """New runs of one experiment give a new section, and the other section stays as it was."""
     shutil.copytree(folder / "whole", tmp_path / "out")
     found = runs.members(matrices.config)
     runs.write(tmp_path / "runs/matrices", found, {m.name: (0.9, 0.9) for m in found})

@@ -26,10 +26,7 @@ from tests.training.test_resume import assert_same
 
 
 class Export(Scenario):
-    """`lora-jax export` of a tiny Llama, in one format.
-
-    A kill leaves no folder, an empty one or a whole one; unfinished files are next to it.
-    """
+    """`lora-jax export` of a tiny Llama, in one format."""
 
     def __init__(self, folder: pathlib.Path, form: str) -> None:
         super().__init__(folder)
@@ -69,10 +66,7 @@ def assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
 
 
 class Import(Scenario):
-    """`lora-jax import` of a PEFT folder.
-
-    A kill leaves a whole adapter or none. Unfinished folders may stay until the next start.
-    """
+    """`lora-jax import` of a PEFT folder. A kill leaves a whole adapter or none."""
 
     marks = ("lock", "adapters", "adapters/best", "adapters/best/meta")
     _more: tuple[str, ...] = ()
@@ -120,8 +114,6 @@ def _contents(folder: pathlib.Path) -> Any:
 
 
 class ImportOver(Import):
-    """`lora-jax import --overwrite` over an earlier import, which is whole at every moment."""
-
     marks = ("adapters/best.new", "adapters/best.old")
     _more = ("--overwrite",)
 

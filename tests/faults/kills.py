@@ -56,10 +56,7 @@ class Kills:
     """The kills of one scenario."""
 
     def __init__(self, name: str, scenario: Scenario, seed: int) -> None:
-        """Run the scenario whole, twice; the second run gives the time and the changes.
-
-        The first run also compiles the programs and keeps them.
-        """
+        """Run the scenario whole, twice; the second run gives the time and the changes."""
         self.outcome, self._scenario = Outcome(name), scenario
         self._random, self._began = random.Random(f"{seed} {name}"), time.monotonic()
         self._place, self._last = scenario.folder / "killed", list[Any]()
@@ -71,10 +68,7 @@ class Kills:
         self._end()
 
     def run(self, kills: int) -> Outcome:
-        """Kill the command `kills` times, over as many runs as that needs.
-
-        Ctrl-C ends the kills early, with the results so far.
-        """
+        """Kill the command `kills` times, over as many runs as that needs."""
         with contextlib.suppress(KeyboardInterrupt):  # then there are fewer kills
             while self.outcome.kills < kills:
                 self._try(self._kill)

@@ -29,11 +29,7 @@ HEARTBEAT = 60  # seconds until a process notices that another one is gone, at m
 
 
 class Scenario(abc.ABC):
-    """A command that is killed and started again until it ends.
-
-    A place is the run directory or folder that it writes. `whole` is the place of a command that
-    was never killed. A log next to each place has the text that its command prints.
-    """
+    """A command that is killed and started again until it ends."""
 
     marks: tuple[str, ...] = ()  # files of a place, right after which some of the kills come
 
@@ -123,10 +119,7 @@ def _stable(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def events(run: pathlib.Path) -> set[tuple[str, int, float]]:
-    """Read (tag, step, value) from the events of a run as TensorBoard does, file after file.
-
-    The start of each file makes void what earlier files say of its step and later ones.
-    """
+    """Read (tag, step, value) from the events of a run as TensorBoard does, file after file."""
     found = set[tuple[str, int, float]]()
     for file in sorted(run.glob("events.out.tfevents.*")):
         data, at = file.read_bytes(), 0
@@ -172,11 +165,7 @@ config = GroupConfig(
         self.line = ("--config", str(file))
 
     def state(self, place: pathlib.Path) -> Any:
-        """The step of the member with the fewest steps.
-
-        Members with more steps may go back, because the group continues from checkpoints that
-        belong together.
-        """
+        """The step of the member with the fewest steps."""
         return [min(super().state(place))]
 
     def assert_same(self, place: pathlib.Path) -> None:

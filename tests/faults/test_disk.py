@@ -95,7 +95,6 @@ WRITERS: dict[str, Callable[[pathlib.Path], None]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_read_only_folder(name: str, small_disk: pathlib.Path) -> None:
-    """A read-only folder gives an error with the file and the cure."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(LoraError, match=rf"(?s){name}.*Read-only file system.*Make the folder"):
         WRITERS[name](small_disk)
@@ -132,8 +131,6 @@ def _again_and_again(write: Callable[[pathlib.Path], None], folder: pathlib.Path
 def test_a_file_system_without_locks(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system without locks gives an error with the folder and the cure."""
-
     def acquire(self: Any, timeout: float) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -162,7 +159,6 @@ def test_a_checkpoint_whose_rename_fails(
 def test_an_export_whose_rename_fails(
     part: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The earlier export stays readable if a rename fails."""
     _export(tmp_path)
     plain = os.rename
 
@@ -185,10 +181,7 @@ def test_an_export_whose_rename_fails(
 def test_an_old_export_that_somebody_reads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An old export that cannot be deleted does not stop a new one.
-
-    NFS keeps an open file in its folder, and then the folder cannot be deleted.
-    """
+    """An old export that cannot be deleted does not stop a new one."""
     _export(tmp_path)
     with monkeypatch.context() as patch:
         refuse(patch, "rmdir", errno.ENOTEMPTY, "best.old")
@@ -202,7 +195,6 @@ def test_an_old_export_that_somebody_reads(
 def test_an_old_checkpoint_that_somebody_reads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An old checkpoint that cannot be deleted is not an error."""
     folder = write(tmp_path / "checkpoints", 3, 4)
     with monkeypatch.context() as patch:
         refuse(patch, "rmdir", errno.ENOTEMPTY)
@@ -216,7 +208,6 @@ def test_an_old_checkpoint_that_somebody_reads(
 def test_a_file_system_that_goes_away_is_no_damage(
     number: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint that cannot be read for the moment is not treated as damaged."""
     folder = write(tmp_path / "checkpoints", 3, 4)
 
     def away(*_: Any) -> None:
@@ -234,7 +225,6 @@ def test_a_file_system_that_goes_away_is_no_damage(
 
 
 def test_nothing_goes_by_the_clock(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest checkpoint is the last one written, although all times run backwards."""
     clock = iter(range(2_000_000_000, 0, -100_000))
     monkeypatch.setattr("time.time", lambda: float(next(clock)))
     folder = tmp_path / "checkpoints"
@@ -263,7 +253,6 @@ def test_events_are_in_the_order_in_which_they_were_written(
 
 
 def test_checkpoints_leave_no_open_files_and_threads(tmp_path: pathlib.Path) -> None:
-    """Saving checkpoints does not add open files or threads."""
     if not pathlib.Path("/proc/self/fd").is_dir():
         pytest.skip("no /proc")
 

@@ -71,7 +71,6 @@ def test_files_that_are_there_stay(tmp_path: pathlib.Path) -> None:
 
 
 def test_two_at_once(tmp_path: pathlib.Path) -> None:
-    """If two processes write one folder, the first to end keeps it."""
     out = tmp_path / "out"
 
     def late() -> None:
@@ -96,7 +95,6 @@ def test_an_error_leaves_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_link_to_a_folder(tmp_path: pathlib.Path) -> None:
-    """A link to a folder can be the target of an export."""
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
     write(tmp_path / "out")

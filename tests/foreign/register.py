@@ -44,11 +44,7 @@ def model(package: str) -> Callable[[Callable[[Any], Built]], Callable[[], Built
 
 
 def without_init(*packages: str) -> None:
-    """Make modules inside packages importable without running the packages' own `__init__`.
-
-    An `__init__` would import a training framework (Tunix) or a profiler (jimm), which the models
-    do not need.
-    """
+    """Make modules inside packages importable without running the packages' own `__init__`."""
     for name in packages:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.submodule_search_locations is None:

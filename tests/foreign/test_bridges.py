@@ -38,7 +38,6 @@ def normed(eqx: Any) -> Any:
 
 
 def test_equinox_state_moves_on(eqx: Any) -> None:
-    """State is updated as Equinox itself updates it."""
     model, first = eqx.nn.make_with_state(normed)(eqx)
     f, params, state = lora_jax.from_equinox(model, first)
     batched = jax.jit(jax.vmap(f, (None, None, 0), (0, None), axis_name="batch"))
@@ -79,7 +78,6 @@ def test_equinox_model_that_returns_no_state(eqx: Any) -> None:
 
 
 def test_equinox_in_training_mode(eqx: Any) -> None:
-    """Dropout without a key is Equinox's own error, also in `resolve`."""
     model = eqx.nn.Sequential([eqx.nn.Linear(6, 4, key=KEY), eqx.nn.Dropout(0.5)])
     f, params, state = lora_jax.from_equinox(model)
     spec = lora_jax.LoraSpec(2, targets="layers/0/weight")
@@ -114,7 +112,6 @@ def dropped(keras: Any) -> Any:
 
 
 def test_keras_seeds_and_statistics_move_on(keras: Any) -> None:
-    """Seeds and statistics are updated by each call."""
     model = dropped(keras)
     f, params, state = lora_jax.from_keras(model)
     step = jax.jit(functools.partial(f, training=True))
@@ -139,7 +136,6 @@ def test_keras_model_that_is_not_built(keras: Any) -> None:
 
 
 def test_keras_model_that_is_frozen(keras: Any) -> None:
-    """A frozen model is an error; the weights of a frozen layer are state and not parameters."""
     model = dropped(keras)
     model.trainable = False
     with pytest.raises(lora_jax.LoraError, match=r"none of them trainable.*\.trainable = True"):

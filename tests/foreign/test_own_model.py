@@ -80,10 +80,7 @@ def run(
 
 
 def saved(ran: Ran, folder: pathlib.Path) -> tuple[Any, Arrays]:
-    """Save random adapters of the section, and return them with the updates that a reader finds.
-
-    Each module has an update [out, in, *window], which is alpha / r · B A.
-    """
+    """Save random adapters of the section, and return them with the updates that a reader finds."""
     draw = np.random.default_rng(3).standard_normal
     shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), ran.layout))
     adapters = jax.tree.map(lambda x: (0.3 * draw(x.shape)).astype(x.dtype), shapes)
@@ -155,7 +152,6 @@ BY_HAND: dict[str, tuple[tuple[str, ...], Callable[[Arrays, Arrays], None]]] = {
 def test_the_folder_holds_the_merged_weights(
     title: str, run: Callable[[str], Ran], tmp_path: pathlib.Path
 ) -> None:
-    """Each section's folder, added to the weights by hand, gives the weights of `merge`."""
     packages, put = BY_HAND[title]
     for package in packages:
         pytest.importorskip(package)

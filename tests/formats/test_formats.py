@@ -59,7 +59,6 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_an_adapter_of_every_kind() -> None:
-    """An adapter with every kind of update has the saved arrays and merged weights."""
     layout, adapters, _ = lora_jax.restore(V1 / "kinds")
     saved = npz.read(V1 / "kinds.npz")
     kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}

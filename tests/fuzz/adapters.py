@@ -69,7 +69,6 @@ def layouts() -> tuple[bytes, ...]:
 
 
 def make_layout(random: Random) -> Files:
-    """Draw a layout."""
     return {"layout.json": mutate.json_text(random, random.choice(layouts()))}
 
 
@@ -80,7 +79,6 @@ def read_layout(random: Random, folder: pathlib.Path) -> None:
 
 
 def check_layout(layout: Layout) -> None:
-    """Assert that a layout is static and printable, and survives a round trip."""
     assert Layout.from_json(layout.to_json()) == layout
     assert isinstance(hash(layout), int) and layout.size >= 0
     str(layout).encode()
@@ -174,7 +172,6 @@ def make_orbax(random: Random) -> Files:
 
 
 def read_orbax(random: Random, folder: pathlib.Path) -> None:
-    """Read the arrays, whose hashes show that they are the saved ones."""
     check_adapter(lora_jax.restore(folder))
 
 
@@ -190,7 +187,6 @@ def _saved(save: Callable[[pathlib.Path], object]) -> Files:
 
 @functools.cache
 def peft_folders() -> tuple[Files, ...]:
-    """Return a PEFT folder for each kind of adapter that is fuzzed."""
     layout, parameters, _ = _adapter("{q,v}")
     about = {"labels": ["a", "b"], "model": {"pooling": "mean"}}
     write = functools.partial(peft.save, base="org/name", params=PARAMS, about=about)
@@ -225,7 +221,6 @@ def _folder(random: Random, folders: tuple[Files, ...], weights: str) -> Files:
 
 
 def make_peft(random: Random) -> Files:
-    """Draw a PEFT folder."""
     return _folder(random, peft_folders(), peft.TENSORS)
 
 
@@ -240,7 +235,6 @@ def read_peft(random: Random, folder: pathlib.Path) -> None:
 
 
 def make_mlx(random: Random) -> Files:
-    """Draw a folder of mlx-lm."""
     return _folder(random, mlx_folders(), mlx.TENSORS)
 
 

@@ -25,7 +25,6 @@ def with_special_file(random: Random, files: Files) -> Files:
 
 
 def with_value(random: Random, files: Files) -> Files:
-    """Write a value into a database."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write(folder, files)

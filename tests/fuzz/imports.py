@@ -46,7 +46,6 @@ def make_import(random: Random) -> Files:
 
 @functools.cache
 def base() -> Any:
-    """Return the base model's source."""
     return models.open(str(BASE))
 
 

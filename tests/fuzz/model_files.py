@@ -45,7 +45,6 @@ IMAGES = {
 
 @functools.cache
 def configs() -> tuple[bytes, ...]:
-    """Return the config.json of every family, and one with each kind of rope."""
     plain = [stored(folder)[CONFIG] for folder in sorted(FOLDERS.iterdir())]
     llama = json.loads(stored(FOLDERS / "llama")[CONFIG])
     base = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
@@ -58,7 +57,6 @@ def configs() -> tuple[bytes, ...]:
 
 
 def make_config(random: Random) -> Files:
-    """Draw a config.json; in one case of ten, with the settings of an image processor."""
     if random.random() < 0.1:
         files = {CONFIG: stored(FOLDERS / "vit")[CONFIG]}
         return {**files, preprocessing.FILE: mutate.json_text(random, json.dumps(IMAGES))}
@@ -81,7 +79,6 @@ def read_config(random: Random, folder: pathlib.Path) -> None:
 
 
 def make_safetensors(random: Random) -> Files:
-    """Draw a safetensors file."""
     name = random.choice(("llama", "gpt2", "bert", "llama_int8", "llama_nf4"))
     weights = next(x for n, x in stored(FOLDERS / name).items() if n.endswith(".safetensors"))
     header, body = tensors.split(weights)
@@ -105,7 +102,6 @@ def read_safetensors(random: Random, folder: pathlib.Path) -> None:
 
 
 def make_folder(random: Random) -> Files:
-    """Draw a model's folder in which one file was changed."""
     name = random.choice(("llama", "llama", "bert", "gpt2", "qwen3_moe", "llama_nf4", "llama_int8"))
     files = {n: x for n, x in stored(FOLDERS / name).items() if not n.endswith(".npz")}
     index = "model.safetensors.index.json"
@@ -217,7 +213,6 @@ def _changed(random: Random, file: Gguf) -> bytes:
 
 
 def make_gguf(random: Random) -> Files:
-    """Draw a GGUF model."""
     return {"model.gguf": _changed(random, ggufs()[0])}
 
 
@@ -232,12 +227,10 @@ def read_gguf(random: Random, folder: pathlib.Path) -> None:
 
 
 def make_gguf_adapter(random: Random) -> Files:
-    """Draw a GGUF adapter."""
     return {"adapter.gguf": _changed(random, ggufs()[1])}
 
 
 def read_gguf_adapter(random: Random, folder: pathlib.Path) -> None:
-    """Read the factors of an adapter."""
     found = GgufAdapterFile.read(folder / "adapter.gguf")
     for a, b in found.factors.values():
         assert np.isfinite(a).all() and np.isfinite(b).all()

@@ -38,12 +38,10 @@ class Literal(str):
 
 
 def read(text: str | bytes) -> Any:
-    """Return JSON as lists, `Pairs` and plain values."""
     return json.loads(text, object_pairs_hook=lambda pairs: Pairs([key, x] for key, x in pairs))
 
 
 def dump(value: Any) -> str:
-    """Return the text of a tree that `read` gave, with its literals unchanged."""
     if isinstance(value, Literal):
         return str(value)
     if isinstance(value, Pairs):

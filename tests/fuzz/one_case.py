@@ -16,17 +16,11 @@ REFUSED, READ = "refused", "read"
 
 
 def generator(kind: str, seed: int, number: int) -> Random:
-    """Return the generator of one case."""
     return Random(f"{kind}/{seed}/{number}")
 
 
 def run(name: str, random: Random, root: pathlib.Path) -> str:
-    """Make one case of a kind and read it; return how it ended.
-
-    `root` is an empty folder, in which a case that is read may leave no more files than it had.
-    `BrokenError` if it breaks a rule of `tests.fuzz.bounds`; errors that the kind does not document
-    are raised as they are.
-    """
+    """Make one case of a kind and read it; return how it ended."""
     one, folder = KINDS[name], root / "case"
     secret = (folder / mutate.SECRET).resolve()
     if not secret.exists():

@@ -81,7 +81,6 @@ def test_a_layout_that_no_program_wrote(text: str, says: str) -> None:
 def test_a_file_of_orbax_that_is_nested_too_deeply(
     tmp_path: pathlib.Path, name: str, start: str
 ) -> None:
-    """A file of Orbax that is nested too deeply is refused before TensorStore reads it."""
     end = b"" if start == '{"a":' else b"]" * 100_000
     write(tmp_path, {**adapters.checkpoints_files()[1], name: start.encode() * 100_000 + end})
     with pytest.raises(LoraError, match=r"nested too deeply|not JSON"):
@@ -89,10 +88,6 @@ def test_a_file_of_orbax_that_is_nested_too_deeply(
 
 
 def test_an_array_that_is_described_too_deeply(tmp_path: pathlib.Path) -> None:
-    """The check covers the database in which Orbax keeps arrays.
-
-    Red without it: the process ends with a segmentation fault.
-    """
     write(tmp_path, adapters.checkpoints_files()[2])
     base = {"driver": "file", "path": f"{tmp_path}/arrays/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
@@ -127,7 +122,6 @@ def test_preprocessing_that_is_not_json(tmp_path: pathlib.Path, text: bytes) -> 
 
 
 def test_preprocessing_of_a_model_is_read(tmp_path: pathlib.Path) -> None:
-    """The file that the tests above damage is valid."""
     config: Any = Folder(FOLDERS / "vit").config
     size = dict(zip(("height", "width"), config.image_size, strict=True))
     (tmp_path / preprocessing.FILE).write_text(json.dumps(IMAGES | {"size": size}))
@@ -204,7 +198,6 @@ def stored(folder: pathlib.Path, **parts: Any) -> Folder:
 
 @pytest.mark.parametrize("name", ["normalizer", "decoder"])
 def test_a_tokenizer_that_makes_gigabytes_of_a_word(tmp_path: pathlib.Path, name: str) -> None:
-    """A part that would make gigabytes of one word is refused."""
     room: Any = {"normalizer": normalizers, "decoder": decoders}[name]
     steps = [room.Replace("a", "a" * 9)] * 9
     with pytest.raises(TokenizerError, match=f"its {name} makes texts up to 1,000,000,000 times"):
@@ -213,11 +206,7 @@ def test_a_tokenizer_that_makes_gigabytes_of_a_word(tmp_path: pathlib.Path, name
 
 
 def test_a_token_with_a_huge_id(tmp_path: pathlib.Path) -> None:
-    """A token id far above the number of tokens is refused.
-
-    Red without the limit: copying the tokenizer lists four billion ids without a token, and the
-    package ends the process.
-    """
+    """A token id far above the number of tokens is refused."""
     vocabulary = {"a": 0, "b": 4_000_000_000}
     found = {"version": "1.0", "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
@@ -237,10 +226,7 @@ def test_a_template_that_no_model_has(tmp_path: pathlib.Path, template: str) -> 
 
 
 def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expression that takes hours is an error after a limit of time.
-
-    It takes a second for 200 characters and 18 for 400, and nothing can stop the package.
-    """
+    """An expression that takes hours is an error after a limit of time."""
     slow = tokenizer()
     expression = ".{0,200}.{0,200}.{0,200}(?!.|$)"
     slow.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
@@ -252,12 +238,10 @@ def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_half_a_character_on_a_terminal() -> None:
-    """Half a surrogate pair is replaced before it is printed."""
     assert console.printable("a\ud800b\U0001f600") == "a\\ud800b\U0001f600"
 
 
 def test_names_of_many_characters(tmp_path: pathlib.Path) -> None:
-    """A message quotes only a part of them."""
     (tmp_path / "a.csv").write_text(f"text,label,{'x' * 50_000}\na,b\n")
     source = data.open_source(data.DataConfig(str(tmp_path / "a.csv")).source)
     names = {"x" * 20_000: 0, **{str(i): i for i in range(20_000)}}
@@ -273,7 +257,6 @@ def test_names_of_many_characters(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_nearest_of_long_names() -> None:
-    """Long names are compared only by a part of their letters."""
     assert nearest("ab" * 50_000, ["ba" * 50_000, "ab" * 40_000], 1) == ["ab" * 40_000]
 
 

@@ -39,7 +39,6 @@ _CSV = b'text,label,score\n"a, b",no,1.5\nab,yes,2\n"c ""d""",yes,-1e3\nh,no,0\n
 
 
 def make_data(random: Random) -> Files:
-    """Draw a JSONL or a CSV file."""
     if random.random() < 0.3:
         return {"a.csv": _csv(random)}
     lines = [json.dumps(row).encode() for row in _ROWS * random.choice((1, 1, 3))]
@@ -112,7 +111,6 @@ _NAMES = ("config.json", "metrics.jsonl", "summary.json")
 
 
 def make_run(random: Random) -> Files:
-    """Draw a run directory in which one file, of metrics one line, was changed."""
     files = {name: stored(RUN)[name] for name in _NAMES}
     name = random.choice(_NAMES)
     lines = files[name].splitlines() if name == "metrics.jsonl" else [files[name]]
@@ -123,7 +121,6 @@ def make_run(random: Random) -> Files:
 
 @functools.cache
 def good_run() -> run_files.SavedRun:
-    """Return a run without changes."""
     return run_files.read(RUN)[0]
 
 

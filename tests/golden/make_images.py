@@ -29,7 +29,6 @@ SIZE = {"height": 16, "width": 20}
 
 
 def main() -> None:
-    """Write the file next to this script."""
     random, arrays, cases = np.random.default_rng(0), {}, []
     for number, settings in enumerate(SETTINGS):
         wide, high = SIZES[number % len(SIZES)]

@@ -13,7 +13,6 @@ SMALL = f"{OWN} --width 16 --batch-size 32 --evaluate-every 40 --processes.heart
 
 
 def block(heading: str, language: str) -> str:
-    """The first code block of a language under a heading of docs/pods.md."""
     text = (ROOT / "docs/pods.md").read_text().partition(f"\n## {heading}\n")[2]
     found = re.search(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert found, f"docs/pods.md has no block of {language} under {heading}"

@@ -54,7 +54,6 @@ def skipped_without(installed: object, what: str) -> list[pytest.MarkDecorator]:
 
 
 def reached(run: pathlib.Path, step: int, why: Callable[[], str]) -> None:
-    """Wait until a run has a checkpoint of this step or a later one."""
     wait_for(lambda: max(checkpoints(run), default=0) >= step, why)
 
 
@@ -140,10 +139,7 @@ class Machine:
         return log.read_text()
 
     def pids(self, word: str, variable: str = "") -> list[int]:
-        """The processes with `word` in their command line and NAME=value in their environment.
-
-        Shells and launchers that pass the word on to others are left out.
-        """
+        """The processes with `word` in their command line and NAME=value in their environment."""
         needed = {f"MACHINE={self.folder}".encode(), *([variable.encode()] if variable else [])}
         found = []
         for path in pathlib.Path("/proc").glob("[0-9]*"):

@@ -89,5 +89,4 @@ class Slurm(Machine):
         return self.run("sbatch", "--parsable", *options, str(path)).strip()
 
     def field(self, job: str, name: str) -> str:
-        """Return a field of the job, such as JobState."""
         return self.run("scontrol", "show", "job", job).partition(f"{name}=")[2].split()[0]

@@ -42,10 +42,7 @@ class Run:
 
 
 def test_a_run_is_preempted_and_goes_on(host: Machine) -> None:
-    """A process that gets SIGTERM saves a checkpoint, and the same command continues from it.
-
-    The signal goes to one process, because `mpirun` itself would kill all of them a moment later.
-    """
+    """A process that gets SIGTERM saves a checkpoint, and the same command continues from it."""
     run = Run(host, "run", "--steps 40 --checkpoint-every 1")
     run.reach(5)
     [pid] = host.pids("train.py", "OMPI_COMM_WORLD_RANK=1")

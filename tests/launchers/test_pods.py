@@ -24,7 +24,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
 
 
 def command(folder: pathlib.Path, more: str) -> str:
-    """The container's command, for fewer pods and a smaller run."""
     found = yaml.safe_load(block("Kubernetes", "yaml"))["spec"]["replicatedJobs"][0]
     [container] = found["template"]["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["/bin/sh", "-c"]

@@ -64,10 +64,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 
 
 def test_a_job_that_is_preempted_and_loses_a_node_ends_with_the_same_bits(jobs: Jobs) -> None:
-    """A run that is preempted and loses a node ends with the bits of an undisturbed run.
-
-    The script requeues the job after status 143, and SLURM requeues it after the loss of a node.
-    """
+    """A run that is preempted and loses a node ends with the bits of an undisturbed run."""
     whole = jobs.submit("whole", f"--steps {STEPS}")
     assert jobs.wait(whole, "whole") == "COMPLETED", jobs.log("whole")
     stopped = jobs.submit("stopped", f"--steps {STEPS} --checkpoint-every 1")

@@ -21,8 +21,6 @@ def data() -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[[str], Path]:
-    """Return a function that copies a tiny model, which a test may then change."""
-
     def copy(name: str) -> Path:
         shutil.copytree(DATA / "golden_models" / name, tmp_path / name)
         return tmp_path / name
@@ -61,5 +59,4 @@ def bert_config() -> models.BertConfig:
 
 @pytest.fixture(scope="session")
 def ids() -> jnp.ndarray:
-    """Two rows of eight tokens."""
     return jnp.asarray(np.random.default_rng(0).integers(1, 19, (2, 8)), jnp.int32)

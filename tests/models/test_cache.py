@@ -76,7 +76,6 @@ def padded(tokens: list[np.ndarray], length: int, side: str, fill: int) -> tuple
 def test_prefill_and_steps_are_one_whole_pass(
     llama_config: models.DecoderConfig, form: str, side: str
 ) -> None:
-    """Prefill and steps of a padded batch equal one whole pass over each row alone."""
     config = dataclasses.replace(llama_config, **FORMS[form])
     params, tokens = random_params(config), rows(config)
     length = max(LENGTHS) + 1
@@ -121,7 +120,6 @@ def test_a_cache_in_bfloat16(llama_config: models.DecoderConfig) -> None:
 
 
 def test_no_cache_no_trace_of_it(config: models.DecoderConfig) -> None:
-    """A model without a cache, as in training, has no slots and writes none."""
     shapes = models.shapes(config)
     ids = jnp.ones((2, 6), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda p: models.DecoderModel(config).apply({"params": p}, ids))(shapes)

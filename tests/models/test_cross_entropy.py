@@ -94,7 +94,6 @@ def test_all_linear_leaves_out_the_head_all_the_same(tied: bool) -> None:
 
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_no_array_holds_all_logits(chunk: int | None) -> None:
-    """The compiled gradient has no array of B T V numbers, except without chunks."""
     _, adapters, params, loss = parts(True, False, chunk, ("**/{q,v}/kernel",))
     text = jax.jit(jax.grad(loss)).lower(adapters, params).compile().as_text()
     sizes = {math.prod(map(int, dims.split(","))) for dims in shapes(text)}
@@ -108,7 +107,6 @@ def shapes(text: str) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
-    """In training the loss and its gradient equal optax's."""
     model = models.DecoderModel(CONFIG)
     params = small_params(CONFIG)
     plain, smoothed = apply_of(model), apply_of(model, chunk, smoothing=0.1)

@@ -108,7 +108,6 @@ def test_vit_as_transformers(data: Path, name: str, scan: bool) -> None:
 
 
 def test_a_configuration_tells_its_names(data: Path) -> None:
-    """A configuration determines its table of names."""
     folders = [path.parent for path in (data / "golden_models").glob("*/config.json")]
     assert len(folders) > 20
     for folder in folders:

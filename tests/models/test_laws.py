@@ -125,7 +125,6 @@ def test_relative_positions_packed(bert_config: models.BertConfig, ids: jax.Arra
 
 
 def test_experts_are_those_of_the_router(llama_config: models.DecoderConfig) -> None:
-    """A mixture of equal experts, with weights that sum to 1, equals one of them."""
     options = {**FAMILIES["mixture"], "renormalised": True}
     config = dataclasses.replace(llama_config, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), jnp.float32)
@@ -232,7 +231,6 @@ def test_deberta_drops_its_convolution(bert_config: models.BertConfig, ids: jax.
 def test_dropout_of_the_head(
     bert_config: models.BertConfig, ids: jax.Array, pooler: bool, head: float | None, count: int
 ) -> None:
-    """The head draws this many masks, in addition to the encoder's."""
     config = dataclasses.replace(bert_config, dropout=0.5, pooler_dropout=pooler, head_dropout=head)
     model = models.BertClassifier(config, 3, "roberta_head")
     whole = _masks(model, models.shapes(config, models.Head("roberta_head", 3)), ids)

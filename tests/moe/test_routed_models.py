@@ -94,7 +94,6 @@ def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
 
 
 def test_weights_per_example_of_a_model() -> None:
-    """In scanned BERT, each example can have its own blend of adapters."""
     f, params, args = drawn(dataclasses.replace(BERT, scan_layers=True))
     case = cases.Case("", f, params, args, TARGETS)
     layout, stacked = lora_jax.multi.stack(members_of(case, (1, 2)))

@@ -196,10 +196,7 @@ def f_by_hand(p: Any, stacked: Any, router: Any, top: int | None, x: Any) -> tup
 
 @pytest.mark.parametrize("top", [None, 1, 2])
 def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
-    """Outputs, loads and gradients of a scan with remat equal a sum over experts by hand.
-
-    The gradients are by factors and router, of a loss that includes the loads.
-    """
+    """Outputs, loads and gradients of a scan with remat equal a sum over experts by hand."""
     params = {"up": cases.normal(0, 3, 10, 14) / 4, "down": cases.normal(1, 3, 14, 10) / 4}
     x = cases.normal(2, 2, 5, 10)
     case = cases.Case("scanned", f_scanned, params, (x,), ("up", "down"))
@@ -242,7 +239,6 @@ def test_the_load_of_a_bank_of_experts_is_of_all_its_rows() -> None:
 
 
 def test_the_balance_is_of_shares_and_gates() -> None:
-    """The balance equals numbers computed by hand."""
     shares, gates = jnp.array([[0.5, 0.5], [1.0, 0.0]]), jnp.array([[0.6, 0.4], [0.7, 0.3]])
     one = {"w": Load(shares[0], gates[0])}
     assert float(lora_jax.moe.balance(one)) == pytest.approx(2 * (0.5 * 0.6 + 0.5 * 0.4))
@@ -261,7 +257,6 @@ def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
 
 
 def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
-    """Gates are float32 and outputs bfloat16, under strict promotion."""
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": jnp.ones((8, 4), jnp.bfloat16)}, jnp.ones((3, 8), jnp.bfloat16)
     case = cases.Case("bfloat16", f, params, (x,), ("w",))
@@ -292,7 +287,6 @@ def test_vmap_over_routers() -> None:
 
 
 def test_a_router_learns_which_expert_made_which_token() -> None:
-    """A router learns to give each token to the one of two experts that made its answer."""
     f = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
     params = {"w": cases.normal(0, 8, 6) / 3}
     kinds = jnp.arange(64) % 2
@@ -330,7 +324,6 @@ def test_a_router_learns_which_expert_made_which_token() -> None:
 
 
 def test_factors_and_router_train_together() -> None:
-    """Factors and router train by one gradient, in which the base slot's zeros stay zeros."""
     case = cases.REGISTRY["bare_scan"]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)

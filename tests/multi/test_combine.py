@@ -64,7 +64,6 @@ def by_hand(members: list[Any], weights: list[float], path: str) -> Any:
 
 
 def test_the_combination_is_the_weighted_sum_of_the_updates() -> None:
-    """The combination is the weighted sum of updates whose ranks, alphas and targets differ."""
     layout, adapters, _ = combine(MEMBERS, WEIGHTS)
     assert {t.path: t.rank for t in layout.targets} == {
         "matrix": 6, "stacked": 4, "heads": 3, "kernel": 4,
@@ -80,7 +79,6 @@ def test_the_combination_is_the_weighted_sum_of_the_updates() -> None:
 
 
 def test_adding_the_factors_would_be_wrong() -> None:
-    """Adding factors would be wrong: the cross terms are as large as the sum itself."""
     (layout, one), (_, two) = member(0, 2, 2.0, "matrix"), member(1, 2, 2.0, "matrix")
     want = by_hand([(layout, one), (layout, two)], [1.0, 1.0], "matrix")
     added = jax.tree.map(jnp.add, one, two)["matrix"]
@@ -89,7 +87,6 @@ def test_adding_the_factors_would_be_wrong() -> None:
 
 
 def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> None:
-    """If ranks add up to more than the matrix has, the sum is factored anew, without loss."""
     members = [member(i, 3, 3.0, "stacked", "heads") for i in range(5)]
     weights = [1.0, -0.5, 2.0, 0.3, 0.1]
     layout, adapters, _ = combine(members, weights)
@@ -102,10 +99,7 @@ def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> Non
 
 @pytest.mark.parametrize(("members", "rank"), [(MEMBERS, 1), (MEMBERS, 3), (MEMBERS[2:], 2)])
 def test_truncation_is_the_nearest_and_reports_what_it_cut(members: list[Any], rank: int) -> None:
-    """Truncation is Eckart-Young on every slice, and reports the error that it makes.
-
-    The combination has the scale 1, and the member alone has another.
-    """
+    """Truncation is Eckart-Young on every slice, and reports the error that it makes."""
     alone, weights = len(members) == 1, WEIGHTS[: len(members)]
     layout, adapters, _ = Adapter(*members[0]) if alone else combine(members, weights)
     (smaller, kept, _), cuts = truncate(Adapter(layout, adapters), rank)
@@ -142,7 +136,6 @@ def test_truncation_of_fresh_adapters_is_zero() -> None:
 
 
 def test_no_product_has_the_shape_of_the_weight() -> None:
-    """Truncation forms no array of W's size."""
     target = Target("w", (60, 50), (), (0,), (1,), rank=6, alpha=6.0)
     factors = Factors(jnp.ones((60, 6)), jnp.ones((6, 50)))
     layout = Layout((target,))
@@ -154,7 +147,6 @@ def test_no_product_has_the_shape_of_the_weight() -> None:
 
 
 def test_bfloat16_members_are_combined_in_float32() -> None:
-    """bfloat16 members are combined in float32, and truncation keeps their dtype."""
     low = member(0, 2, 2.0, "matrix", dtype=jnp.bfloat16)
     members, weights = [low, member(1, 2, 2.0, "matrix")], [1 / 3, 0.7]
     layout, adapters, _ = combine(members, weights)
@@ -168,7 +160,6 @@ def test_bfloat16_members_are_combined_in_float32() -> None:
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["bare_scan", "linen_conv_grouped", "linen_embed_tied"])
 def test_the_result_is_an_ordinary_adapter(name: str, tmp_path: Any) -> None:
-    """A combination works in adapt, merge, save and restore like any adapter."""
     case = cases.REGISTRY[name]()
     members, weights = [], [0.5, -2.0]
     for rank in (1, 2):
@@ -191,7 +182,6 @@ def test_the_result_is_an_ordinary_adapter(name: str, tmp_path: Any) -> None:
 
 
 def test_trainable_base_parameters_are_not_lost() -> None:
-    """Trained base parameters stop an operation that would lose them."""
     layout, adapters = MEMBERS[0]
     with_head = Adapter(layout, adapters, {"head": jnp.ones(3)})
     for act, doing in (

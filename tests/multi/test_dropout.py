@@ -57,7 +57,6 @@ def seen(f: Any, layout: Any, params: Any, key: Any, x: Any, rate: float = RATE)
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "vera", "dora"])
 def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
-    """Value and gradients equal those with the mask written by hand."""
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": normal(0, 12, 12)}, normal(1, 50, 12)
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w", kind=kind), f, params, x)
@@ -89,7 +88,6 @@ def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str) -> None:
-    """Dropout works in each program, has the right derivative, and repeats with the same key."""
     case = cases.REGISTRY[name]()
     layout = lora_jax.resolve(LoraSpec(2, 3.0, case.targets), case.f, case.params, *case.args)
     adapters, g = drawn(layout), lora_jax.adapt(layout, case.f)
@@ -116,7 +114,6 @@ def test_programs(name: str) -> None:
 
 
 def test_every_layer_use_and_target_has_its_own_mask() -> None:
-    """Each layer, each use of a weight and each target has its own mask."""
     x = jnp.ones((64, 8))
 
     def f(p: Any, x: Any) -> Any:
@@ -161,10 +158,7 @@ def test_rate_zero_is_no_dropout_and_the_mean_is_the_output_without(kind: str) -
 
 @pytest.mark.parametrize("examples", [4, 40])
 def test_in_a_mixed_batch_every_example_has_its_own_mask(examples: int) -> None:
-    """In a mixed batch, each example equals the example alone with the folded key.
-
-    It holds whether examples are grouped by adapter or not.
-    """
+    """In a mixed batch, each example equals the example alone with the folded key."""
     f = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
     params = {"v": normal(0, 64, 64), "w": normal(1, 64, 64)}
     x = jnp.tile(normal(2, 1, 3, 64), (examples, 1, 1))

@@ -33,7 +33,6 @@ def looped(x: jax.Array, a: jax.Array, b: jax.Array, gain: jax.Array, ids: jax.A
 
 @pytest.mark.parametrize("adapters", [1, 3, 64])
 def test_outputs_and_gradients_equal_a_loop(adapters: int) -> None:
-    """Grouping gives the outputs and gradients of a loop over examples."""
     x, a, b, gain, ids = operands(adapters)
 
     def loss(call, x, a, b, gain):  # type: ignore[no-untyped-def]

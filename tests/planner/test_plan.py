@@ -47,7 +47,9 @@ H100 = DEVICES["h100-80gb"]
 
 
 def planned(*arguments: str) -> plan.Plan:
-    name, config, options = command_line.parse(["--config", *arguments], OWN, ROOT)
+    name, config, options = command_line.parse(
+        ["--config", *arguments, "--plan-compiler=simulated"], OWN, ROOT
+    )
     return plan.make(name, config, options)
 
 
@@ -156,7 +158,7 @@ def test_a_plan_leaves_nothing_but_itself(
 ) -> None:
     """There is no run directory and no lock; the plan is written next to the run's place."""
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--config", OWN, "--plan"]) == 0
+    assert train.main(["--config", OWN, "--plan", "--plan-compiler=simulated"]) == 0
     name, config, _ = command_line.parse(["--config", OWN], OWN, ROOT)
     run = directory.default(name, config)
     written = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -170,13 +172,14 @@ def test_the_json_holds_all_of_the_plan(tmp_path: pathlib.Path) -> None:
     found = json.loads((tmp_path / "deep" / "plan.json").read_text())
     assert set(found) == {
         "format", "config", "mesh", "devices", "compiled_for", "extrapolated", "batch",
-        "first_batch", "accumulate", "device", "runs", "notes",
+        "first_batch", "accumulate", "device", "runs", "notes", "compiler",
     }  # fmt: skip
     assert set(found["runs"]) == {"lora", "full"}
     assert set(found["runs"]["lora"]) == {
         "parameters", "adapter_parameters", "base_parameters_trained", "checkpoint_bytes",
         "full_checkpoint_bytes", "bytes", "flops", "flops_adapters", "flops_all_devices",
         "collectives", "arrays", "fits", "roofline", "weights",
+        "program",
     }  # fmt: skip
     parts = found["runs"]["lora"]["bytes"]
     assert parts.pop("total") == sum(parts.values())
@@ -283,7 +286,13 @@ def test_help_lists_the_flags_of_the_plan(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         train.main(["--config", OWN, "--help"])
     text = capsys.readouterr().out
-    for flag in ("--plan ", "--plan-device ", "--plan-devices ", "--plan-file "):
+    for flag in (
+        "--plan ",
+        "--plan-device ",
+        "--plan-devices ",
+        "--plan-file ",
+        "--plan-compiler ",
+    ):
         assert flag in text
     assert all(name in text for name in DEVICES)
 
@@ -295,7 +304,8 @@ def test_gpt3_175b(tmp_path: pathlib.Path) -> None:
     subprocess.run(
         [
             sys.executable, str(ROOT / "train.py"), "--config", GPT,
-            "--plan", "--plan-devices", "64", "--plan-file", str(file),
+            "--plan", "--plan-compiler=simulated", "--plan-devices", "64",
+            "--plan-file", str(file),
         ],
         check=True,
         cwd=tmp_path,

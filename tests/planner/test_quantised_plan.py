@@ -96,7 +96,15 @@ def test_the_plan_says_what_the_weights_are(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "plan.json"
     small = ("--layers=1", "--hidden=256", "--mlp=256", "--kv-heads=2", "--vocabulary=64")
     rows = ("--rows=2", "--length=8", "--loss-chunk=8", "--accumulate=1", "--plan-devices=1")
-    arguments = ["--config", CONFIG, "--plan", f"--plan-file={file}", *small, *rows]
+    arguments = [
+        "--config",
+        CONFIG,
+        "--plan",
+        "--plan-compiler=simulated",
+        f"--plan-file={file}",
+        *small,
+        *rows,
+    ]
     assert train.main(arguments) == 0
     found = json.loads(file.read_text())["runs"]
     kept = {w["path"]: w for w in found["lora"]["weights"]}

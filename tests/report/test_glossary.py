@@ -34,7 +34,6 @@ def explained(report: Report) -> dict[str, str | None]:
 
 
 def test_each_word_is_explained_in_the_page_and_linked_to_there() -> None:
-    """Each word of a report is explained on the page, and linked to its explanation."""
     made = glossary.with_glossary(REPORT, None)
     page = render.html(made, {})
     words = {"rank", "adapter", "effective rank", "energy", "ΔW", "singular values"}
@@ -56,7 +55,6 @@ def test_a_report_without_such_words_has_no_glossary() -> None:
 
 
 def test_links_to_the_site_are_those_that_are_asked_for(tmp_path: pathlib.Path) -> None:
-    """The page links to a site only if that is asked for."""
     made = glossary.with_glossary(REPORT, "https://example.org/docs/")
     assert explained(made)["rank"] == "https://example.org/docs/glossary.html#term-rank"
     assert '<a href="https://example.org/docs/glossary.html#term-rank">More on rank</a>' in (

@@ -28,7 +28,6 @@ def one(name: str, rank: int, paths: tuple[str, ...] = ("q",), **config: Any) ->
 
 
 def test_ranks_that_differ_in_little_else_are_compared() -> None:
-    """Two ranks are compared on runs that differ in little else."""
     runs = [one("a", 8, lr=1), one("b", 2, lr=2), one("c", 1, lr=3), one("d", 1, lr=1)]
     pair = of_ranks(runs)
     assert pair is not None
@@ -38,7 +37,6 @@ def test_ranks_that_differ_in_little_else_are_compared() -> None:
 
 
 def test_seeds_that_differ_in_nothing_else_are_compared() -> None:
-    """Two seeds are compared on runs that differ in nothing else."""
     runs = [one("a", 2, seed=0), one("b", 2, seed=1), one("c", 4, seed=0), one("d", 4, seed=1)]
     pair = of_seeds(runs)
     assert pair is not None
@@ -48,7 +46,6 @@ def test_seeds_that_differ_in_nothing_else_are_compared() -> None:
 
 
 def test_layers_by_number_and_by_stack() -> None:
-    """A layer is known by its number or by its place in a stack."""
     paths = [f"bert/layer_{i}/{name}/kernel" for i in (10, 2) for name in ("att/query", "mlp/up")]
     found = ModuleIndex.of(Layout(tuple(target(path) for path in paths))).places
     assert [(p.layer, p.matrix) for p in found] == [
@@ -73,7 +70,6 @@ def test_a_name_is_no_formula() -> None:
 
 
 def test_a_drawing_takes_the_colour_of_the_page() -> None:
-    """A drawing takes the colour of the page."""
     element = svg.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t"))
     assert svg.INK in element
     text = svg.inline(element, "name", "")
@@ -83,7 +79,6 @@ def test_a_drawing_takes_the_colour_of_the_page() -> None:
 
 
 def test_tables_of_markdown_are_aligned() -> None:
-    """The columns of a Markdown table are aligned."""
     table = Table("", ("name", "n"), (("a|b", "1"), ("c", "1,000")), ("name",), marked=1)
     assert render.markdown_table(table).splitlines() == [
         "| name  |         n |",

@@ -51,7 +51,6 @@ def numbers(texts: Sequence[str]) -> list[float]:
 
 @BOTH
 def test_both_formats_hold_the_same(written: Written, which: str) -> None:
-    """HTML and Markdown have the same contents."""
     path = folder(written, which)
     page, plain = (
         saved_runs.page(path / "report.html"),
@@ -68,7 +67,6 @@ def test_both_formats_hold_the_same(written: Written, which: str) -> None:
 
 @BOTH
 def test_every_figure_is_there_as_png_and_svg(written: Written, which: str) -> None:
-    """Every figure is written as PNG and as SVG."""
     path = folder(written, which)
     images = [name for _, name in saved_runs.Markdown((path / "report.md").read_text()).images]
     assert len(images) == len(set(images)) >= 6
@@ -100,7 +98,6 @@ def test_the_page_needs_nothing_but_itself(written: Written, which: str) -> None
 
 
 def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
-    """The page shows the summary's numbers."""
     path, summary = folder(written, "solo"), json.loads((written.solo / "summary.json").read_text())
     expected = [
         [split, name, f"{old:.4f}", f"{summary['after'][split][name]:.4f}"]
@@ -159,7 +156,6 @@ def test_the_update_against_matrices_that_are_formed(written: Written) -> None:
 
 
 def test_a_sweep_has_the_best_first(written: Written) -> None:
-    """The best run of a sweep comes first."""
     path = folder(written, "sweep")
     assert numbers(column(path, "validation accuracy", "rank", "seed")) == [0.75, 0.625, 0.5]
     facts = {fact[0]: fact[1:] for fact in saved_runs.page(path / "report.html").facts}
@@ -169,7 +165,6 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
 
 
 def test_shared_directions_against_matrices_that_are_formed(written: Written) -> None:
-    """Shared directions are computed again from whole matrices."""
     pairs = [("r2", "r4"), ("r4", saved_runs.HOSTILE)]
     tables = [t for t in saved_runs.page(folder(written, "sweep") / "report.html").tables
               if "random" in t[0] and "mean" in t[0]]  # fmt: skip
@@ -208,7 +203,6 @@ def test_hostile_names_are_text(written: Written) -> None:
 def test_a_run_under_way_is_shown_as_far_as_it_is(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The report of a run under way shows what the run has so far."""
     run = tmp_path / "run"
     shutil.copytree(written.solo, run, ignore=shutil.ignore_patterns("summary.json", "report"))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -232,7 +226,6 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(
 def test_a_base_that_cannot_be_had_is_said(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If the base cannot be opened, the report says so and shows the rest."""
     arguments = [str(written.solo), "--out", str(tmp_path), "--base", str(tmp_path / "none")]
     assert main(arguments) == 0
     assert "cannot be opened here" in capsys.readouterr().err
@@ -244,7 +237,6 @@ def test_a_base_that_cannot_be_had_is_said(
 
 @pytest.mark.usefixtures("undrawn")
 def test_members_that_have_not_finished(written: Written, tmp_path: pathlib.Path) -> None:
-    """Members that have not finished are listed with their state."""
     group = tmp_path / "group"
     ignore = shutil.ignore_patterns("report")
     shutil.copytree(written.sweep, group, ignore=ignore)
@@ -262,7 +254,6 @@ def test_members_that_have_not_finished(written: Written, tmp_path: pathlib.Path
 
 @pytest.mark.usefixtures("undrawn")
 def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathlib.Path) -> None:
-    """Each task has its own picture, and none is the best."""
     for name in ("one", "two"):
         config = to_dict(of_rank(written.config, 4, 0))
         config["data"]["source"] = name
@@ -278,7 +269,6 @@ def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathl
 def test_runs_given_one_by_one(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The report of runs that are given one by one needs --out."""
     runs = [str(written.sweep / name) for name in ("r2", "r4")]
     assert main(runs) == 1
     assert "--out DIR" in capsys.readouterr().err
@@ -304,7 +294,6 @@ def test_a_broken_summary_is_an_error_with_a_cure(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A broken summary is an error with a cure."""
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(written.solo / name, tmp_path)
     if isinstance(content, dict):
@@ -321,7 +310,6 @@ def test_a_broken_summary_is_an_error_with_a_cure(
 def test_what_is_no_run_is_an_error(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A path that is not a run is an error."""
     model = pathlib.Path(written.config.model.reference)
     for path, says in (
         (tmp_path / "none", "there is no such directory"),
@@ -343,7 +331,6 @@ def test_what_is_no_run_is_an_error(
 def test_all_is_drawn_and_nothing_wider_than_the_window(
     written: Written, which: str, width: int, tmp_path: pathlib.Path
 ) -> None:
-    """Every figure is drawn, and nothing is wider than the window."""
     page = folder(written, which) / "report.html"
     found = browser.measured(page, width, tmp_path)
     assert found["width"] == width

@@ -76,7 +76,6 @@ def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str
 
 
 def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> None:
-    """Each line is answered by its own adapter."""
     rows = [
         {"prompt": "word1 word2", "adapter": "two", "n": 0},
         {"word": "word1", "adapter": "one"},
@@ -103,7 +102,6 @@ def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> 
 def test_plain_prompts_are_for_every_adapter(
     setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts from the command line and from stdin give the same plain lines off a terminal."""
     shared = [*setup.given("one", "two"), "--base-too", "--max-new-tokens", str(NEW)]
     assert generate.main([*shared, "--prompt", "word1", "--prompt", "word5 word6"]) == 0
     typed = capsys.readouterr()
@@ -161,7 +159,6 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
 
 
 def test_answers_wait_for_those_before_them() -> None:
-    """Texts come in the order of the prompts."""
     file = io.StringIO()
     requests = [Request(n, "word1", Prompt([5], 0), {}) for n in ("one", "two")]
 

@@ -56,7 +56,6 @@ def applied(config: models.DecoderConfig) -> Any:
 
 
 def test_a_mixed_batch_is_each_merged_model_alone(mixed: list[Generated]) -> None:
-    """A mixed batch writes what each merged model writes."""
     for found, prompt, adapter in zip(mixed, PROMPTS, ADAPTERS, strict=True):
         assert found.finish == "length"
         assert found.tokens == whole_greedy(CONFIG, tiny.merged(CONFIG, adapter), prompt)
@@ -69,7 +68,6 @@ def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated
 
 
 def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
-    """Batches one after another write the same texts."""
     assert generate(decoder, ALL, max_new_tokens=NEW, batch_size=2) == mixed
     pieces = list(stream(decoder, ALL, max_new_tokens=NEW, batch_size=2))
     for row, found in enumerate(mixed):
@@ -120,7 +118,6 @@ def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
 def test_other_prompts_and_adapters_compile_nothing(
     decoder: Decoder, mixed: list[Generated], compilations: list[str]
 ) -> None:
-    """Other prompts and adapters compile nothing."""
     generate(decoder, ALL, max_new_tokens=NEW)  # the programs of `mixed` may have been dropped
     warm = dataclasses.replace(LIVELY, temperature=0.7)
     generate(decoder, ALL, max_new_tokens=NEW, sampling=warm)
@@ -138,8 +135,7 @@ def test_other_prompts_and_adapters_compile_nothing(
 
 
 def test_one_prefill_and_one_step(compilations: list[str]) -> None:
-    """A decoder compiles two programs. The second decoder is counted, as the first may compile
-    small operations around them."""
+    """A decoder compiles two programs."""
     for _ in range(2):
         before = len(compilations)
         decoder = Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG))
@@ -178,7 +174,6 @@ def test_the_last_position_ends_a_row(decoder: Decoder) -> None:
 
 
 def test_a_row_draws_as_it_would_alone(decoder: Decoder) -> None:
-    """A row draws the same tokens in a batch and alone."""
     settings = {"max_new_tokens": NEW, "sampling": LIVELY}
     both = generate(decoder, ALL[:2], **settings)
     assert generate(decoder, ALL[:1], **settings) == both[:1]
@@ -262,7 +257,6 @@ def test_wrong_calls(decoder: Decoder, prompt: Prompt, more: dict[str, int], mes
 @pytest.mark.parametrize("sampling", [Sampling(), LIVELY])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_are_no_token(sampling: Sampling, wrong: float) -> None:
-    """Logits that are not finite give no token but -1. Red: the argmax of NaN is token 0."""
     logits = jnp.zeros((2, 9)).at[1, 3].set(wrong).at[0, 4].set(5.0)
     tokens = choose(sampling.form, sampling.numbers, logits, jnp.arange(2), jnp.int32(0))
     assert int(tokens[0]) >= 0 and int(tokens[1]) == -1
@@ -271,8 +265,6 @@ def test_numbers_that_are_not_finite_are_no_token(sampling: Sampling, wrong: flo
 def test_an_adapter_that_is_not_finite(
     decoder: Decoder, mixed: list[Generated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter that is not finite is an error. Red: it writes token 0 again and again, which
-    prints nothing."""
     broken = jax.tree.map(lambda x: x * jnp.nan if x.ndim > 1 else x, decoder._stacked)
     monkeypatch.setattr(decoder, "_stacked", broken)
     with pytest.raises(LoraError, match=r"prompt 0: adapter 0 .* logits that are not finite"):

@@ -25,7 +25,6 @@ def file(folder: pathlib.Path, content: bytes) -> str:
 
 
 def test_objects_come_with_their_places(tmp_path: pathlib.Path) -> None:
-    """Each object knows its file and line."""
     content = b'\xef\xbb\xbf{"a": 1}\n\n  \n{"b": "\xc3\xa9"}'
     path = file(tmp_path, content)
     found = list(jsonl.read(path))
@@ -66,7 +65,6 @@ def test_a_field_that_is_missing_or_of_another_kind(tmp_path: pathlib.Path) -> N
 
 
 def test_a_full_disk_is_named() -> None:
-    """A full disk is an error that names the file."""
     said = "/dev/full cannot be written: No space left"
     with pytest.raises(LoraError, match=said), jsonl.Writer("/dev/full") as writer:
         writer.write([{"a": 1}])
@@ -83,7 +81,6 @@ def test_what_is_written_is_read_again(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_error_before_the_first_line_loses_nothing(tmp_path: pathlib.Path) -> None:
-    """An error before the first line keeps the old file."""
     path = pathlib.Path(file(tmp_path, b'{"a": 1}\n'))
     with pytest.raises(RuntimeError), jsonl.Writer(str(path)):
         raise RuntimeError
@@ -108,7 +105,6 @@ def test_stdin_and_stdout(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_file_is_not_read_and_written_at_once(tmp_path: pathlib.Path) -> None:
-    """A file is not read and written at once."""
     path = file(tmp_path, b'{"a": 1}\n')
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(jsonl.LineError, match="read and written at once; give another file"):
@@ -117,7 +113,6 @@ def test_a_file_is_not_read_and_written_at_once(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_killed_writer_leaves_whole_lines(tmp_path: pathlib.Path) -> None:
-    """A killed writer leaves whole lines."""
     out = tmp_path / "out.jsonl"
     program = (
         "import itertools\nfrom lora_jax.serving import jsonl\n"

@@ -62,8 +62,6 @@ def test_two_kinds_for_one_matrix_are_refused(runs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "bias"])
 def test_report(runs: dict[str, Any], kind: str) -> None:
-    """A report analyses each kind. Red: DoRA's spectrum is computed without its base, or a bias is
-    taken for a matrix."""
     run, _ = runs[kind]
     assert command.main([str(run)]) == 0
     (page,) = run.rglob("*.md")

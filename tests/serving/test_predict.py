@@ -114,7 +114,6 @@ def answers(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> None:
-    """Each example has the outputs of training's evaluation."""
     served, made = opened
     rows = mixed(trained)
     ids = [served.names.index(row["adapter"]) for row in rows]
@@ -166,7 +165,6 @@ def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any
 
 
 def test_one_program_for_each_length(opened: Opened) -> None:
-    """All adapters share a program for each length."""
     made = text_classifier.TextClassifier(opened[0], 4)
     short, long = "word1 word2", " ".join(["word3"] * 14)
     for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
@@ -194,7 +192,6 @@ def test_a_pair_is_read_from_its_two_fields(trained: Trained, tmp_path: pathlib.
 
 
 def test_texts_of_the_command_line(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each text of the command line is classified by every adapter."""
     given = trained.given("three", "two")
     assert predict.main([*given, "--text", "word1", "--text", WORDS]) == 0
     rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
@@ -232,7 +229,6 @@ def test_a_line_that_cannot_be_classified(
 
 
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
-    """Progress is reported as scores come."""
     sized = [
         jsonl.JsonLine({"text": text, "adapter": "two"}, "here", size)
         for size, text in ((100, WORDS), (1, "word1"))
@@ -269,7 +265,6 @@ def test_errors_are_lines_on_stderr(
 
 
 def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
-    """Scores that are not finite are an error."""
     member = SavedAdapter.open_lora(trained.folder / "two/adapters/best", "broken")
     trainable = jax.tree.map(lambda x: x * np.nan, member.trainable)
     lora_jax.save(

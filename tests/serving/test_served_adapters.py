@@ -81,8 +81,6 @@ def runs(tmp_path: pathlib.Path, params: Any, weights: pathlib.Path) -> pathlib.
 
 
 def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
-    """A path leads to its adapters and their names."""
-
     def found(given: str) -> list[tuple[str, str]]:
         return [(name, str(path.relative_to(runs))) for name, path in adapter_path.find(given)]
 
@@ -175,7 +173,6 @@ def test_names_are_told_apart(runs: pathlib.Path) -> None:
 def test_another_base_is_refused(
     runs: pathlib.Path, weights: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The message names both bases."""
     other = tmp_path / "model"
     shutil.copytree(weights, other)
     tensors = safetensors.numpy.load_file(other / "model.safetensors")
@@ -247,7 +244,6 @@ def test_what_a_stranger_says_is_of_another_type(
 def test_a_hundred_swaps_compile_nothing(
     tmp_path: pathlib.Path, params: Any, weights: pathlib.Path, compilations: list[str]
 ) -> None:
-    """Adapters of eight ranks from 1 to 16 are opened from folders and swapped in one slot."""
     given = []
     for rank in (1, 2, 4, 5, 8, 11, 14, 16):
         targets = (QUERY, UP) if rank % 2 else (UP,)
@@ -304,7 +300,6 @@ STRANGERS = ("hub:someone/model", "pypi:evil==1.0/model", f"{models.MINILM}#sha2
 def test_a_base_is_not_fetched_on_the_word_of_an_adapter(
     reference: str, tmp_path: pathlib.Path, params: Any, monkeypatch: Any
 ) -> None:
-    """A base is fetched only if the user names it or trusts the adapter."""
     opened: list[str] = []
     monkeypatch.setattr(models, "open", lambda reference: opened.append(reference) or 1 / 0)
     given = save(tmp_path / "a", params, reference)
@@ -325,7 +320,6 @@ def test_a_known_base_is_fetched(tmp_path: pathlib.Path, params: Any, monkeypatc
 
 
 def test_a_reference_is_one_line_of_text(tmp_path: pathlib.Path, params: Any) -> None:
-    """A reference is printed, so it must not hold control characters of a terminal."""
     with pytest.raises(LoraError, match=r"says model\.reference is 'hub:a/b.x1b\["):
         served_adapters.open_adapters([save(tmp_path / "a", params, "hub:a/b\x1b[2J")], KIND)
 
@@ -334,7 +328,6 @@ def test_a_reference_is_one_line_of_text(tmp_path: pathlib.Path, params: Any) ->
 def test_commands_ask_for_trust(
     command: str, tmp_path: pathlib.Path, params: Any, monkeypatch: Any, capsys: Any
 ) -> None:
-    """Each command passes `--trust-base` on."""
     given = save(tmp_path / "run/adapters/best", params, "hub:someone/model")
     monkeypatch.setattr(models, "open", lambda reference: _missing(reference))
     for trust in ([], ["--trust-base"]):

@@ -112,12 +112,7 @@ Whole = tuple[pathlib.Path, list[dict[str, Any]]]
 def test_a_member_leaves_what_it_leaves_alone(
     index: int, whole: Whole, members: tuple[Member, ...], tmp_path: pathlib.Path
 ) -> None:
-    """A member leaves the checkpoint, record, evaluations and summary that it leaves alone.
-
-    The checkpoint has adapters, head, Adam's state, step and key. Red without the marks of the
-    batches, with the first member's head for all, or if rows that fill up a batch count in the
-    loss.
-    """
+    """A member leaves the checkpoint, record, evaluations and summary that it leaves alone."""
     member, (path, summaries) = members[index], whole
     summary = alone(tmp_path / "alone", member)
     own, steps = path / member.name, member.config.steps
@@ -139,8 +134,7 @@ def test_a_member_leaves_what_it_leaves_alone(
 def test_a_group_on_a_mesh(
     members: tuple[Member, ...], tmp_path: pathlib.Path, whole: Whole
 ) -> None:
-    """On data 2 x fsdp 2 x tensor 2 a group has the losses of one device. Each device has rows of
-    every member, and the heads have 2 and 3 classes."""
+    """On data 2 x fsdp 2 x tensor 2 a group has the losses of one device."""
     pair = tuple(dataclasses.replace(m, config=short(m.config, 6)) for m in members[:2])
     together(tmp_path, pair, 8, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     single = together(tmp_path / "single", pair)
@@ -157,8 +151,7 @@ def short(config: Any, steps: int) -> Any:
 def test_members_whose_models_compute_other_things_are_refused(
     members: tuple[Member, ...], tmp_path: pathlib.Path
 ) -> None:
-    """Members with different programs are refused. Red without the comparison of programs: the
-    first member's dropout would be everyone's."""
+    """Members with different programs are refused."""
     config: Any = members[3].config
     model = dataclasses.replace(config.model, dropout=0.5)
     other = Member("other", dataclasses.replace(config, model=model))

@@ -100,11 +100,7 @@ def same_files(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
 def test_stopped_and_resumed_is_the_same_bit_for_bit(
     whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """A group that was stopped and resumed twice ends with the same bits.
-
-    It is stopped by SIGTERM, and then as if it were killed while the checkpoints of one moment are
-    written. At the last start `c` is already at its end, step 25.
-    """
+    """A group that was stopped and resumed twice ends with the same bits."""
     with stopped(17):
         together(tmp_path, A, B, C)
     with stopped(16):
@@ -147,7 +143,6 @@ def test_a_finished_group_says_what_it_came_to_and_trains_nothing(whole: pathlib
 
 
 def test_paused_members_wait_and_new_ones_join(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A start takes in members that are new in the config, and each is still what it is alone."""
     with stopped(12):
         together(tmp_path, A, dataclasses.replace(B, paused=True))
     assert not (tmp_path / "b").exists()
@@ -165,8 +160,6 @@ def test_more_members_than_fit_train_one_after_the_other(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Members beyond the first group train in another one."""
-
     def fit(needed: Any, shared: float, members: int, memory: float, at_once: int) -> Any:
         return loop.memory_fit.Fit(members, min(members, 2), needed.bytes, memory)
 
@@ -222,7 +215,6 @@ def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
 def test_members_that_come_and_go_are_what_they_are_alone(
     tmp_path: pathlib.Path, whole: pathlib.Path
 ) -> None:
-    """A member that joins, leaves or waits is what it is alone."""
     with grouped(tmp_path, A, B) as (group, opener):
 
         def ticks(count: int) -> None:
@@ -250,8 +242,6 @@ def last(path: pathlib.Path, one: Member) -> Any:
 
 
 def test_free_slots_are_given_up_when_that_is_worth_a_compilation() -> None:
-    """Free slots are dropped only if that saves more than a compilation costs."""
-
     class Slot:
         def __init__(self, name: str, left: int) -> None:
             self.name, self.left = name, left

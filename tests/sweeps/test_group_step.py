@@ -210,12 +210,7 @@ def finished(request: pytest.FixtureRequest) -> Together:
 
 @pytest.mark.parametrize("index", range(len(MEMBERS)))
 def test_a_member_is_what_it_is_alone(finished: Together, index: int) -> None:
-    """A member's state and every loss equal the state and the losses of the member alone.
-
-    The state has adapters, head, Adam's moments and counts, step and key. Red with one clip for all
-    (the norm of the stack), with a mean over all rows, with the first member's schedule or decay
-    for all, or without `active` (the last member has 30 steps of 50).
-    """
+    """A member's state and every loss equal the state and the losses of the member alone."""
     wanted, losses = alone(MEMBERS[index])
     close(finished.member(index), wanted)
     np.testing.assert_allclose(finished.losses[index], losses, rtol=1e-5)
@@ -231,8 +226,7 @@ def test_what_fills_up_stays_zero(finished: Together) -> None:
 
 
 def test_of_an_absent_member_nothing_changes() -> None:
-    """The state of an absent member keeps every bit, at any step of the others. Red without
-    `active` in the step."""
+    """The state of an absent member keeps every bit, at any step of the others."""
     group = Together()
     for i in range(3):
         group.take([batch(m, i) for m in group.members])

@@ -201,7 +201,6 @@ def test_runs_that_only_their_names_tell_apart(tmp_path: pathlib.Path) -> None:
 def test_each_panel_alone_is_the_panel_of_the_picture(
     swept: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """A figure of one split equals that panel of the whole picture."""
     found = gather(swept)
     together = plots.figure_of(found).axes
     alone = plots.figures_of(found)

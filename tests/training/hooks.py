@@ -25,11 +25,7 @@ class Before:
 
 
 class Changes:
-    """An audit hook that kills its process before the n-th change in a folder.
-
-    A change is a file that Python opens to write, a rename, or a file or folder that is made or
-    deleted. The hook does not see what TensorStore does in C++.
-    """
+    """An audit hook that kills its process before the n-th change in a folder."""
 
     _EVENTS = frozenset(f"os.{name}" for name in ("rename", "mkdir", "rmdir", "remove", "truncate"))
 
@@ -55,10 +51,7 @@ class Changes:
 
 
 class FullDisk:
-    """An audit hook that makes files and folders in a folder fail, as if its disk were full.
-
-    It does nothing until `full`, because Python cannot remove it. It does not see C++.
-    """
+    """An audit hook that makes files and folders in a folder fail, as if its disk were full."""
 
     def __init__(self) -> None:
         self._folder, self._room, self.made = "", 0, 0

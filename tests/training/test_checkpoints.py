@@ -85,10 +85,14 @@ def copy(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(whole, tmp_path / "checkpoints"))
 
 
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
 def flip(file: pathlib.Path, bit: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(data)
+    file.write_bytes(flipped(file.read_bytes(), bit))
 
 
 def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
@@ -97,7 +101,6 @@ def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
 
 
 def test_bit_for_bit(whole: pathlib.Path, copy: pathlib.Path) -> None:
-    """A checkpoint is restored bit for bit."""
     found, notes, said = read(copy)
     assert bits(found) == bits(state(4)) and not said
     assert notes == {"step": 4, "text": "naïve \n"}
@@ -110,10 +113,7 @@ def damages(file: pathlib.Path) -> Iterator[bytes | None]:
     yield None
     if data:  # empty files only mark complete checkpoints
         yield data[: len(data) // 2]
-        bit = int(len(data) * 8 * 0.4)
-        changed = bytearray(data)
-        changed[bit // 8] ^= 1 << bit % 8
-        yield bytes(changed)
+        yield flipped(data, int(len(data) * 8 * 0.4))
 
 
 def test_whatever_is_damaged(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -146,7 +146,6 @@ def test_what_is_said(copy: pathlib.Path) -> None:
 
 
 def test_an_array_that_is_not_listed(copy: pathlib.Path) -> None:
-    """An array that an intact manifest does not list makes the checkpoint damaged."""
     file = copy / "4" / "meta" / "_strings.json"
     data = json.loads(json.loads(file.read_text())["text"])
     del data["arrays"]["trained/adapters/q/a"]
@@ -175,8 +174,6 @@ def test_hashes_find_what_no_checksum_does(copy: pathlib.Path) -> None:
 
 
 def test_the_step_of_a_damaged_one_is_saved_again(copy: pathlib.Path) -> None:
-    """The step of a damaged checkpoint can be saved again. The test does so twice, and both damaged
-    ones are kept."""
     for expected in (["3", "4", "damaged-4"], ["3", "4", "damaged-4", "damaged-4-1"]):
         (file,) = data_files(copy / "4")
         flip(file, 80)
@@ -189,7 +186,6 @@ def test_the_step_of_a_damaged_one_is_saved_again(copy: pathlib.Path) -> None:
 
 
 def test_none_is_whole(copy: pathlib.Path) -> None:
-    """If no checkpoint is whole, each attempt is an error: no run starts silently from zero."""
     for step in ("3", "4"):
         (file,) = data_files(copy / step)
         file.unlink()
@@ -200,7 +196,6 @@ def test_none_is_whole(copy: pathlib.Path) -> None:
 
 
 def test_another_structure_is_no_damage(copy: pathlib.Path) -> None:
-    """A checkpoint of another config is an error but not damage: it stays where it is."""
     with Checkpoints(copy) as checkpoints:
         match = r"trained/adapters/q/a: float32\[16, 4\] there, float32\[24, 4\] in this run"
         with pytest.raises(LoraError, match=match):
@@ -306,17 +301,9 @@ def test_a_kill_between_the_renames_of_an_export(tmp_path: pathlib.Path) -> None
     assert names(tmp_path / "adapters") == ["best"]
 
 
-def test_a_real_full_disk(small_disk: pathlib.Path) -> None:
-    folder = write(small_disk / "checkpoints", 1)
-    with pytest.raises(LoraError, match="No space left on device"), Checkpoints(folder) as ours:
-        ours.save(2, state(2, rows=LARGE), {})
-    assert read(folder)[1]["step"] == 1
-
-
 def test_train_ends_with_an_error(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a full disk train.py says "error: " with no traceback, has status 1, and keeps step 4."""
     path, save = tmp_path / "run", Checkpoints.save
 
     def limited(self: Checkpoints, step: int, state: State, notes: dict[str, Any]) -> None:

@@ -57,9 +57,6 @@ def validation(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_begins_where_another_was_best(first: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A new run begins with the best numbers of the other run, and with its layout, not the
-    config's.
-    """
     summary = runs.run(tmp_path / "run", *runs.SMALL, "--from", str(first))
     best = json.loads((first / "summary.json").read_text())["best_step"]
     assert validation(tmp_path / "run")[0] == validation(first)[best // 4]
@@ -70,7 +67,6 @@ def test_a_run_begins_where_another_was_best(first: pathlib.Path, tmp_path: path
 
 
 def test_a_folder_that_was_saved_by_hand(first: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A folder without a fingerprint is accepted only with `--allow-other-base`."""
     adapter = lora_jax.restore(first / "adapters/best")
     lora_jax.save(tmp_path / "mine", adapter)
     arguments = ["--config", runs.OWN, *runs.SMALL, "--from", str(tmp_path / "mine")]
@@ -138,7 +134,6 @@ def test_what_does_not_fit(
 
 
 def test_another_base_is_refused(exported: Any, tmp_path: pathlib.Path) -> None:
-    """An adapter of another base is refused even if all shapes are equal."""
     run, config = exported
     changed = tiny.write_model(tmp_path / "model", {**tiny.ROBERTA, "layer_norm_eps": 1e-6})
     tensors = safetensors.numpy.load_file(changed / "model.safetensors")
@@ -171,8 +166,7 @@ def test_the_command_line_leaves_the_layout_alone(
 
 
 def test_where_a_run_cannot_begin(first: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
-    """A run cannot begin from a missing folder, itself, another tool's folder, or several runs. No
-    run directory is made in these cases."""
+    """A run cannot begin from a missing folder, itself, another tool's folder, or several runs."""
     for start, path, said in (
         (tmp_path / "nowhere", tmp_path / "a", "there is no such folder"),
         (first, first, "this run would overwrite"),

@@ -86,7 +86,6 @@ def test_the_adapter_says_what_it_classifies(finished: Finished) -> None:
 def test_predictions_are_what_training_evaluates(
     finished: Finished, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Predict returns the probabilities that training evaluates."""
     examples = open_source(SOURCE, str(finished.data)).examples("validation")
     for i, row in enumerate(examples):
         (tmp_path / f"{i}").write_bytes(row["image"])
@@ -122,7 +121,6 @@ def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) ->
 
 
 def test_the_example_is_a_batch(finished: Finished) -> None:
-    """The workload's example has the shapes and dtypes of a batch."""
     workload = image_classification(config_of(finished))
     batch, example = next(workload.train(Shard())), workload.example
     assert example is not None
@@ -132,7 +130,6 @@ def test_the_example_is_a_batch(finished: Finished) -> None:
 
 
 def test_the_number_of_threads_names_no_run(finished: Finished) -> None:
-    """Configs that differ only in the number of threads name the same run."""
     config = config_of(finished)
     more = dataclasses.replace(config, data=dataclasses.replace(config.data, threads=9))
     assert config_json.changes(config_json.to_dict(config), more) == []

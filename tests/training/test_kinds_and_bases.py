@@ -214,7 +214,6 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
     trained: Trained,
     tmp_path: pathlib.Path,
 ) -> None:
-    """The first outputs are the original base's, and the run can be resumed and served."""
     lora, model = {"init": init, "kind": kind}, {"quantize": scheme}
     config = config_of(classification, roberta, source, lora=lora, model=model)
     run, summary = trained(config)

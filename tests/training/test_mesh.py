@@ -183,8 +183,7 @@ def _moments(optimizer_state: Any) -> list[Any]:
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["minilm", "smollm2", "foreign"])
 def test_bytes_of_the_base_on_a_device(name: str, sizes: MeshConfig) -> None:
-    """A device holds at most 1.05 times total / (fsdp x tensor) bytes of a real model's base. No
-    weight is read."""
+    """A device holds at most 1.05 times total / (fsdp x tensor) bytes of a real model's base."""
     grid = mesh.make(sizes)
     example, workload = _shapes_only(name)
     place = mesh.place(workload, sizes, grid, example)
@@ -245,7 +244,6 @@ def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
 
 @pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_accumulated_gradients_are_those_of_the_whole_batch(config: Config, alone: Run) -> None:
-    """Gradients added up over parts give the losses of the whole batch, on one device and eight."""
     parted = dataclasses.replace(config, accumulate=2)
     for sizes, devices in ((MeshConfig(), 1), (MeshConfig(2, 2, 2), 8)):
         found = run(parted, sizes, devices)

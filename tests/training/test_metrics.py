@@ -14,7 +14,6 @@ from lora_jax.training import metrics
 
 
 def test_what_is_synced_is_in_the_file(tmp_path: pathlib.Path) -> None:
-    """A synced line is in the file, even after a kill. Red without `flush`."""
     record = metrics.Record(tmp_path)
     record.write({"step": 1, "loss": 0.5})
     length = record.sync()
@@ -52,11 +51,7 @@ def events(file: pathlib.Path) -> list[Event]:
 def test_a_full_disk_is_one_error_that_names_the_folder(
     which: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A full disk is one error that names the folder, and stderr stays empty.
-
-    Every write to /dev/full fails as on a full disk. Red with tensorboardX's own thread: its
-    traceback is on stderr, and `write` waits for ever.
-    """
+    """A full disk is one error that names the folder, and stderr stays empty."""
     record = metrics.Record(tmp_path)
     full = open("/dev/full", "wb")  # noqa: SIM115  closed by the record
     if which == "_file":

@@ -98,11 +98,7 @@ def test_the_rates_are_those_of_optax(kind: Any, warmup: float, steps: int) -> N
 
 
 def test_all_kinds_in_one_program_are_adamw_of_optax() -> None:
-    """One vmapped program for all configs equals the AdamW of optax for each of them.
-
-    With constants optax computes 1 - 0.999 in float64, and with settings as data in float32 (5e-5),
-    hence the tolerance.
-    """
+    """One vmapped program for all configs equals the AdamW of optax for each of them."""
     settings = [optimizer.hyper(config, STEPS) for config in CONFIGS]
     stacked = jax.tree.map(lambda *x: np.stack(x), *settings)
     one = jax.jit(lambda h, like: run(optimizer.adamw(h), like))
@@ -121,8 +117,7 @@ def test_the_state_has_one_structure_whatever_the_settings() -> None:
 
 
 def test_bfloat16_parameters_are_clipped_and_moved() -> None:
-    """bfloat16 parameters are clipped and moved. Red with `optax.clip_by_global_norm`, which
-    selects between bfloat16 and float32."""
+    """bfloat16 parameters are clipped and moved."""
     config = dataclasses.replace(CONFIGS[0], clip=1e-3, learning_rate=0.5)
     tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained(jnp.bfloat16)
     updates = first_step(tx, like)
@@ -149,7 +144,6 @@ def test_a_parameter_named_b_is_no_factor() -> None:
 
 
 def test_labels_of_other_kinds() -> None:
-    """Arrays of every registered kind get labels."""
     kinds = {"w": Directed(0, 0, 0), "v": Vectors(0, 0), "c": Shift(0)}
     assert labels.labels(kinds) == {
         "w": Directed("a", "b", "magnitude"),
@@ -166,7 +160,6 @@ def test_labels_of_other_kinds() -> None:
 
 
 def test_labels_partition_an_optimizer() -> None:
-    """A user of optax can partition an optimizer by labels, with adapters alone."""
     adapters = trained()["adapters"]
     rates = {"a": optax.sgd(1.0), "b": optax.sgd(2.0)}
     tx = optax.partition(rates, labels.labels)

@@ -91,7 +91,6 @@ def test_deberta_is_set_as_in_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), [("medium", 393_216), ("large", 737_280)])
 def test_parameters_of_gpt2(name: str, parameters: int) -> None:
-    """Each layer has two pairs of factors: one for q and one for v, and none for k."""
     config = load(f"{GPT2}:{name}")
     shape = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}
     model = models.DecoderModel(

@@ -263,7 +263,6 @@ def test_the_launcher_is_read_off_the_environment(
 
 
 def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process connects to nothing if there is no launcher, or if a flag says that it is alone."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it connects"))
     processes.join(ProcessesConfig())
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")

@@ -100,7 +100,6 @@ def test_the_record_has_every_step_once_and_every_evaluation(finished: pathlib.P
 def test_it_goes_on_with_its_targets_in_another_order(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Adapters, optimizer and record keep every bit."""
     path = tmp_path / "stopped"
     run(path, *RUN[:-2], "second/kernel", "first/kernel")
     (path / "summary.json").unlink()
@@ -188,13 +187,11 @@ def test_the_default_directory_is_named_by_what_matters() -> None:
 
 
 def test_w0_is_bit_identical_after_training(whole: Finished) -> None:
-    """Training does not change a bit of the arrays that the loop holds as frozen."""
     assert len(jax.tree.leaves(whole.before)) == 4
     jax.tree.map(np.testing.assert_array_equal, whole.before, whole.after)
 
 
 def test_no_base_weight_is_on_disk(finished: pathlib.Path) -> None:
-    """The frozen arrays have shapes [2, 16], [16], [16, 16] and [16]; none of them is saved."""
     step = max((p for p in (finished / "checkpoints").iterdir()), key=lambda p: int(p.name))
     frozen = {(2, 16), (16, 16), (16,)}
     held = orbax().checkpointables_metadata(step).metadata["state"]
@@ -214,7 +211,6 @@ def test_adapters_of_a_run_are_restored_alone(finished: pathlib.Path) -> None:
 
 
 def test_best_is_kept_when_later_steps_are_worse(tmp_path: pathlib.Path) -> None:
-    """With a learning rate that is too large, the best adapter is not the last."""
     arguments = ("--optimizer.learning-rate", "3", "--optimizer.schedule", "constant")
     summary = run(tmp_path / "run", *SMALL, "--evaluate-every", "1", *arguments)
     losses = {

@@ -30,7 +30,6 @@ BROKEN = [
 
 @pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "is not a config of train.py")])
 def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
-    """A broken config is an error that names its file."""
     (tmp_path / "config.json").write_bytes(content)
     config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
     says = rf"config\.json ({says}).*--fresh"
@@ -40,7 +39,6 @@ def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.P
 
 @pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "has no 'steps'")])
 def test_a_broken_summary_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
-    """A broken summary is an error that names its file."""
     assert directory.summary(tmp_path) is None
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(lora_jax.LoraError, match=rf"summary\.json ({says}).*; delete it and start"):
@@ -72,8 +70,6 @@ def test_a_broken_list_of_checkpoints(content: bytes, tmp_path: pathlib.Path) ->
 def test_a_file_that_cannot_be_written_is_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed write names the file, and the earlier content stays."""
-
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -89,10 +85,7 @@ def test_a_file_that_cannot_be_written_is_named(
 def test_the_record_is_on_disk_before_the_summary(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every line is in metrics.jsonl when a run is marked as finished, while it is still open.
-
-    A group keeps the records of its finished members open. Red without the `_sync` of `finish`.
-    """
+    """Every line is in metrics.jsonl when a run is marked as finished, while it is still open."""
     seen: list[metrics.Line] = []
     monkeypatch.setattr(directory, "finish", lambda path, _: seen.extend(metrics.read(path)))
     workload: Any = types.SimpleNamespace(evaluation={"test": None})
@@ -121,7 +114,6 @@ def test_a_killed_fresh_start_leaves_no_finished_run(
 
 
 def test_a_group_killed_twice_before_its_next_checkpoint(tmp_path: pathlib.Path) -> None:
-    """The checkpoint from which a group went on is still listed after more kills."""
     steps = {"a": [20], "b": [20]}
     for start in range(4):
         checkpoints = GroupCheckpoints(tmp_path)

@@ -24,7 +24,6 @@ GOLDEN = ROOT / "tests/golden/golden_models"
 
 @pytest.mark.parametrize("name", ["llama_nf4"])
 def test_a_folder_of_bitsandbytes(name: str, source: str, tmp_path: pathlib.Path) -> None:
-    """A stored base gives the losses of its floats in less memory."""
     model = shutil.copytree(GOLDEN / name, tmp_path / "model")
     tiny.tokenizer(pair=False).save(str(model / "tokenizer.json"))
     found = {}

@@ -80,7 +80,6 @@ def test_glue_is_set_as_in_the_paper(name: str) -> None:
 def test_glue_runs_on_stand_ins(
     name: str, label: Any, outputs: int, roberta: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The config runs on a tiny RoBERTa and on JSONL files that have GLUE's fields."""
     config: Any = command_line.load(f"{GLUE}:{name}", ROOT)[1]
     source = tiny.write_examples(tmp_path / "data", config.data.text_fields, label)
     summary = run(
@@ -121,7 +120,6 @@ def text_config(workload: Any, weights: pathlib.Path, source: str, **changes: An
 
 
 def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
-    """A `max_length` above the model's positions is an error before training."""
     config = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
     table = dataclasses.replace(small.CONFIG, positions="learned", max_positions=15)
     source: Any = types.SimpleNamespace(config=table)
@@ -162,7 +160,6 @@ def test_select_is_checked_before_any_weight_is_read(
 def test_an_adapter_names_its_base_from_every_folder(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter stores the absolute path of its base."""
     monkeypatch.chdir(tmp_path)
     config = text_config(classification, pathlib.Path("models/a"), "nothing.jsonl")
     assert text.about(config)["model"]["reference"] == str(tmp_path / "models/a")
@@ -282,7 +279,6 @@ def test_pearson_is_numpys_over_any_cut_into_batches() -> None:
 def test_another_base_is_refused(
     source: str, llama: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run does not go on if the weights under its reference have changed since it began."""
     weights = tmp_path / "model"
     shutil.copytree(llama, weights)
     config = text_config(causal_lm, weights, source, steps=4)

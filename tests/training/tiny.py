@@ -134,10 +134,7 @@ def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Pa
 
 
 def tokenizer(pair: bool) -> tokenizers.Tokenizer:
-    """Return a tokenizer with one token for each word.
-
-    With `pair` it gives <s> text </s>, and pairs as RoBERTa has them.
-    """
+    """Return a tokenizer with one token for each word."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     made = tokenizers.Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -153,10 +150,7 @@ def tokenizer(pair: bool) -> tokenizers.Tokenizer:
 
 
 def write_examples(folder: pathlib.Path, fields: tuple[str, ...], label: Any) -> str:
-    """Write {split}.jsonl with texts of three kinds, and return the name of the source.
-
-    Each kind has words of its own, and an example of kind k has the label `label(k)`.
-    """
+    """Write {split}.jsonl with texts of three kinds, and return the name of the source."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(1)
     for split, count in (("train", 96), ("validation", 40)):

@@ -58,7 +58,6 @@ def test_dora_and_a_bias_are_refused_by_name() -> None:
 
 
 def test_adapters_of_several_kinds_are_stacked_and_combined() -> None:
-    """`stack` and `combine` take LoHa, LoKr, VeRA and parts as plain factors of higher rank."""
     form = forms.FORMS["stacked"]
     targets = [Target("w", *form, 2, 3.0, kind=kind) for kind in forms.ADDITIVE]
     targets += [Target("w", *form, 2, 3.0, parts=((2, 4),))]

@@ -107,7 +107,6 @@ def cells(consumer: str, *, refused: bool = False) -> Any:
 
 
 def test_the_table_in_the_docs_is_this_one() -> None:
-    """The table in docs/kinds.md says what the tests here show."""
     text = (ROOT / "docs/kinds.md").read_text()
     rows = {}
     for line in text.splitlines():
@@ -143,7 +142,6 @@ def test_save_restore(kind: str, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_partition_specs(kind: str) -> None:
-    """The arrays can be placed by their specs, and give the same outputs there."""
     layout, adapters = adapter_of(kind)
     specs = {
         "layers": {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")},
@@ -159,10 +157,6 @@ def test_partition_specs(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout(kind: str) -> None:
-    """Dropout runs for each kind; a bias has no x, so it has no dropout.
-
-    The laws of dropout are in tests/multi/test_dropout.py.
-    """
     layout, adapters = adapter_of(kind)
     got = adapted(layout, PARAMS, lora_jax.dropout(adapters, jax.random.key(0), 0.5), X)
     assert np.allclose(got, adapted(layout, PARAMS, adapters, X)) == (kind == "bias")
@@ -257,7 +251,6 @@ def test_two_kinds_at_one_path_are_refused_by_name() -> None:
 
 @cells("mix, route")
 def test_mixtures(kind: str) -> None:
-    """Weights of a mixture are weights of the updates, and a router takes the same stack."""
     members = [adapter_of(kind, 2, seed) for seed in (1, 2)]
     layout, stacked = compiled(stack, members)
     weights = [0.7, -0.4]
@@ -315,7 +308,6 @@ def test_what_does_not_add_up(kind: str) -> None:
 @cells("analysis")
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_analysis_is_of_the_merged_difference(kind: str, scheme: str | None) -> None:
-    """Analysis describes the difference between the merged weight and the base."""
     layout, adapters = adapter_of(kind)
     params, whole = (PARAMS, PARAMS) if scheme is None else int8_base()
     base = lora_jax.paths.flatten(whole)

@@ -41,7 +41,6 @@ def product(target: Target, x: Any, w: Any) -> Any:
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_value_and_gradients_in_float64(target: Target) -> None:
-    """Values and gradients equal the definition's in float64."""
     with jax.enable_x64(True):
         parameters, w = arrays(target, dtype=jnp.float64), weight(target, dtype=jnp.float64)
         shape = (*target.sizes(target.stack), 5, *target.sizes(target.inputs))
@@ -91,7 +90,6 @@ def test_the_gain_of_the_start_is_one() -> None:
 
 
 def test_an_output_of_zero_stays() -> None:
-    """An output whose norm and magnitude are zero stays zero."""
     target = Target("w", (3, 2), (), (0,), (1,), 1, 1.0, kind="dora")
     w = jnp.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     parameters = Directed(jnp.ones((3, 1)), jnp.zeros((1, 2)), jnp.array([0.0, 1.0]))
@@ -134,7 +132,6 @@ class Codes(Base):
 
 
 def test_a_quantised_stack_is_dequantised_slice_by_slice() -> None:
-    """A quantised stack is dequantised slice by slice."""
     target = Target("w", (16, 256, 256), (0,), (1,), (2,), 4, 4.0, kind="dora")
     parameters = arrays(target)
     scales = jnp.linspace(0.01, 0.02, 16 * 256).reshape(16, 256)
@@ -149,7 +146,6 @@ def test_a_quantised_stack_is_dequantised_slice_by_slice() -> None:
 
 
 def test_no_product_of_the_factors_is_formed() -> None:
-    """The gain forms no [in, out] array in addition to W."""
     target = Target("w", (48, 40), (), (0,), (1,), 4, 4.0, kind="dora")
     jaxpr = jax.make_jaxpr(lambda p, w: DORA.gains(target, p, w).outputs)(
         arrays(target), weight(target)
@@ -161,7 +157,6 @@ def test_no_product_of_the_factors_is_formed() -> None:
 
 @pytest.mark.parametrize("program", ["dot", "conv", "scan"])
 def test_bfloat16_is_composed_in_float32(program: str) -> None:
-    """A gain of 1.001 has an effect on bfloat16 outputs."""
     key = jax.random.split(jax.random.key(0))
     draw = lambda k, *shape: jax.random.normal(k, shape, jnp.bfloat16)  # noqa: E731
     if program == "conv":

@@ -99,7 +99,6 @@ def test_the_rank_of_the_factors_of_lokr_is_the_smaller_of_the_two(target: Targe
 
 @pytest.mark.parametrize("target", ALL, ids=name_of)
 def test_it_begins_as_the_base(target: Target) -> None:
-    """Each kind begins with the merged weight of the base."""
     kind, w = kind_of(target), weight(target)
 
     def begin(key: Any, w: Any) -> Any:
@@ -126,7 +125,6 @@ def test_axes_say_where_the_sizes_come_from(target: Target) -> None:
 
 @pytest.mark.parametrize("kind", forms.KINDS)
 def test_a_stack_is_its_slices(kind: str) -> None:
-    """A stack gives each slice the update that the slice alone would get."""
     whole = Target("w", (3, 8, 10), (0,), (1,), (2,), 2, 3.0, kind=kind)
     one = Target("w", (8, 10), (), (0,), (1,), 2, 3.0, kind=kind)
     parameters, w = jax.device_get((arrays(whole), weight(whole)))
@@ -138,7 +136,6 @@ def test_a_stack_is_its_slices(kind: str) -> None:
 
 
 def test_vera_numbers_never_change() -> None:
-    """VeRA's fixed numbers stay the same for ever."""
     # These were computed by the same formula with Python's integers.
     want = [[0.3300279378890991, -0.11746907234191895], [-0.13247203826904297, 0.6441757678985596]]
     np.testing.assert_array_equal(noise(1, 2, 2), np.array(want, np.float32))
@@ -228,7 +225,6 @@ def test_a_bias() -> None:
 
 
 def test_a_kind_of_ones_own() -> None:
-    """A user's kind needs one class and `register`, and no edit of the package."""
     from lora_jax.updates import kind as kinds
 
     class Signed(lora_jax.updates.Lora):

@@ -39,7 +39,6 @@ def by_heads(params: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("f", [fused, by_heads])
 def test_parts_of_a_fused_kernel_equal_separate_weights(f: Any) -> None:
-    """Parts of a fused kernel equal separate weights, in value and gradients."""
     x, w = cases.normal(0, ROWS, D), cases.normal(1, D, 3 * D) / D**0.5
     draw = lambda seed: Factors(cases.normal(seed, D, RANK), cases.normal(seed + 1, RANK, D))  # noqa: E731
     q, v = draw(2), draw(4)

@@ -42,7 +42,6 @@ def test_files_are_placed_as_in_site_packages(tmp_path: Path) -> None:
 
 
 def test_a_source_archive_has_one_folder_at_its_top(tmp_path: Path) -> None:
-    """A source archive has one folder at its top."""
     with pytest.raises(PackageError, match="one folder at its top"):
         unpack(source(tmp_path / "a.tar.gz", "file"), tmp_path / "out")
 
@@ -73,7 +72,6 @@ def test_links_and_special_files(tmp_path: Path) -> None:
 
 
 def test_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many bytes or files are refused."""
     bomb = wheel(tmp_path / "bomb.whl", *(f"{i}" for i in range(6)), data=bytes(2**26))
     with pytest.raises(PackageError, match=r"declares 402,653,184 unpacked; the limit is 268,435"):
         unpack(bomb, tmp_path / "out")

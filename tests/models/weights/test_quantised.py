@@ -35,7 +35,6 @@ SCALES = {Q.Q6_K: [208], Q.Q4_1: [0, 2], Q.Q4_K: [0, 2], Q.Q5_1: [0, 2]}  # thei
 
 
 def _write(path: Path, arch: str, kind_of: Callable[[str], str]) -> Path:
-    """Write a decoder of random blocks; `kind_of` maps a tensor's name to its quantisation."""
     rng = np.random.default_rng(0)
     hidden, mlp = SIZES["hidden"], SIZES["mlp"]
     kv = hidden * SIZES["kv_heads"] // SIZES["heads"]
@@ -71,7 +70,6 @@ def _same(one: Any, other: Any) -> None:
 def test_blocks_are_kept_and_give_the_expanded_numbers(
     kind: str, scanned: bool, tmp_path: Path
 ) -> None:
-    """Blocks are kept, and expand to the numbers that are loaded as floats."""
     model = models.open(str(_write(tmp_path / "model.gguf", "llama", lambda name: kind)))
     config = dataclasses.replace(model.config, scan_layers=scanned)
     held, floats = model.load(config, keep_quantised=True), model.load(config)
@@ -194,7 +192,6 @@ FOLDERS = {"llama_nf4": FourBit, "llama_nf4_double": FourBit, "llama_int8": Scal
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_bitsandbytes_is_kept_and_gives_its_numbers(name: str, scanned: bool, data: Path) -> None:
-    """A folder of bitsandbytes stays quantised, and expands to its own numbers."""
     folder = data / "golden_models" / name
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     model = models.open(str(folder))
@@ -285,14 +282,11 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 def test_what_cannot_be_read_is_named(
     name: str, edit: Any, says: str, keep: bool, spoiled: Callable[..., models.Source]
 ) -> None:
-    """An unreadable tensor is named, and never taken for dense."""
     with pytest.raises(models.WeightsError, match=f"(?s){says}"):
         spoiled(name, edit).load(keep_quantised=keep)
 
 
 def test_another_scheme_is_an_error(spoiled: Callable[..., models.Source]) -> None:
-    """Integers of GPTQ are an error that names them, and the method in the configuration."""
-
     def gptq(tensors: dict[str, Any]) -> None:
         for name in [n for n in tensors if n.startswith(UP)]:
             del tensors[name]
@@ -307,7 +301,6 @@ def test_another_scheme_is_an_error(spoiled: Callable[..., models.Source]) -> No
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_experts_stay_quantised_as_one_bank(data: Path, tmp_path: Path, scan: bool) -> None:
-    """Experts stay one quantised bank."""
     folder = tmp_path / "mixtral"
     shutil.copytree(data / "golden_models" / "mixtral", folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

@@ -54,7 +54,6 @@ def _one(shape: Any, place: Any, dtype: Any = "F32") -> dict[str, Any]:
     ],
 )
 def test_header_of_safetensors(tmp_path: Path, header: Any, length: int | None) -> None:
-    """A header that the package refuses is an error that names the file and fits on a screen."""
     path = _file(tmp_path / "model.safetensors", header, length=length)
     with pytest.raises(models.WeightsError, match=r"model\.safetensors") as failure:
         safetensors_reader.read(path, WeightsError)
@@ -69,7 +68,6 @@ def test_short_files(tmp_path: Path) -> None:
 
 
 def test_slices_of_every_float(tmp_path: Path) -> None:
-    """Slices can be read of every type of float."""
     kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     assert set(kinds) == set(safetensors_reader.FLOATS)
     tensors = {name: np.arange(12).reshape(3, 4).astype(kind) for name, kind in kinds.items()}
@@ -207,7 +205,6 @@ def test_header_of_gguf(tmp_path: Path, content: bytes, says: str) -> None:
 
 
 def test_sound_gguf_by_hand(tmp_path: Path) -> None:
-    """A file that is made by hand without the faults above can be read."""
     path = tmp_path / "model.gguf"
     fields = _field(7, b"\x01") + _list(5, 2, struct.pack("<ii", 3, -4)).replace(b"x", b"y")
     path.write_bytes(_gguf(fields, _info((16,)), counts=(1, 2)))
@@ -218,7 +215,6 @@ def test_sound_gguf_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # the gguf package takes seconds
 def test_header_is_that_of_the_library(smollm2: models.Source) -> None:
-    """Every field and every tensor of a real file is read as the gguf package reads it."""
     reader, found = gguf.GGUFReader(smollm2.path), gguf_header.read(Path(smollm2.path))
     theirs = {
         name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."
