@@ -147,7 +147,6 @@ class ExampleTable(EpochTable):
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """See `EpochTable.columns`."""
         shape = (len(rows), self.length(chosen))
         ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
         mask = np.zeros(shape, bool)

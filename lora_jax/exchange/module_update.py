@@ -165,12 +165,18 @@ def _joined(pieces: Any, field: str, total: int, factor: Any) -> Any:
     return out
 
 
-def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bool = False) -> None:
+def check_plain(
+    modules: Modules,
+    format: str,
+    layers: Collection[str],
+    dora: bool = False,
+    more: Iterable[str] = (),
+) -> None:
     """Raise unless a format that knows little but factors, of these layers, can hold the modules.
 
-    `dora` says whether it has the lengths of DoRA too, for linear layers.
+    `dora` says whether it has the lengths of DoRA too, for linear layers; `more` cannot be held.
     """
-    wrong = [f"{name}: trained as a whole" for name in modules.values]
+    wrong = [*(f"{name}: trained as a whole" for name in modules.values), *more]
     for name, u in modules.updates.items():
         if u.layer not in layers:
             wrong.append(f"{name}: {u.layer}")
@@ -181,8 +187,8 @@ def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bo
     if wrong or not modules.updates:
         raise LoraError(
             f"{format} cannot carry these:\n{listed(wrong or ['an adapter without factors'])}\n"
-            "Save it as PEFT, or merge the adapter and ship the model. What was trained as a whole "
-            "can be left out: adapter._replace(trainable={})"
+            "Save it as PEFT (profile='faithful'), or merge the adapter and ship the model. What "
+            "was trained as a whole can be left out: adapter._replace(trainable={})"
         )
 
 

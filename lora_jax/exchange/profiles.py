@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.errors import LoraError, listed
+from lora_jax.errors import LoraError
 from lora_jax.exchange import experts, peft_keys
 from lora_jax.exchange.axes import tensors_of
-from lora_jax.exchange.module_update import Modules, ModuleUpdate
+from lora_jax.exchange.module_update import Modules, ModuleUpdate, check_plain
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.peft_config import OFF
 from lora_jax.exchange.whole_parameters import tensor_of
@@ -43,7 +43,8 @@ def spelled(
     updates = _with_biases(modules.updates)
     sizes = _known_modules(table, layout, params)
     if profile == "portable":
-        _check_portable(modules)
+        heads = [f"{n}: the output head" for n in modules.updates if n.endswith("lm_head")]
+        check_plain(modules, "a portable adapter", ("linear",), more=heads)
         updates = _at_one_rank(_in_every_layer(updates, sizes))
     values = _with_siblings(modules.values, table, layout, params)
     updates |= _at_one_rank({n: u for n, u in updates.items() if u.layer == "experts"})
@@ -69,20 +70,6 @@ def digest(settings: Mapping[str, Any]) -> str:
     """Return a hash of the settings that decide the function of the adapter."""
     decisive = {k: settings[k] for k in DECISIVE if settings.get(k) not in OFF}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _check_portable(modules: Modules) -> None:
-    whole = [f"{name}: trained as a whole" for name in modules.values]
-    wrong = [f"{n}: DoRA" for n, u in modules.updates.items() if u.magnitude is not None]
-    wrong += [f"{n}: a bias" for n, u in modules.updates.items() if u.bias is not None]
-    wrong += [f"{n}: {u.layer}" for n, u in modules.updates.items() if u.layer != "linear"]
-    wrong += [f"{n}: the output head" for n in modules.updates if n.split(".")[-1] == "lm_head"]
-    if whole or wrong:
-        raise LoraError(
-            f"not portable, since not every server reads these:\n{listed([*whole, *wrong])}\n"
-            "Save with profile='faithful', or merge the adapter and ship the model. What was "
-            "trained as a whole can be left out: adapter._replace(trainable={})"
-        )
 
 
 def _with_biases(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:

@@ -110,7 +110,6 @@ class TextClassifier(Classifier):
         return ids, mask, types
 
     def facts(self, count: int) -> tuple[str, ...]:
-        """See `Classifier`."""
         (said,), cut = super().facts(count), self.cut
         lost = f"{cut.examples:,} texts were too long and lost {cut.tokens:,} tokens"
         remarks = [*([lost] if cut.examples else []), *cut.remarks(count)]
