@@ -134,7 +134,7 @@ def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
     for piece in pieces:
         _check_index(target, piece)
         slot: Any = (*piece.at, slice(None))
-        number = target.parts.index(piece.entry.part) if target.parts else 0  # type: ignore[arg-type]
+        number = target.parts.index(piece.entry.part) if target.parts else 0
         a[(*slot, number)] = _inputs(target, piece)
         b[piece.at][:, rows_of(target, piece.entry)] = piece.update.b.T
         if lengths is not None and piece.update.magnitude is not None:

@@ -162,7 +162,7 @@ def _known_modules(table: NameTable, layout: Layout, params: Any) -> dict[str, i
     """Return all modules of the model with a weight, and its size; {} without params."""
     if params is None:
         return {}
-    found = {}
+    found: dict[str, int] = {}
     for path in table.paths():
         for entry in table.entries(path):
             shape = table.shapes[path]
