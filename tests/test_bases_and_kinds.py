@@ -1,9 +1,10 @@
 """The law over bases and kinds of update: `adapt` on codes equals the merged, dequantised weights.
 
 Every program runs over NF4 with DoRA, the kind that asks most of a rule, because the gain must not
-be lost on the way. A rule multiplies with W in one place, with a gain or without, so LoRA over NF4
-runs only on the programs that refuse a gain and on a few others. The other bases differ from NF4
-only in `dense()`, and the other kinds become plain factors, so a few programs are enough for them.
+be lost on the way; one program for each rule is quick, and the others are slow. A rule multiplies
+with W in one place, with a gain or without, so LoRA over NF4 runs only on the programs that refuse
+a gain and on a few others. The other bases differ from NF4 only in `dense()`, and the other kinds
+become plain factors, so a few programs are enough for them.
 LoRA over floats is tested in tests/test_transform.py.
 """
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models pr
 
 FEW = ["bare_matmul", "bare_ragged_dot", "bare_scan", "bare_transposed_left"]
 FEW += ["linen_conv_2d_strided"]
+QUICK = {*FEW, *cases.ONE_OF_EACH}
 OTHERS = [
     *(("lora", scheme) for scheme in ("nf4", "int8", "int4", "fp8")),
     *((kind, None) for kind in ("dora", "vera", "loha", "lokr")),
@@ -35,7 +37,11 @@ REFUSED = {  # a gain of each output cannot follow W in these
 }
 TABLE = [
     *((name, "lora", "nf4") for name in sorted(REFUSED)),
-    *((name, "dora", "nf4") for name in sorted(cases.REGISTRY) if name not in REFUSED),
+    *(
+        pytest.param(name, "dora", "nf4", marks=() if name in QUICK else pytest.mark.slow)
+        for name in sorted(cases.REGISTRY)
+        if name not in REFUSED
+    ),
     *((name, *other) for name in FEW for other in OTHERS if name in cases.REGISTRY),
 ]
 

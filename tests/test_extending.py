@@ -7,6 +7,7 @@ which goes through every public function.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
 
 import lora_jax
-from lora_jax import LoraError, LoraSpec, Rule, analysis
+from lora_jax import Factors, LoraError, LoraSpec, Rule, analysis
 from lora_jax.exchange import peft
 from lora_jax.models.hf_module import HfModule
 from lora_jax.multi import moe
@@ -299,7 +300,7 @@ def test_sharding_and_analysis(walked: lora_jax.Layout) -> None:
 
 def concatenated(axis: int) -> tuple[Any, Any, dict[str, Any], Any]:
     """Two functions that compute the same, with q and k in one product and in two; params and x."""
-    params = {"q": cases.normal(0, 8, 6), "k": cases.normal(1, 8, 6)}
+    params = {"q": cases.normal(0, 8, 8), "k": cases.normal(1, 8, 8)}
     x = cases.normal(2, 5, 8 * (2 - axis))
 
     def fused(p: Any, x: Any) -> Any:
@@ -316,22 +317,36 @@ def concatenated(axis: int) -> tuple[Any, Any, dict[str, Any], Any]:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_concatenation_under_dropout(kind: str, axis: int) -> None:
+    """Along the outputs both have one mask of x; along the inputs each weight has its own."""
     fused, apart, params, x = concatenated(axis)
     layout = lora_jax.resolve(LoraSpec(2, kind=kind, targets="*"), apart, params, x)
-    shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout, params=params))
-    draw = np.random.default_rng(0).standard_normal
-    adapters = jax.tree.map(lambda x: draw(x.shape).astype(np.float32), shapes)
+    adapters = drawn_of(layout, 0, params)
     if kind == "dora" and not axis:
         with pytest.raises(LoraError, match="concatenate"):
             lora_jax.adapt(layout, fused)(params, adapters, x)
         return
-    got, want = (
-        lora_jax.adapt(layout, f)(params, lora_jax.dropout(adapters, jax.random.key(1), 0.5), x)
-        for f in (fused, apart)
+
+    def dropped(layout: lora_jax.Layout, f: Any, params: Any, adapters: Any) -> Any:
+        under = lora_jax.dropout(adapters, jax.random.key(1), 0.5)
+        return lora_jax.adapt(layout, f)(params, under, x)
+
+    got = dropped(layout, fused, params, adapters)
+    if axis:
+        assert_close(got, dropped(layout, apart, params, adapters))
+        return
+    # With W = 0, and identities for the factors of one weight, the output is its part of drop(x).
+    square = lora_jax.Layout(
+        tuple(dataclasses.replace(t, rank=8, alpha=8.0) for t in layout.targets)
     )
-    if axis:  # the two have the same masks
-        assert_close(got, want)
-    assert got.shape == want.shape
+    none, eye = jnp.zeros((8, 8)), jnp.eye(8)
+    want = apart(params, x)
+    for name, part in (("q", x[:, :8]), ("k", x[:, 8:])):
+        one = {n: Factors(eye, eye if n == name else none) for n in params}
+        mine = dropped(square, fused, {"q": none, "k": none}, one)
+        assert 0 < np.count_nonzero(mine) < mine.size
+        np.testing.assert_array_equal(mine, jnp.where(mine != 0, 2 * part, 0))
+        want += layout[name].scale * mine @ adapters[name].a @ adapters[name].b
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -347,9 +362,9 @@ def test_concatenation_under_route(axis: int) -> None:
     assert_close(got, want)
 
 
-def drawn_of(layout: lora_jax.Layout, seed: int) -> Any:
+def drawn_of(layout: lora_jax.Layout, seed: int, params: Any = None) -> Any:
     draw = np.random.default_rng(seed).standard_normal
-    shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
+    shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout, params=params))
     return jax.tree.map(lambda x: draw(x.shape).astype(np.float32), shapes)
 
 

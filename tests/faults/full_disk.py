@@ -1,26 +1,18 @@
 """Fill the disk of each command that writes at random points, and then make room.
 
-    python -m tests.faults.full_disk --points 20 --seed 1
-    python -m tests.faults.full_disk --only "export hf" import --out full-disk
-
 The command writes to a file system of its own (tmpfs, so this needs the right to mount) that has
 room for a random part of what the command writes. It must end with our error, which names a file
 and the cure, and leave nothing incomplete under a final name. Then there is room, and the same
-command must end with the same bytes as one whose disk was never full. The exit status is 1 if
-anything failed; the folder of the commands is then kept.
+command must end with the same bytes as one whose disk was never full.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import random
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
 
 from tests.faults.commands import SCENARIOS
@@ -48,6 +40,13 @@ class Filled:
     needed: int = 0
     seconds: float = 0.0
     failures: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        failed = "".join(f"\n  {failure}" for failure in self.failures)
+        return (
+            f"{len(self.points)} full disks of {self.needed} bytes, {len(self.failures)} failed, "
+            f"{self.seconds} s{failed}"
+        )
 
 
 class Disk:
@@ -126,37 +125,3 @@ def _run(scenario: Scenario, place: pathlib.Path, wanted: int | None) -> int:
     status = fork.wait()
     assert wanted in (None, status), f"exit status {status}: {fork.log.read_text()[-2000:]}"
     return status
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--points", type=int, default=20, help="of each command")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("faults"))
-    options = parser.parse_args()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="lora-jax-full-disk-"))
-    outcomes = []
-    for name in options.only:
-        found = fill(name, folder / name.replace(" ", "-"), options.points, options.seed)
-        outcomes.append(found)
-        sys.stdout.write(
-            f"{name}: {len(found.points)} full disks of {found.needed} bytes, "
-            f"{len(found.failures)} failed, {found.seconds} s\n"
-        )
-        sys.stdout.write("".join(f"  {failure}\n" for failure in found.failures))
-        sys.stdout.flush()
-    options.out.mkdir(parents=True, exist_ok=True)
-    values = [dataclasses.asdict(one) for one in outcomes]
-    (options.out / "full_disk.json").write_text(json.dumps(values, indent=2) + "\n")
-    if any(one.failures for one in outcomes):
-        sys.stdout.write(f"what failed is kept in {folder}\n")
-        return 1
-    shutil.rmtree(folder)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,6 +14,7 @@ import numpy as np
 import lora_jax
 from lora_jax import models
 from lora_jax.serving.generation import Decoder, Prompt, stream
+from tests.programs import compiled
 
 CONFIG = models.DecoderConfig(
     vocab_size=61,
@@ -58,10 +59,10 @@ def pairs(config: models.DecoderConfig) -> tuple[Any, ...]:
         ]
         spec = lora_jax.LoraSpec(rank, 3.0 * rank, targets=(targets,))
         layout = lora_jax.resolve(spec, apply, models.shapes(config), ids)
-        start = lora_jax.init(jax.random.key(seed), layout)
+        shapes = jax.eval_shape(lambda own=layout: lora_jax.init(jax.random.key(0), own))
         adapters = {
-            path: lora_jax.Factors(f.a, 0.3 * noise(f.b.shape, seed + i))
-            for i, (path, f) in enumerate(start.items())
+            path: lora_jax.Factors(noise(f.a.shape, i) / 4, 0.3 * noise(f.b.shape, seed + i))
+            for i, (path, f) in enumerate(shapes.items())
         }
         every.append((layout, adapters))
     return tuple(every)
@@ -70,7 +71,7 @@ def pairs(config: models.DecoderConfig) -> tuple[Any, ...]:
 @functools.cache
 def stacked(config: models.DecoderConfig) -> Any:
     """Return (layout, stacked) of `pairs`."""
-    return lora_jax.multi.stack(pairs(config))
+    return compiled(lora_jax.multi.stack, pairs(config))
 
 
 def merged(config: models.DecoderConfig, adapter: int) -> Any:
@@ -78,7 +79,7 @@ def merged(config: models.DecoderConfig, adapter: int) -> Any:
     if adapter == lora_jax.multi.BASE:
         return params(config)
     layout, adapters = pairs(config)[adapter]
-    return lora_jax.merge(layout, params(config), adapters)
+    return compiled(lora_jax.merge, layout, params(config), adapters)
 
 
 @dataclasses.dataclass

@@ -13,10 +13,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import lora_jax
-from lora_jax.training import mesh, optimizer, step
-from lora_jax.training.config import MeshConfig, OptimizerConfig
+from lora_jax.training import mesh, step
+from lora_jax.training.config import MeshConfig
 from lora_jax.training.state import State
 from lora_jax.training.workload import Loss, Workload, ratios
+from tests import programs
 
 BATCH = {"x": np.ones((6, 5), np.float32), "weight": np.ones(6, np.float32)}
 
@@ -63,10 +64,6 @@ def run(count: int, tx: Any, batches: Any = None, on_nonfinite: Any = "stop", **
     return trained, state, found
 
 
-def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    return optimizer.adamw(optimizer.hyper(config, steps))
-
-
 def same(x: Any, y: Any) -> bool:
     return all(
         np.array_equal(p, q) for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
@@ -91,23 +88,11 @@ def test_the_step_computes_no_gradient_of_a_frozen_weight() -> None:
         tx = optax.sgd(1e-2)
         take = step.train_step(workload, layout, tx, "stop")
         jaxpr = jax.make_jaxpr(take)(start(layout, base, tx), frozen, BATCH)
-        return {tuple(v.aval.shape) for e in equations(jaxpr.jaxpr) for v in e.outvars
+        return {tuple(v.aval.shape) for e in programs.equations(jaxpr) for v in e.outvars
                 if e.primitive.name == "dot_general"}  # fmt: skip
 
     assert not shapes(("body/kernel",), ("head/**",)) & {(5, 4), (4, 5)}
     assert shapes((), ("**",)) & {(5, 4), (4, 5)}
-
-
-def equations(jaxpr: Any) -> list[Any]:
-    found = []
-    for eqn in jaxpr.eqns:
-        found.append(eqn)
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if isinstance(inner, jax.extend.core.Jaxpr):
-                    found += equations(inner)
-    return found
 
 
 def test_a_padded_row_without_weight_changes_nothing() -> None:
@@ -178,13 +163,6 @@ def test_a_gradient_that_is_not_finite_counts_as_well() -> None:
     assert same(before.trained, state.trained)
 
 
-def test_no_targets_train_the_head_alone() -> None:
-    before, state, _ = run(3, optax.sgd(0.1), targets=())
-    assert state.trained["adapters"] == {}
-    assert list(state.trained["base"]) == ["head/kernel"]
-    assert not same(before, state.trained)
-
-
 def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
     """With all weights in `trainable` and none adapted, a step is plain gradient descent."""
     workload, _, _, _ = parts()
@@ -204,37 +182,6 @@ def test_a_parameter_both_adapted_and_trained_is_an_error() -> None:
     _, layout, base, _ = parts(trainable=("**",))
     with pytest.raises(lora_jax.LoraError, match="'body/kernel' is both adapted"):
         step.check_apart(layout, base)
-
-
-def test_the_optimizer_holds_nothing_of_a_frozen_shape() -> None:
-    _, layout, base, frozen = parts()
-    config = OptimizerConfig(head_learning_rate=1e-2, weight_decay=0.1)
-    state = start(layout, base, adamw(config, 10)).optimizer
-    shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
-    assert (5, 2) in shapes  # the adapter's a
-    assert not {leaf.shape for leaf in jax.tree.leaves(frozen)} & set(shapes)
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_the_schedule_rises_to_its_peak_and_falls(kind: Any) -> None:
-    config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup=0.1)
-    values = [float(optimizer.rate(optimizer.hyper(config, 100), i)) for i in range(101)]
-    assert values[0] == pytest.approx(2 / 11)
-    assert values[10] == pytest.approx(2.0)
-    assert max(values) == pytest.approx(2.0)
-    half = {"linear": 1.0, "cosine": 1.0, "constant": 2.0}[kind]
-    assert values[55] == pytest.approx(half)
-    assert values[100] == pytest.approx(2.0 if kind == "constant" else 0.0, abs=1e-6)
-
-
-def test_the_head_has_its_own_learning_rate() -> None:
-    same_rate = OptimizerConfig(learning_rate=1e-2, clip=None)
-    faster = dataclasses.replace(same_rate, head_learning_rate=3e-2)
-    before, slow, _ = run(1, adamw(same_rate, 10))
-    _, fast, _ = run(1, adamw(faster, 10))
-    assert same(slow.trained["adapters"], fast.trained["adapters"])
-    moved = [s.trained["base"]["head/kernel"] - before["base"]["head/kernel"] for s in (slow, fast)]
-    np.testing.assert_allclose(moved[1], 3 * moved[0], rtol=1e-4)
 
 
 def test_ratios_divide_each_sum_by_the_weight() -> None:

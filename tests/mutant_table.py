@@ -1,0 +1,228 @@
+"""The one-line changes of the library that the tests must find; `tests/mutants.py` makes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A change: in `where`, the expression `old` becomes `new`; then `test` must fail.
+
+    where: a room or a file, relative to lora_jax, and after a colon the function or constant, if
+      the expression is in the room more than once.
+    old: an expression. `if X`, `return X`, `name = X` (also as an argument) and `"key": X` (in a
+      dict) are that X alone.
+    """
+
+    name: str
+    where: str
+    old: str
+    new: str
+    test: str
+
+
+# fmt: off
+MUTANTS = (  # name, where, old, new, test
+    # ---- the core
+    Mutant("idle-adapter-unsaid", "transform.py",
+        "if idle", "False",
+        "tests/test_resolve.py"),
+    Mutant("head-is-a-target", "resolve.py",
+        "if path in known.heads", "False",
+        "tests/test_output_head.py::test_the_head_is_left_out_by_name_and_nothing_else_is"),
+    Mutant("norms-have-gradients", "updates/dora.py:gains",
+        "jax.lax.stop_gradient((w, parameters.a, parameters.b))", "(w, parameters.a, parameters.b)",
+        "tests/updates/test_dora.py::test_value_and_gradients_in_float64"),
+    Mutant("output-of-zero-is-nan", "updates/dora.py",
+        "jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1), 1)", "magnitude / norms",
+        "tests/updates/test_dora.py::test_an_output_of_zero_stays"),
+    Mutant("vera-has-other-numbers", "updates/vera.py",
+        "bits >> 8", "bits >> 9",
+        "tests/updates/test_kinds.py::test_vera_numbers_never_change"),
+    Mutant("lokr-does-not-split", "updates/lokr.py",
+        "range(math.isqrt(size), 0, -1)", "range(1, math.isqrt(size) + 1)",
+        "tests/updates/test_kinds.py"),
+    Mutant("dropped-without-scale", "updates/dropped.py",
+        "jnp.asarray(1 - self.rate, front.array.dtype)", "jnp.ones((), front.array.dtype)",
+        "tests/multi/test_dropout.py::test_value_and_gradients_with_the_mask_by_hand"),
+    # ---- bases
+    Mutant("second-code-first", "bases/nf4.py",
+        "[self.codes >> 4, self.codes & 15]", "[self.codes & 15, self.codes >> 4]",
+        "tests/bases/test_nf4.py::test_dense_is_what_bitsandbytes_dequantises"),
+    Mutant("largest-without-sign", "bases/nf4.py",
+        "jnp.max(jnp.abs(x), axis=-1)", "jnp.max(x, axis=-1)",
+        "tests/bases/test_nf4.py::test_bytes_of_bitsandbytes"),
+    Mutant("scale-without-rank", "target.py:scale",
+        'self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))',
+        "self.alpha",
+        "tests/test_merge.py::test_merge_against_float64_by_hand"),
+    # The numbers stay right, but the work is many times as much.
+    Mutant("larger-product-first", "updates",
+        "if contracted(a) >= contracted(b)", "contracted(a) <= contracted(b)",
+        "tests/test_flops.py::test_gradient_flops[minilm]"),
+    Mutant("scan-never-reversed", "primitives",
+        'reverse = p["reverse"]', "False",
+        "tests/test_transform.py"
+        "::test_outputs_equal_those_of_the_merged_weights[bare_scan_reversed]"),
+    Mutant("frozen-gradients-pass", "frozen.py",
+        '"frozen": optax.set_to_zero()', "optax.identity()",
+        "tests/test_frozen.py::test_partition_freezes_even_where_gradients_of_w0_exist"),
+    Mutant("pattern-matches-a-beginning", "paths.py",
+        "regex.fullmatch(p)", "regex.match(p)",
+        "tests/test_paths.py::test_match"),
+    # ---- many adapters
+    Mutant("truncated-without-scale", "multi/combine.py:truncate",
+        "target.scale * b.astype(wide)", "b.astype(wide)",
+        "tests/multi/test_combine.py::test_truncation_is_the_nearest_and_reports_what_it_cut"),
+    Mutant("unknown-slot-is-the-base", "multi",
+        'jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)',
+        'jnp.take(n.array, self.index, axis=axis, mode="clip")',
+        "tests/multi/test_stack.py::test_a_number_that_is_no_slot_gives_nan_in_a_compiled_program"),
+    Mutant("examples-draw-alike", "multi",
+        "jax.random.fold_in(leaves[i], index)", "leaves[i]",
+        "tests/multi/test_stack.py::test_examples_draw_apart_from_each_other"),
+    Mutant("ranks-filled-in-front", "multi",
+        "(0, n - have)", "(n - have, 0)",
+        "tests/multi/test_stack.py::test_put_writes_one_slot_and_unstack_reads_it_back"),
+    Mutant("balance-of-gates-alone", "multi/moe",
+        "(load.share * load.gate).sum(-1)", "(load.gate * load.gate).sum(-1)",
+        "tests/moe/test_router.py::test_the_balance_is_of_shares_and_gates"),
+    # ---- files
+    Mutant("places-do-not-count", "checkpoint/fingerprint.py",
+        "words ^ _mix(where ^ jnp.uint32(seed))", "words",
+        "tests/checkpoint/test_fingerprint.py::test_the_definition"),
+    Mutant("any-base-will-do", "checkpoint/fingerprint.py:check_base",
+        "if found", "False",
+        "tests/checkpoint/test_fingerprint.py::test_another_base_is_refused_unless_it_is_meant"),
+    Mutant("flipped-bits-pass", "exchange/peft.py",
+        "saved.get(key) != tensor_file.digest(x)", "False",
+        "tests/exchange/test_peft_hostile.py::test_flipped_bits_are_found"),
+    Mutant("rows-left-in-order", "exchange/gguf.py",
+        "b if order is None else b[..., order, :]", "b",
+        "tests/exchange/test_gguf.py::test_llama_cpps_rules_give_the_merged_model"),
+    Mutant("layers-uncounted", "exchange/mlx.py",
+        "0 < config.layers < max(numbers) - min(numbers) + 1", "False",
+        "tests/exchange/test_mlx.py"),
+    Mutant("link-out-is-followed", "system/regular_files.py",
+        "not target.is_relative_to(folder)", "False",
+        "tests/attacks/test_reading.py::test_the_cache_of_the_model_hub_is_read"),
+    Mutant("holes-are-read", "system/regular_files.py",
+        "found.st_size > max(MOST_BYTES, RATIO * allocated(path))", "False",
+        "tests/attacks/test_reading.py::test_reading_does_no_harm"),
+    Mutant("hard-link-is-written", "system/whole_files.py",
+        "found.st_nlink > 1", "False",
+        "tests/attacks/test_writing.py::test_append_opens_only_a_file_of_its_own"),
+    Mutant("litter-stays", "system/whole_files.py:write",
+        'name.startswith(f"{TEMPORARY}{path.name}-")', "False",
+        "tests/attacks/test_writing.py::test_what_a_killed_write_left_is_deleted"),
+    Mutant("nesting-without-end", "system/json_file.py:_DEPTH",
+        "100", "1000",
+        "tests/test_json_file.py::test_depth"),
+    # ---- commands
+    Mutant("config-option-unread", "cli/train.py",
+        "before.lora != after.lora", "False",
+        "tests/experiments/test_method_config.py"
+        "::test_lora_settings_beside_another_method_are_refused"),
+    Mutant("hashes-not-compared", "checkpoint",
+        "damaged = manifest.damaged(loaded)", "list[str]()",
+        "tests/checkpoint/test_adapter.py::test_an_array_of_another_adapter_is_named"),
+    # ---- training
+    Mutant("parts-share-a-key", "training/step.py",
+        "jax.random.fold_in(key, index)", "key",
+        "tests/training/test_step.py::test_each_part_draws_from_a_key_of_its_own"),
+    Mutant("lower-is-never-better", "training",
+        'if self.setup.workload.better == "higher"', "True",
+        "tests/training/test_run.py::test_best_is_kept_when_later_steps_are_worse"),
+    Mutant("lost-checkpoint-unsaid", "training/checkpoints.py",
+        "isinstance(error, processes.Preempted)", "False",
+        "tests/training/test_checkpoints.py::test_a_full_disk_is_an_error_at_the_end"),
+    Mutant("first-step-stands-still", "training/optimizer.py",
+        "(count + 1) / (hyper.rise + 1)", "count / (hyper.rise + 1)",
+        "tests/training/test_optimizer.py::test_the_rates_are_those_of_optax"),
+    Mutant("record-not-flushed", "training/metrics.py:sync",
+        "self._file.flush()", "None",
+        "tests/training/test_metrics.py::test_what_is_synced_is_in_the_file"),
+    Mutant("checkpoint-of-unread-steps", "training/loop.py:checkpoint",
+        "self.settle()", "None",
+        "tests/training/test_run.py::test_a_nonfinite_step_stops_the_run_and_is_named"),
+    Mutant("rows-by-data-first", "training:BATCH",
+        '("fsdp", "data")', '("data", "fsdp")',
+        "tests/training/test_mesh.py"
+        "::test_rows_are_divided_in_the_order_that_the_partitioner_gets_right"),
+    Mutant("states-may-differ", "training/processes.py",
+        "any(state != states[0] for state in states)", "False",
+        "tests/training/test_processes.py::test_states_of_two_processes_are_put_together"),
+    Mutant("export-without-fingerprint", "training/export.py",
+        "fingerprint = fingerprint", "None",
+        "tests/serving/test_predict.py::test_texts_of_the_command_line"),
+    Mutant("fresh-deletes-anything", "training/directory.py",
+        "if foreign", "False",
+        "tests/training/test_run.py::test_fresh_does_not_delete_what_no_run_wrote"),
+    # ---- data
+    Mutant("weights-one-place-late", "data",
+        '"loss_weight": marks[1:].astype(np.float32)', "marks[:-1].astype(np.float32)",
+        "tests/data/test_language_modelling.py::test_packed_rows_hold_every_example_once_an_epoch"),
+    Mutant("streams-count-their-own", "data/packing.py",
+        "self._shard.most(self.longest)", "self.longest",
+        "tests/data/test_shards.py::test_evaluation_has_every_example_exactly_once"),
+    Mutant("filled-row-counts", "data",
+        "np.arange(self.batch_size) < len(chosen)", "np.arange(self.batch_size) <= len(chosen)",
+        "tests/data/test_classification.py::test_an_epoch_has_every_example_exactly_once"),
+    Mutant("lost-records-accepted", "data/builders.py",
+        "found != expected", "found > expected",
+        "tests/data/test_builders.py::test_lost_records_are_an_error"),
+    # ---- sweeps
+    Mutant("diverged-member-goes-on", "sweeps",
+        "active & (settings.skip | (state.skipped == 0))", "active",
+        "tests/sweeps/test_group_step.py"
+        "::test_a_member_that_diverges_does_not_disturb_the_others[False]"),
+    Mutant("filled-up-with-ones", "sweeps/batches.py",
+        "np.zeros((len(arrays), *shape), known[0].dtype)",
+        "np.ones((len(arrays), *shape), known[0].dtype)",
+        "lora_jax/sweeps/batches.py"),
+    Mutant("base-takes-no-memory", "sweeps/memory_fit.py",
+        "shared + size * own", "size * own",
+        "tests/training/test_fit.py::test_as_few_groups_as_fit"),
+    Mutant("worst-run-is-best", "sweeps/comparison.py",
+        "max(known, key=lambda row: row.rank)", "min(known, key=lambda row: row.rank)",
+        "tests/sweeps/test_results.py::test_what_differs_and_what_is_best"),
+    # ---- planner
+    Mutant("half-of-an-all-reduce", "planner",
+        '"all-reduce": 2 * (n - 1) / n', "(n - 1) / n",
+        "tests/planner/test_plan.py::test_seconds_of_a_ring"),
+    Mutant("loops-count-once", "planner/hlo.py",
+        "(instruction.trips or 1) if loop else 1", "1",
+        "tests/planner/test_hlo.py::test_collectives_in_a_loop_count_as_often_as_it_runs"),
+    # ---- models
+    Mutant("rotation-backwards", "models/rope.py",
+        "[-sin, sin]", "[sin, -sin]",
+        "tests/models/test_golden.py::test_decoder_as_transformers[llama-False]"),
+    Mutant("window-one-too-wide", "models/attention.py",
+        "distance < window", "distance <= window",
+        "tests/models/test_laws.py::test_causality[3]"),
+    Mutant("pairs-left-adjacent", "models/weights",
+        "pairs.swapaxes(1, 2)", "pairs",
+        "tests/models/weights/test_gguf_models.py::test_gguf_is_the_folder"),
+    # ---- serving
+    Mutant("token-of-nan", "serving/sampling.py",
+        "jnp.where(sound, jnp.argmax(logits, axis=-1), -1)", "jnp.argmax(logits, axis=-1)",
+        "tests/serving/test_generation.py::test_numbers_that_are_not_finite_are_no_token"),
+    Mutant("lines-not-flushed", "serving/jsonl.py:write",
+        "self._file.flush()", "None",
+        "tests/serving/test_jsonl.py::test_what_is_written_is_read_again"),
+    Mutant("rows-draw-alike", "serving",
+        'jax.random.fold_in(jax.random.key(numbers["seed"]), row)',
+        'jax.random.key(numbers["seed"])',
+        "tests/serving/test_generation.py::test_draws_have_the_probabilities[sampling0-kept0]"),
+    # ---- analysis, experiments, report
+    Mutant("phi-by-the-larger-side", "analysis",
+        "np.minimum(rows[:, None], columns)", "np.maximum(rows[:, None], columns)",
+        "lora_jax/analysis/subspaces.py"),
+    Mutant("bottleneck-without-residual", "../experiments/methods",
+        'x + _dense(params["up"], h)', '_dense(params["up"], h)',
+        "tests/experiments/test_bottleneck.py::test_a_layer_is_the_formula"),
+    Mutant("seeds-that-differ-in-more", "report",
+        '_differences(*pair, ()) == ["seed"]', '"seed" in _differences(*pair, ())',
+        "tests/report/test_pieces.py::test_seeds_that_differ_in_nothing_else_are_compared"),
+)
+# fmt: on
