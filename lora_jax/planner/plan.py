@@ -142,7 +142,7 @@ def _costs(
     compiled: list[dict[str, int]],
     sizes: dict[str, int],
 ) -> StepCosts:
-    """Return the costs of a run on a mesh of `sizes`, from those that can be compiled for."""
+    """Return the costs of a run on a mesh of `sizes`, extrapolated if `compiled` lacks it."""
     device, count = DEVICES[options.plan_device], math.prod(sizes.values())
     if options.plan_slices > 1:
         device = dataclasses.replace(device, domain=count // options.plan_slices)

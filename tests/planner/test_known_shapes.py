@@ -60,7 +60,7 @@ def test_a_decoder_is_planned_from_its_config_alone(tmp_path: pathlib.Path) -> N
     given = ["--config", str(ROOT / "configs/known_shape.py"), f"--model.reference={folder}"]
     given += ["--data.source", str(tmp_path / "nothing/{split}.jsonl"), "--model.quantize=none"]
     given += ["--model.no-double-quantize"]
-    given += ["--data.max-length=16", "--model.loss-chunk=16", "--plan-devices=1"]
+    given += ["--data.max-length=16", "--model.loss-chunk=16", "--plan-devices=1", "--lora.rank=4"]
     name, config, options = command_line.parse(given, OWN, ROOT)
     options = dataclasses.replace(options, plan_compiler="simulated")
     made = plan.make(name, config, options, compare=False)  # type: ignore[arg-type]
