@@ -187,8 +187,8 @@ def check_plain(
     if wrong or not modules.updates:
         raise LoraError(
             f"{format} cannot carry these:\n{listed(wrong or ['an adapter without factors'])}\n"
-            "Save it as PEFT (profile='faithful'), or merge the adapter and ship the model. What "
-            "was trained as a whole can be left out: adapter._replace(trainable={})"
+            "Save it as PEFT, or merge the adapter and ship the model. What was trained as a whole "
+            "can be left out: adapter._replace(trainable={})"
         )
 
 

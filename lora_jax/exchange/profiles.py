@@ -44,7 +44,7 @@ def spelled(
     sizes = _known_modules(table, layout, params)
     if profile == "portable":
         heads = [f"{n}: the output head" for n in modules.updates if n.endswith("lm_head")]
-        check_plain(modules, "a portable adapter", ("linear",), more=heads)
+        check_plain(modules, "profile='portable', unlike 'faithful',", ("linear",), more=heads)
         updates = _at_one_rank(_in_every_layer(updates, sizes))
     values = _with_siblings(modules.values, table, layout, params)
     updates |= _at_one_rank({n: u for n, u in updates.items() if u.layer == "experts"})
