@@ -57,7 +57,6 @@ def sizes(config: MeshConfig, count: int | None) -> dict[str, int]:
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Make the mesh of a config."""
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes(config, len(devices)).values())
     # Auto axes let the partitioner choose shardings that the specs leave open. JAX's default is
@@ -184,6 +183,22 @@ def check_rows(name: str, rows: int, parts: int) -> None:
             f"do not divide; take a batch size that is a multiple of {parts}, or a larger "
             "mesh.tensor"
         )
+
+
+def idle(rows: int, accumulate: int, parts: int) -> str:
+    """Return a note if a part of a batch has fewer rows than devices that divide them; or "".
+
+    >>> idle(8, 2, 4)
+    ''
+    """
+    each = rows // accumulate
+    if each >= parts or not rows:
+        return ""
+    return (
+        f"--accumulate {accumulate} makes parts of {each} of the {rows} rows, fewer than the "
+        f"{parts} devices (mesh.data x mesh.fsdp) that divide them, so devices wait for each "
+        f"other. Take --accumulate {max(1, rows // parts)}, or larger batches"
+    )
 
 
 def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> Placement:
