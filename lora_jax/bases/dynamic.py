@@ -42,13 +42,28 @@ class Dynamic(Base):
 
     def dense(self) -> jax.Array:
         *lead, rows, blocks = self.codes.shape
-        index = self.codes.reshape(*lead, rows * blocks).astype(jnp.int32)
-        values = jnp.take_along_axis(self.table, index, axis=-1, mode="promise_in_bounds")
+        codes = self.codes.reshape(*lead, rows * blocks)
+        values = jax.lax.platform_dependent(self.table, codes, default=_gathered, tpu=selected)
         scales = jnp.repeat(self.scales, BLOCK, axis=-1)[..., : rows * blocks]
         return (values * scales + self.offset[..., None]).reshape(self.shape)
 
 
 jax.tree_util.register_dataclass(Dynamic, ["codes", "scales", "offset", "table"], [])
+
+
+def _gathered(table: jax.Array, codes: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+
+
+def selected(table: jax.Array, codes: jax.Array) -> jax.Array:
+    """Look up float32 [*lead, 256] at codes [*lead, n] without a gather.
+
+    A TPU gathers numbers one by one. It fuses this sum, of one entry and 255 zeros, into one pass
+    over the codes.
+    """
+    entry = jnp.expand_dims(jnp.arange(256, dtype=codes.dtype), (*range(codes.ndim - 1), -1))
+    found = jnp.where(codes[..., None, :] == entry, table[..., None], jnp.float32(0))
+    return jnp.sum(found, axis=-2)
 
 
 def quantise(scales: jax.Array) -> Dynamic:

@@ -74,7 +74,7 @@ class _Rewriter:
             new = e.replace(
                 invars=each(e.invars),
                 outvars=each(e.outvars),
-                params={name: self.param(value) for name, value in e.params.items()},
+                params={name: self.param(value) for name, value in _of_cpu(e.params).items()},
             )
             eqns += _narrowed(new)
         new = jaxpr.replace(
@@ -109,6 +109,15 @@ class _Rewriter:
             return x
         with np.errstate(over="ignore"):
             return np.asarray(x).astype(FLOAT16)
+
+
+def _of_cpu(params: dict[str, Any]) -> dict[str, Any]:
+    """Put the branch that a CPU takes in place of the branches of other platforms."""
+    platforms = params.get("branches_platforms")
+    if platforms is None:
+        return params
+    taken = next(i for i, names in enumerate(platforms) if names is None or "cpu" in names)
+    return {**params, "branches": (params["branches"][taken],) * len(platforms)}
 
 
 def _narrowed(eqn: Any) -> list[Any]:

@@ -123,3 +123,16 @@ def test_a_scale_between_two_codes_takes_the_lower() -> None:
     assert found.offset == 0 and found.scales == 1
     below = np.searchsorted(table, scales, side="left") - 1  # the entry under each middle
     np.testing.assert_array_equal(found.codes[0, :-2], below[:-2])
+
+
+def test_a_tpu_looks_scales_up_without_a_gather() -> None:
+    """Its sum of selected entries has the same bits as the lookup, for every code of each table."""
+    tables = jnp.asarray([dynamic.dynamic_map(), np.linspace(-3, 2, 256, dtype=np.float32)])
+    codes = jax.random.permutation(jax.random.key(1), jnp.arange(512).reshape(2, 256) % 256, axis=1)
+    codes = codes.astype(jnp.uint8)
+    want = np.take_along_axis(np.asarray(tables), np.asarray(codes, np.int32), axis=1)
+    np.testing.assert_array_equal(dynamic.selected(tables, codes), want)
+    scales = dynamic.Dynamic(codes[:, None], jnp.ones((2, 1)), jnp.zeros(2), tables)
+    traced = jax.jit(dynamic.Dynamic.dense).trace(scales)
+    programs = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")}
+    assert "gather" in programs["cpu"] and "gather" not in programs["tpu"]
