@@ -29,7 +29,7 @@ def report(path: pathlib.Path, base: BaseChoice) -> Report:
             Fact("adapter parameters", f"{layout.size:,}", f"of {len(layout.targets)} parameters"),
             Fact(
                 "trained in full",
-                f"{sum(map(math.prod, trainable.values())):,}",
+                full,
                 ", ".join(list(trainable)[:4]),
             ),
         ),
