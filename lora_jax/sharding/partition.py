@@ -30,7 +30,7 @@ from lora_jax.sharding.rules import Specs as Specs
 from lora_jax.sharding.rules import check_divides as check_divides
 from lora_jax.sharding.rules import check_entries, covering
 from lora_jax.sharding.rules import specs as specs
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.kind import kind_of
 
 FSDP, TENSOR = "fsdp", "tensor"
