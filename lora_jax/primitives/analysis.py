@@ -142,7 +142,7 @@ class Analysis(Evaluator):
         use: Use | None = None
         if how == "taken" and self._eqn is not None:
             use = Use(self._eqn.primitive.name, jaxprs.where(self._eqn), lookup=True)
-        update = v.update.lost(v.names, names, how, into, use, v.shape)
+        update = v.update.lost(v.names, names, how, into, use, v.weight.shape)
         return dataclasses.replace(v, update=update)
 
     def dequantise(self, eqn: Eqn | None, v: AdaptedWeight) -> None:

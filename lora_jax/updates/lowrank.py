@@ -129,7 +129,7 @@ def add(base: Array, x: Named, update: LowRank, out: Names, precision: Precision
     """
     names = dict.fromkeys((*x.names, *update.a.names, *update.b.names, *out))
     canonical = dict(zip([n for n in names if n >= 0], range(len(names)), strict=False))
-    moved = update.map(lambda n: n.renamed(canonical))
+    moved = update.map(Named.renamed, canonical)
     out = tuple(canonical.get(n, n) for n in out)
     return _add(base, x.renamed(canonical), moved, out=out, precision=precision)
 
