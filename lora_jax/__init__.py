@@ -39,4 +39,4 @@ from lora_jax.spec import LoraSpec as LoraSpec
 from lora_jax.spec import Rule as Rule
 from lora_jax.spec import Target as Target
 from lora_jax.transform import adapt as adapt
-from lora_jax.updates.named import Factors as Factors
+from lora_jax.updates.factors import Factors as Factors

@@ -19,9 +19,9 @@ from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.spec import LoraSpec, Target
+from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import Initializer, kind_of
 from lora_jax.updates.kind import uniform as uniform_within
-from lora_jax.updates.named import Factors
 
 Adapters = dict[str, Any]
 """`{path: parameters}`, where `parameters` is the NamedTuple of arrays of the target's kind."""

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import paths, sharding
 from lora_jax.sharding import flax_partitioning
-from lora_jax.updates.named import Factors
+from lora_jax.updates.factors import Factors
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 AXES = ("data", "fsdp", "tensor")

@@ -14,8 +14,8 @@ from lora_jax.base import dense
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.spec import Target
+from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import kind_of
-from lora_jax.updates.named import Factors
 
 
 def as_factors(layout: Layout, adapters: Adapters, params: Any = None) -> Adapter:

@@ -17,9 +17,10 @@ from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
 from lora_jax.spec import Target
 from lora_jax.transform import Several, adapt
+from lora_jax.updates.factors import Factors, named
 from lora_jax.updates.gating import counted
 from lora_jax.updates.lowrank import LowRank
-from lora_jax.updates.named import EXTRA, MEMBER, RANK, Factors, Named, Names, named
+from lora_jax.updates.named import EXTRA, MEMBER, RANK, Named, Names
 
 WIDEST = 2**15  # with more inputs, the second moment of one weight takes more than 4 GiB
 

@@ -28,7 +28,7 @@ from lora_jax.base import wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.spec import Target, check_rank
-from lora_jax.updates.named import Factors
+from lora_jax.updates.factors import Factors
 
 
 class Truncation(NamedTuple):

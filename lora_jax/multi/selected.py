@@ -21,10 +21,11 @@ from lora_jax.layout import Layout
 from lora_jax.multi import per_example, segmented_matmul
 from lora_jax.spec import Target
 from lora_jax.transform import Several, UpdateOf
+from lora_jax.updates.factors import Gains, named
 from lora_jax.updates.gating import Gated
 from lora_jax.updates.kind import gained, gains_of, kind_of
 from lora_jax.updates.lowrank import LowRank, is_matrix_product
-from lora_jax.updates.named import EXTRA, MEMBER, RANK, Gains, Named, Names, named, without
+from lora_jax.updates.named import EXTRA, MEMBER, RANK, Named, Names, without
 from lora_jax.updates.update import Operation, Update, Wrapper, selected
 
 

@@ -20,6 +20,8 @@ from lora_jax.updates.bias import Bias as Bias
 from lora_jax.updates.bias import Shift as Shift
 from lora_jax.updates.dora import Directed as Directed
 from lora_jax.updates.dora import Dora as Dora
+from lora_jax.updates.factors import Factors as Factors
+from lora_jax.updates.factors import Gains as Gains
 from lora_jax.updates.kind import Kind as Kind
 from lora_jax.updates.kind import kind_of as kind_of
 from lora_jax.updates.kind import register as register
@@ -28,8 +30,6 @@ from lora_jax.updates.loha import Loha as Loha
 from lora_jax.updates.lokr import KroneckerFactors as KroneckerFactors
 from lora_jax.updates.lokr import Lokr as Lokr
 from lora_jax.updates.lora import Lora as Lora
-from lora_jax.updates.named import Factors as Factors
-from lora_jax.updates.named import Gains as Gains
 from lora_jax.updates.vera import Vectors as Vectors
 from lora_jax.updates.vera import Vera as Vera
 

@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Leaf, W
 from lora_jax.spec import Target
+from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import Initializer, Kind, uniform
-from lora_jax.updates.named import Factors
 
 
 class HadamardFactors(NamedTuple):

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from lora_jax.base import Array, Leaf, W
 from lora_jax.errors import LoraError
 from lora_jax.spec import Target
+from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import Initializer, Kind, uniform
-from lora_jax.updates.named import Factors
 
 LARGEST = 2**36  # of a size that is split: its divisors are looked for one by one
 

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from lora_jax.base import Array, W
 from lora_jax.errors import LoraError
 from lora_jax.spec import Target
+from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import Initializer, Kind
-from lora_jax.updates.named import Factors
 
 
 class Lora(Kind):

@@ -1,8 +1,7 @@
-"""Arrays whose axes have names, and the factors and gains of an update, which become such arrays.
+"""Arrays whose axes have names, so that one operation can be applied to all arrays of a weight.
 
-One operation can so be applied to all arrays of a weight. A name is an integer. The evaluator hands
-the names out (`Evaluator.fresh`) and counts from 0 in each trace, so that the same function traced
-twice gives the same jaxpr.
+A name is an integer. The evaluator hands the names out (`Evaluator.fresh`) and counts from 0 in
+each trace, so that the same function traced twice gives the same jaxpr.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
-
-from lora_jax.base import Array, Leaf
-from lora_jax.spec import Target
 
 Names = tuple[int, ...]
 
@@ -99,54 +95,3 @@ def wider(first: Any, second: Any) -> Any:
 def without(names: Names, gone: Collection[int]) -> Names:
     """Return the names that are not in `gone`, in the same order."""
     return tuple(n for n in names if n not in gone)
-
-
-class Factors(NamedTuple):
-    """The two factors of one update `scale * a @ b`, with the axes of the target.
-
-    Attributes:
-      a: [*stack, *inputs, rank], the paper's A transposed: it maps the input down.
-      b: [*stack, rank, *outputs], the paper's B transposed: it maps up to the output.
-    """
-
-    a: Leaf
-    b: Leaf
-
-
-class Gains(NamedTuple):
-    """The numbers that multiply each output and each input of `W + scale * a @ b`; None is 1.
-
-    Attributes:
-      outputs: [*stack, *outputs].
-      inputs: [*stack, *inputs].
-    """
-
-    outputs: Leaf = None
-    inputs: Leaf = None
-
-    def sides(self, target: Target) -> list[tuple[Any, tuple[int, ...]]]:
-        """Return the gains that are not 1, each with its axes of W without the stack.
-
-        Args:
-          target: from the layout.
-        """
-        both = zip(self, (target.outputs, target.inputs), strict=True)
-        return [(gain, side) for gain, side in both if gain is not None]
-
-
-def named(
-    target: Target, factors: Factors, names: Names, several: Names = ()
-) -> tuple[Named, Named]:
-    """Return the factors with the names of W's axes; `several` are axes that come before these."""
-    stack, inputs, outputs = (
-        tuple(names[i] for i in axes) for axes in (target.stack, target.inputs, target.outputs)
-    )
-    a = Named(factors.a, (*several, *stack, *inputs, RANK))
-    return a, Named(factors.b, (*several, *stack, RANK, *outputs))
-
-
-def in_w_order(target: Target, values: Array, side: tuple[int, ...]) -> Array:
-    """Return [*stack, *side] values with axes in W's order, and size 1 along the other axes."""
-    axes = (*target.stack, *side)
-    ordered = jnp.transpose(values, [axes.index(i) for i in sorted(axes)])
-    return jnp.expand_dims(ordered, [i for i in range(len(target.shape)) if i not in axes])

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Leaf, W
 from lora_jax.spec import Target
+from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import Initializer, Kind
-from lora_jax.updates.named import Factors
 
 FIRST_RANK_VALUE = 0.1  # first value of lambda_d, as in PEFT
 

@@ -16,7 +16,7 @@ from lora_jax.training import optimizer
 from lora_jax.training import trained_labels as labels
 from lora_jax.training.config import Config, ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.updates import Directed, Shift, Vectors
-from lora_jax.updates.named import Factors
+from lora_jax.updates.factors import Factors
 
 CONFIGS = (
     OptimizerConfig(learning_rate=3e-3, schedule="linear", weight_decay=0.1, clip=0.5),

@@ -15,7 +15,7 @@ import lora_jax
 from lora_jax import Target
 from lora_jax.base import Base
 from lora_jax.updates import Directed, Dora
-from lora_jax.updates.named import in_w_order
+from lora_jax.updates.factors import in_w_order
 from tests.updates import forms
 from tests.updates.forms import arrays, name_of, weight
 

@@ -38,8 +38,8 @@ from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.selected import Choice, Mixed, Stack
 from lora_jax.transform import UpdateOf
+from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import kind_of
-from lora_jax.updates.named import Factors
 
 Router = dict[str, Any]
 
