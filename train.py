@@ -125,6 +125,9 @@ def train(
     example = next(data)
     data.set_state(position)
     place = mesh.place(workload, config.mesh, grid, example)
+    rows = max((round(len(x) / place.shard.share) for x in example.values() if x.ndim), default=0)
+    if waiting := mesh.idle(rows, config.accumulate, place.parts):
+        say(console, waiting)
     params = workload.arrays(place.params)
 
     # ---- the trained parameters: adapters of the targets, and a few base parameters in full

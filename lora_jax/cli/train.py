@@ -54,6 +54,7 @@ def parse(
       a plan. A sweep is returned as the group of its members.
     """
     refuse_empty(arguments)  # before its config is run
+    arguments, default = _by_model(arguments, default)
     reference = _reference(arguments, default)
     name, config = load(reference, root)
     members = config.members if isinstance(config, GroupConfig) else ()
@@ -120,6 +121,20 @@ def _about(reference: str, members: Sequence[str]) -> str:
 
 _VARIABLES = "`lora-jax --help` lists the environment variables that every command reads."
 _HELP = "The config file; `file.py:name` selects the value `name` in it instead of `config`."
+
+
+def _by_model(arguments: Sequence[str], default: str) -> tuple[list[str], str]:
+    """Return the arguments and the default config, with `--model NAME` as a model's known shape.
+
+    >>> _by_model(["--plan", "--model", "llama3-8b"], "configs/own.py")
+    (['--plan', '--model.reference', 'shape:llama3-8b'], 'configs/known_shape.py')
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    given, rest = parser.parse_known_args(list(arguments))
+    if given.model is None:
+        return list(arguments), default
+    return [*rest, "--model.reference", f"shape:{given.model}"], "configs/known_shape.py"
 
 
 def _reference(arguments: Sequence[str], default: str) -> str:

@@ -83,14 +83,15 @@ def collectives(module: Module) -> list[Collective]:
 
 
 _CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
-_ASYNCHRONOUS = re.compile(r'chain_id=|async_collective_name=|"is_sync":false')  # libtpu, CUDA
+_CHAINED = re.compile(r"chain_id=|async_collective_name=")  # libtpu's asynchronous ones
 
 
 def _arrays(
     module: Module, kind: str, i: Instruction, computation: Computation, times: int
 ) -> Iterator[Collective]:
     group = first_group(i.attributes, module.devices)
-    apart = bool(_ASYNCHRONOUS.search(i.attributes))
+    started = i.kind.endswith("-start") and '"is_sync":true' not in i.attributes
+    apart = started or bool(_CHAINED.search(i.attributes))
     origins = _origins(i, computation)
     if kind in _MOVES and LORA not in origins[0]:
         users = list(_users(computation, i.name))

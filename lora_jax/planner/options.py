@@ -16,7 +16,8 @@ class PlanOptions:
     plan: bool = False
     """Plan the run instead of running it: compile its step for the devices of `mesh`, which need
     not exist here, and print the memory, time and network traffic that it needs. No weight is
-    read."""
+    read. `--model NAME` plans a well-known model by its shape, such as llama3-8b, with the settings
+    of configs/known_shape.py."""
     plan_device: str = "h100-80gb"
     """The device to plan for: a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb, l4-24gb,
     l40s-48gb, rtx4090-24gb, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e or tpu-v7x."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lora_jax.planner import measure, real_compiler
-from lora_jax.planner.devices import DEVICES, Device
+from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.options import PlanOptions
 from lora_jax.planner.real_compiler import RealDevices
@@ -95,13 +95,14 @@ class Plan:
         return Roofline(found.flops / device.flops, found.moved / device.bandwidth, communication)
 
 
-def make(name: str, config: Config, options: PlanOptions) -> Plan:
+def make(name: str, config: Config, options: PlanOptions, compare: bool = True) -> Plan:
     """Compile the step for the devices of `options`, or for fewer if there are too many.
 
     Args:
       name: the name of the config.
       config: the run.
       options: the device, and the number of devices.
+      compare: whether full fine-tuning is planned, too.
 
     Returns:
       The plan.
@@ -115,63 +116,61 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     except ConfigError as error:
         raise ConfigError(f"--plan-devices {options.plan_devices}: {error}") from None
     compiled = _compilable(sizes)
-    there = simulated(max(math.prod(s.values()) for s in compiled))
+    simulated(max(math.prod(s.values()) for s in compiled))
     workload = workload_of(config)
     batch = {name: tuple(x.shape) for name, x in measure.example(workload).items()}
     for entry, shape in batch.items():  # every device must have its rows, as in a run
         if shape:
             mesh.check_rows(entry, shape[0], sizes["data"] * sizes["fsdp"])
-    device = DEVICES[options.plan_device]
-    if options.plan_slices > 1:
-        device = dataclasses.replace(
-            device, domain=math.prod(sizes.values()) // options.plan_slices
-        )
-    real = _real(options, sizes) if len(compiled) == 1 else None
-    runs = {}
-    full = config.full_fine_tuning()
-    # Full fine-tuning needs all parameters as floats.
-    floats = workload_of(full) if is_quantised(workload.params) else workload
-    for run, of, its in ((LORA, config, workload), (FULL, full, floats)):
-        *smaller, largest = (_measure(of, its, s, there, device) for s in compiled)
-        if smaller:
-            one, two = (math.prod(s.values()) for s in compiled)
-            at = (one, two, math.prod(sizes.values()))
-            largest = measure.extrapolated(smaller[0], largest, at)
-        if real is not None:
-            of = dataclasses.replace(of, mesh=MeshConfig(**sizes, rules=config.mesh.rules))
-            grid = mesh.make(of.mesh, real.devices)
-            with jax.set_mesh(grid):
-                largest = measure.really(largest, of, its, grid, device, real)
-        runs[run] = largest
+    runs = {LORA: _costs(config, workload, options, compiled, sizes)}
+    if compare:
+        full = config.full_fine_tuning()
+        # Full fine-tuning needs all parameters as floats.
+        floats = workload_of(full) if is_quantised(workload.params) else workload
+        runs[FULL] = _costs(full, floats, options, compiled, sizes)
     numbers = tuple(math.prod(s.values()) for s in compiled)
     first, parts = workload.example is None, config.accumulate
-    compiler = SIMULATED if real is None else real.compiler
+    program = runs[LORA].program
+    compiler = SIMULATED if program is None else program.compiler
     return Plan(name, sizes, options.plan_device, runs, numbers, batch, first, parts, compiler)
 
 
-def _real(options: PlanOptions, sizes: dict[str, int]) -> RealDevices | None:
+def _costs(
+    config: Config,
+    workload: Workload,
+    options: PlanOptions,
+    compiled: list[dict[str, int]],
+    sizes: dict[str, int],
+) -> StepCosts:
+    """Return the costs of a run on a mesh of `sizes`, extrapolated if `compiled` lacks it."""
+    device, count = DEVICES[options.plan_device], math.prod(sizes.values())
+    if options.plan_slices > 1:
+        device = dataclasses.replace(device, domain=count // options.plan_slices)
+    found = []
+    for each in compiled:
+        of = dataclasses.replace(config, mesh=MeshConfig(**each, rules=config.mesh.rules))
+        grid = mesh.make(of.mesh, simulated(math.prod(each.values())))
+        with jax.set_mesh(grid):
+            found.append(measure.measure(of, workload, grid, device))
+    if compiled != [sizes]:
+        one, two = (math.prod(each.values()) for each in compiled)
+        return measure.extrapolated(found[0], found[1], (one, two, count))
+    real = _real(options, count)
+    if real is None:
+        return found[0]
+    grid = mesh.make(of.mesh, real.devices)
+    with jax.set_mesh(grid):
+        return measure.really(found[0], of, workload, grid, device, real)
+
+
+def _real(options: PlanOptions, count: int) -> RealDevices | None:
     """Return the devices of the real compiler; None if it is not installed, or not asked for."""
     lacking = real_compiler.missing(options.plan_device)
     if options.plan_compiler == "real" and lacking:
         raise ConfigError(lacking)
     if options.plan_compiler == "simulated" or lacking:
         return None
-    count = math.prod(sizes.values())
     return real_compiler.target(options.plan_device, count, options.plan_slices)
-
-
-def _measure(
-    config: Config,
-    workload: Workload,
-    sizes: dict[str, int],
-    there: list[jax.Device],
-    device: Device,
-) -> StepCosts:
-    shape = MeshConfig(**sizes, rules=config.mesh.rules)
-    config = dataclasses.replace(config, mesh=shape)
-    grid = mesh.make(config.mesh, there[: math.prod(sizes.values())])
-    with jax.set_mesh(grid):
-        return measure.measure(config, workload, grid, device)
 
 
 def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:

@@ -14,6 +14,7 @@ from lora_jax.planner.plan import FULL, LORA, Plan
 from lora_jax.planner.weights import FLOATS, by_part
 from lora_jax.system.table import aligned
 from lora_jax.system.whole_files import write_json
+from lora_jax.training import mesh
 from lora_jax.training.sizes import in_units
 
 FORMAT = 1
@@ -97,6 +98,9 @@ def notes(plan: Plan) -> list[str]:
             f"extrapolated: {plan.devices} devices are too many to compile for. Every number is "
             f"a + b / devices, fitted to {plan.compiled[0]} and {plan.compiled[1]} devices."
         )
+    rows = max((shape[0] for shape in plan.batch.values() if shape), default=0)
+    if waiting := mesh.idle(rows, plan.parts, plan.sizes["data"] * plan.sizes["fsdp"]):
+        out.append(f"{waiting}.")
     if plan.first_batch:
         out.append("The batch is the first one of the data; a longer batch needs more.")
     simulated = [

@@ -29,7 +29,8 @@ def causal_lm(config: TextConfig) -> Workload:
         models.DecoderConfig,
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
-    data = text.open_text(config, batches_of, source)
+    text.check_positions(config, source.config)
+    data = functools.partial(text.open_text, config, batches_of, source)
     model_config = config.model.apply_to(source.config)
     method = config.method_for(model_config, config.data.max_length)
 

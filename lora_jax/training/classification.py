@@ -51,7 +51,7 @@ def classification(config: TextConfig) -> Workload:
     return pretrained.workload(
         config,
         Pretrained(source, model_config, "bert", head, method),
-        data,
+        lambda: data,
         text.about(config, method, labels=labels.names, **fields),
         draw,
         functools.partial(_joined, model, method),

@@ -44,7 +44,7 @@ def image_classification(config: ImageConfig) -> Workload:
     return pretrained.workload(
         config,
         Pretrained(source, model_config, "vit", models.Head(POOLING, labels.outputs)),
-        data,
+        lambda: data,
         pretrained.about(config, POOLING, labels=labels.names, image_field=config.data.image_field),
         lambda: pretrained.new_head(model, pixels, jnp.float32, config.seed),
         **judged(labels, config.select),

@@ -186,6 +186,22 @@ def check_rows(name: str, rows: int, parts: int) -> None:
         )
 
 
+def idle(rows: int, accumulate: int, parts: int) -> str:
+    """Return a note if a part of a batch has fewer rows than devices that divide them; or "".
+
+    >>> idle(8, 2, 4)
+    ''
+    """
+    each = rows // accumulate
+    if each >= parts or not rows:
+        return ""
+    return (
+        f"--accumulate {accumulate} makes parts of {each} of the {rows} rows, fewer than the "
+        f"{parts} devices (mesh.data x mesh.fsdp) that divide them, so devices wait for each "
+        f"other. Take --accumulate {max(1, rows // parts)}, or larger batches"
+    )
+
+
 def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> Placement:
     """Choose the placement of each parameter: by `config.rules`, then by the workload's rules.
 

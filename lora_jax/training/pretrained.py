@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
@@ -148,6 +148,22 @@ def open_batches(
     )
 
 
+class _Splits(Mapping[str, Any]):
+    """`Workload.evaluation` of batches that are opened when it is first looked at."""
+
+    def __init__(self, opened: Callable[[], RunBatches]) -> None:
+        self._opened = opened
+
+    def __getitem__(self, split: str) -> Any:
+        return self._opened().evaluation[split].iterator
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened().evaluation)
+
+    def __len__(self) -> int:
+        return len(self._opened().evaluation)
+
+
 def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]:
     """Return `Workload.about`: the settings that change what the model computes, and `more`.
 
@@ -176,7 +192,7 @@ class Pretrained(NamedTuple):
 def workload(
     config: PretrainedConfig,
     model: Pretrained,
-    data: RunBatches,
+    data: Callable[[], RunBatches],
     about: dict[str, Any],
     draw: Callable[[], Tree],
     join: Callable[[Sequence[Workload]], Workload] | None = None,
@@ -185,9 +201,11 @@ def workload(
 ) -> Workload:
     """Return the workload of a pretrained model, quantised as `config.model.quantize` says.
 
-    `draw` returns the parameters that are not read but drawn; `join` and `marks` go to
-    `Common`, and `own` are the fields of `Workload` that the task decides.
+    `data` opens the batches when they are first needed, which a plan never does. `draw` returns the
+    parameters that are not read but drawn; `join` and `marks` go to `Common`, and `own` are the
+    fields of `Workload` that the task decides.
     """
+    opened = functools.cache(data)
     root, stored = model.root, config.model.quantize == STORED
 
     def load(shardings: Tree) -> Tree:
@@ -206,9 +224,9 @@ def workload(
         load=load,
         placement=(*placement.rules(model.config, model.head), *model.method.placement()),
         trainable=(*((HEAD,) if model.head else ()), *model.method.trained),
-        train=data.train.iterator,
-        evaluation={name: batches.iterator for name, batches in data.evaluation.items()},
-        facts=data.facts,
+        train=lambda shard: opened().train.iterator(shard),
+        evaluation=_Splits(opened),
+        facts=lambda shard: opened().facts(shard),
         about=about,
         common=Common(json.dumps(about["model"]), lambda: paths.flatten(draw()), join, marks or {}),
         **own,

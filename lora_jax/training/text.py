@@ -73,14 +73,14 @@ def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> 
     """Make the batches of a run on text."""
     model = source.config
     assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
-    _check_positions(config, model)
+    check_positions(config, model)
     of_data = functools.partial(
         pipeline, config.data, source.tokenizer(), vocabulary=model.vocab_size
     )
     return pretrained.open_batches(config, of_data)
 
 
-def _check_positions(config: TextConfig, model: models.BertConfig | models.DecoderConfig) -> None:
+def check_positions(config: TextConfig, model: models.BertConfig | models.DecoderConfig) -> None:
     """Raise if the model has learned positions and rows may be longer than these.
 
     Otherwise the first batch with such a long text would stop the run, perhaps hours later.

@@ -14,6 +14,7 @@ import train
 from configs import llama3_70b
 from lora_jax.planner import measure, plan, plan_report
 from lora_jax.planner.devices import DEVICES
+from lora_jax.planner.options import PlanOptions
 from lora_jax.planner.weights import by_part
 from lora_jax.training.config import MeshConfig
 from tests.training.runs import ROOT
@@ -38,8 +39,8 @@ def costs(quantize: str, double: bool = False, kind: str = "lora") -> measure.St
     }  # fmt: skip
     config = dataclasses.replace(llama3_70b.config, **changes)
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, kind=kind))
-    there = plan.simulated(4)
-    return plan._measure(config, config.workload(config), SIZES, there, DEVICES["h100-80gb"])
+    simulated = PlanOptions(plan_compiler="simulated")
+    return plan._costs(config, config.workload(config), simulated, [SIZES], SIZES)
 
 
 BITS = {"nf4": 4, "int4": 4, "int8": 8, "fp8": 8}
@@ -117,8 +118,8 @@ def test_llama_3_70b(devices: int, weights: float, capsys: Any) -> None:
     """The plan has the figures of docs/plan.md."""
     config = dataclasses.replace(llama3_70b.config, accumulate=8 // devices)
     sizes, device = {"data": 1, "fsdp": devices, "tensor": 1}, DEVICES["h100-80gb"]
-    there = plan.simulated(devices)
-    found = plan._measure(config, config.workload(config), sizes, there, device)
+    simulated = PlanOptions(plan_compiler="simulated")
+    found = plan._costs(config, config.workload(config), simulated, [sizes], sizes)
     assert found.adapter_parameters == 207_093_760  # as PEFT counts them
     assert found.bytes.weights == pytest.approx(weights, rel=1e-3)
     assert found.bytes.total < device.memory
@@ -129,8 +130,8 @@ def test_65b_fits_one_device_of_48_gb() -> None:
     changes = {"mlp": 22_016, "kv_heads": 64, "vocabulary": 32_000}
     config = dataclasses.replace(llama3_70b.config, **changes)
     sizes, device = {"data": 1, "fsdp": 1, "tensor": 1}, DEVICES["l40s-48gb"]
-    there = plan.simulated(1)
-    found = plan._measure(config, config.workload(config), sizes, there, device)
+    simulated = PlanOptions(plan_compiler="simulated")
+    found = plan._costs(config, config.workload(config), simulated, [sizes], sizes)
     assert found.parameters == pytest.approx(65.2e9, rel=0.01)
     assert found.bytes.total < device.memory
     assert plan_report.in_units(found.bytes.weights) == "34.46 GB"

