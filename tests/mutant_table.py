@@ -52,7 +52,7 @@ MUTANTS = (  # name, where, old, new, test
     Mutant("largest-without-sign", "bases/nf4.py",
         "jnp.max(jnp.abs(x), axis=-1)", "jnp.max(x, axis=-1)",
         "tests/bases/test_nf4.py::test_bytes_of_bitsandbytes"),
-    Mutant("scale-without-rank", "target.py:scale",
+    Mutant("scale-without-rank", "spec.py:scale",
         'self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))',
         "self.alpha",
         "tests/test_merge.py::test_merge_against_float64_by_hand"),
