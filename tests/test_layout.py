@@ -1,7 +1,6 @@
 """The rules of the code base: files, and imports between rooms, imports in functions included."""
 
 import ast
-import importlib.util
 import pathlib
 import re
 import subprocess
@@ -10,7 +9,7 @@ import tomllib
 
 import pytest
 
-from lora_jax.system.extras import EXTRAS, MissingExtraError, require
+from lora_jax.system.extras import EXTRAS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_jax"
@@ -250,15 +249,6 @@ def test_five_libraries_are_required() -> None:
         lines = project["optional-dependencies"][extra]
         installed = {re.split(r"[<>=\[; ]", line)[0] for line in lines}
         assert set(modules) <= {IMPORT_NAMES.get(name, name) for name in installed}
-
-
-def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("training", "data", "sweeps", "planner", "serving", "report"):
-        assert "require(" in (PACKAGE / room / "__init__.py").read_text()
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "tyro" else find(n))
-    with pytest.raises(MissingExtraError, match=r"(?s)needs tyro.*pip install 'lora-jax\[train\]'"):
-        require("train", "lora_jax.training")
 
 
 def test_importing_it_loads_only_what_jax_and_numpy_load() -> None:

@@ -71,7 +71,6 @@ class OpeningBar(Bar):
         self._task = self.bar.add_task("", total=None)
 
     def count(self, number: int, total: int) -> None:
-        """Show that `number` of `total` adapters are open."""
         self.bar.update(self._task, completed=number, total=total)
         tenth = total >= 20 and number * 10 // total > (number - 1) * 10 // total
         if tenth and not self.console.is_terminal:

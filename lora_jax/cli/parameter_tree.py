@@ -44,7 +44,6 @@ class Branch:
 
     @property
     def size(self) -> int:
-        """The number of parameters below one of the names."""
         if isinstance(self.below, Leaf):
             return self.below.size
         return sum(len(branch.names) * branch.size for branch in self.below)

@@ -76,7 +76,6 @@ class TypedSink(Sink):
         return self
 
     def grow(self, number: int, text: str) -> None:
-        """See `Sink`."""
         self._say(Text(printable(text)))
 
     def _say(self, text: Text) -> None:
@@ -104,7 +103,6 @@ class BlockSink(Sink):
         return self
 
     def grow(self, number: int, text: str) -> None:
-        """See `Sink`."""
         if self._console.is_terminal:
             self._growing[number] = self._growing.get(number, "") + text
             # Refresh once for each step, at its first row.
@@ -112,7 +110,6 @@ class BlockSink(Sink):
             self._last = number
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
-        """See `Sink`."""
         self._growing.pop(number, None)
         request, label = self._requests[number], self._labels[number]
         if request.error:
@@ -146,7 +143,6 @@ class JsonlSink(Sink):
         self._requests = requests
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
-        """See `Sink`."""
         request = self._requests[number]
         own = {} if request.error else {FIELD: request.text, "adapter": request.name}
         self._writer.write([{**request.fields, **own, **answer}])

@@ -42,16 +42,10 @@ def main(arguments: Sequence[str]) -> NoReturn:
 def parse(
     arguments: Sequence[str], default: str, root: pathlib.Path, program: str = "train.py"
 ) -> tuple[str, Config | GroupConfig, PlanOptions]:
-    """Read the arguments after `train.py`.
+    """Return the name of the config, the config as the arguments change it, and the plan's options.
 
-    Args:
-      default: the config file if there is no `--config`.
-      root: a folder to search for a config path that does not exist in the working directory.
-      program: the name of the program in `--help`.
-
-    Returns:
-      The name of the config, the config with the changes of the command line, and the options of
-      a plan. A sweep is returned as the group of its members.
+    `default` is the config file if there is no `--config`; `root` is searched for a path that does
+    not exist here. A sweep is returned as the group of its members.
     """
     refuse_empty(arguments)  # before its config is run
     arguments, default = _by_model(arguments, default)

@@ -117,7 +117,6 @@ class Builder(DataSource):
         self.splits = tuple(builder.info.splits)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """See `DataSource.examples`."""
         info = self._builder.info
         try:
             expected = info.splits[split].num_examples
@@ -151,7 +150,6 @@ class Builder(DataSource):
                 )
 
     def classes(self, field: str) -> tuple[str, ...] | None:
-        """See `DataSource.classes`."""
         feature = dict(self._builder.info.features).get(field)
         if isinstance(feature, tfds.features.ClassLabel):
             if feature.names:

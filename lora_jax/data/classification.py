@@ -28,6 +28,7 @@ from lora_jax.models.text.tokens import (
     Tokens,
     chunks,
     collect,
+    padded,
     padding_id,
 )
 
@@ -147,15 +148,8 @@ class ExampleTable(EpochTable):
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """See `EpochTable.columns`."""
-        shape = (len(rows), self.length(chosen))
-        ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
-        mask = np.zeros(shape, bool)
-        for row, example in enumerate(rows.tolist()):
-            row_ids, row_types = self.tokens[example]
-            ids[row, : len(row_ids)] = row_ids
-            types[row, : len(row_ids)] = row_types
-            mask[row, : len(row_ids)] = True
+        every = [self.tokens[example] for example in rows.tolist()]
+        ids, mask, types = padded(every, self.length(chosen), self.pad)
         batch = {"input_ids": ids, "mask": mask, "label": self.values[rows]}
         return {**batch, "token_types": types} if self.types else batch
 

@@ -38,7 +38,6 @@ class Epochs:
 
     @property
     def batches(self) -> int:
-        """The number of batches in an epoch."""
         return -(-len(self.sizes) // self.batch_size)
 
     def __len__(self) -> int:

@@ -84,7 +84,6 @@ class ImageTable(EpochTable):
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """See `EpochTable.columns`."""
         found = {i: self.row(epoch, i) for i in dict.fromkeys(rows.tolist())}
         images, labels = zip(*(found[i] for i in rows.tolist()), strict=True)
         kind = np.float32 if self.labels.regression else np.int32

@@ -37,7 +37,6 @@ class MovieReviews(TextBuilder):
     VERSION = tfds.core.Version("1.1.0")
 
     def fields(self) -> dict[str, Any]:
-        """See `TextBuilder`."""
         text = tfds.features.Text()
         return {"text": text, "label": tfds.features.ClassLabel(names=LABELS), "movie": text}
 

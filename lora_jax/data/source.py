@@ -45,7 +45,6 @@ class DataSource(abc.ABC):
 
 
 def no_split(source: DataSource, split: str) -> DataError:
-    """Return the error for a split that a source does not have."""
     return DataError(
         f"{source.name} has no split {split!r}.\n  there are: {', '.join(source.splits)}\n"
         f"  nearest: {', '.join(nearest(split, source.splits, 1))}"

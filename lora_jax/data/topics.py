@@ -113,7 +113,6 @@ class Topics(TextBuilder):
         return CORPORA[self.builder_config.name]
 
     def fields(self) -> dict[str, Any]:
-        """See `TextBuilder`."""
         label = tfds.features.ClassLabel(names=self.corpus.classes)
         return {"text": tfds.features.Text(), "label": label}
 

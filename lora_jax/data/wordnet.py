@@ -37,7 +37,6 @@ class WordnetDefinitions(TextBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def fields(self) -> dict[str, Any]:
-        """See `TextBuilder`."""
         return {name: tfds.features.Text() for name in ("word", "part", "definition")}
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_jax.errors import LoraError
+from lora_jax.exchange.names import NameTable
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule
 from lora_jax.target import Target
@@ -22,6 +24,14 @@ def stack_axes(layout: Layout, path: str, count: int) -> tuple[int, ...]:
     known = {t.path: t.stack for t in layout.targets if len(t.stack) == count}
     usual = collections.Counter(known.values()).most_common(1)
     return known.get(path, usual[0][0] if usual else tuple(range(count)))
+
+
+def tensors_of(
+    table: NameTable, layout: Layout, path: str, entry: HfModule, shape: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield the tensor's name for each index along the stack axes of a parameter."""
+    axes = stack_axes(layout, path, table.holes(path, entry))
+    return table.tensors(path, entry, [shape[i] for i in axes])
 
 
 def stack_first(layout: Layout, path: str, count: int, value: np.ndarray) -> np.ndarray:
@@ -84,6 +94,35 @@ def rows_of(target: Target, entry: HfModule) -> np.ndarray:
             f"output axis of size {rows.shape[axis]}"
         )
     return rows.take(range(start, start + size), axis).ravel()
+
+
+def module_rows(entry: HfModule, count: int) -> np.ndarray:
+    """Return the row of the module for each of our `count` rows, in our order.
+
+    So `ours = theirs[rows]`, and `theirs[rows] = ours` is the inverse.
+    """
+    order = rotary_order(count, entry.rotary) if entry.rotary else np.arange(count)
+    return order if entry.rows is None else entry.rows[0] + order
+
+
+def rows_there(entry: HfModule, total: int, name: str) -> np.ndarray:
+    """Return `module_rows` of a module that has `total` rows in a file."""
+    if entry.rows is not None and sum(entry.rows) > total:
+        raise LoraError(f"{name!r} has {total} output rows; the names say {entry.rows}")
+    return module_rows(entry, total if entry.rows is None else entry.rows[1])
+
+
+def rotary_order(rows: int, head: int) -> np.ndarray:
+    """Return the indices that sort rows of half-split rotary pairs into interleaved order.
+
+    Row 2i of a head is its row i, and row 2i + 1 its row i + head / 2.
+
+    >>> rotary_order(8, 4).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    if head % 2 or rows % head:
+        raise LoraError(f"rotary={head}: {rows} output rows are not heads of this (even) size")
+    return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(rows)
 
 
 def whole_from_module(

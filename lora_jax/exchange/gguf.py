@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import expert_stacks
@@ -23,7 +22,7 @@ from lora_jax.exchange.gguf_base import HEAD, TABLE, File, GgufBase, known_base
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
 from lora_jax.exchange.names import NameTable
-from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
+from lora_jax.exchange.out_of_adapter import out_of_adapter
 from lora_jax.models.hf_module import HfNames
 from lora_jax.system.whole_files import write_together
 
@@ -60,8 +59,7 @@ def load(
             raise LoraError(
                 f"the architecture is {stored.architecture!r}, of the base {known.architecture!r}"
             )
-        shapes = {p: tuple(x.shape) for p, x in paths.flatten(params).items()}
-        table = NameTable(names, shapes)
+        table = NameTable.of(names, params)
         updates = {}
         for tensor, (a, b) in stored.factors.items():
             module = known.module(tensor, table)
@@ -106,8 +104,7 @@ def save(
     path, known = pathlib.Path(file), known_base(base)
     if path.exists() and not overwrite:
         raise LoraError(f"{path} exists; choose another name, or pass overwrite=True")
-    adapter = Adapter(*adapter)
-    modules = out_of_adapter(adapter, name_table(names, adapter, params), params)
+    _, modules = out_of_adapter(names, adapter, params)
     check_plain(modules, "a GGUF adapter", ("linear", "experts", "embedding"))
     updates = at_one_rank(modules.updates)
     factors = {}

@@ -65,7 +65,6 @@ class GgufAdapterFile(NamedTuple):
         return self._replace(factors=factors)
 
     def write(self, path: pathlib.Path) -> None:
-        """Write the file."""
         import gguf
 
         writer = gguf.GGUFWriter(path, self.architecture)

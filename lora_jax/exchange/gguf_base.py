@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.exchange.axes import rotary_order
 from lora_jax.exchange.expert_stacks import numbered
-from lora_jax.exchange.module_update import rotary_order
 from lora_jax.exchange.names import NameTable
 from lora_jax.system.extras import require
 
@@ -52,7 +52,6 @@ class GgufBase(NamedTuple):
         return f"{_of_block(known[first], module)}.weight"
 
     def module(self, tensor: str, table: NameTable) -> str:
-        """Return the module for a tensor, by its name in the table."""
         first = NUMBER.sub("0", tensor.removesuffix(".weight"), count=1)
         known = _names(self.architecture)
         aliases = [_of_block(m, tensor) for m, name in known.items() if name == first]

@@ -13,14 +13,8 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError
-from lora_jax.exchange.axes import a_from_module, rows_of
-from lora_jax.exchange.module_update import (
-    Modules,
-    ModuleUpdate,
-    fuse,
-    rotary_order,
-    twin_of,
-)
+from lora_jax.exchange.axes import a_from_module, rows_of, rows_there
+from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse, twin_of
 from lora_jax.exchange.names import NameTable, TensorPlace
 from lora_jax.exchange.whole_parameters import into_parameters, is_shared, places_of
 from lora_jax.layout import Layout
@@ -30,7 +24,7 @@ from lora_jax.primitives.analysis import analyse
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.target import Target
-from lora_jax.updates import Factors, Shift, kind_of
+from lora_jax.updates import Shift, kind_of
 
 
 class _Piece(NamedTuple):
@@ -88,15 +82,8 @@ def _pieces(
 
 
 def _piece(place: TensorPlace, update: ModuleUpdate, name: str) -> _Piece:
-    entry = place.entry
-    if entry.rows is not None:
-        start, size = entry.rows
-        if start + size > len(update.b):
-            raise LoraError(f"{name!r} has {len(update.b)} output rows; the names say {entry.rows}")
-        update = update.of_rows(slice(start, start + size))
-    if entry.rotary:
-        update = update.of_rows(rotary_order(len(update.b), entry.rotary))
-    return _Piece(entry, place.at, update, name)
+    rows = rows_there(place.entry, len(update.b), name)
+    return _Piece(place.entry, place.at, update.of_rows(rows), name)
 
 
 def _check_ties(
@@ -125,7 +112,10 @@ def _check_ties(
 
 
 def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
-    """Return the target with the rank, scale and kind of its pieces, and its arrays."""
+    """Return the target with the rank, scale and kind of its pieces, and its arrays.
+
+    Layers that are missing in the file stay zero, with the lengths of W for DoRA.
+    """
     for piece in pieces:
         want = len(rows_of(target, piece.entry))
         if len(piece.update.b) != want:
@@ -133,28 +123,30 @@ def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
                 f"{piece.module!r} has {len(piece.update.b)} outputs in the file, and {want} in "
                 f"the model ({target.path!r})"
             )
-    if any(p.entry.part is not None for p in pieces):
-        in_parts = _in_parts(target, pieces)
-        if in_parts is not None:
-            return in_parts
-        pieces = _whole(target, pieces)
-    limit = min(target.fan_in, target.fan_out)
-    pieces = [p._replace(update=p.update.within(limit)) for p in pieces]
+    target, pieces = _divided(target, pieces)
     target, pieces = _one_rank(target, pieces)
-    if any(p.update.magnitude is not None for p in pieces):
-        target = dataclasses.replace(target, kind="dora")
-    arrays = _zero(target, w)
-    stack = target.sizes(target.stack)
-    a = arrays["a"].reshape(*stack, target.fan_in, target.rank)
-    b = arrays["b"].reshape(*stack, target.rank, target.fan_out)
+    dora = any(p.update.magnitude is not None for p in pieces)
+    target = dataclasses.replace(target, kind="dora") if dora else target
+    kind, stack, outputs = kind_of(target), target.sizes(target.stack), target.sizes(target.outputs)
+    a = np.zeros((*stack, target.fan_in, len(target.parts) or 1, target.rank), np.float32)
+    b = np.zeros((*stack, target.rank, target.fan_out), np.float32)
+    lengths = _lengths(target, w) if dora else None
     for piece in pieces:
         _check_index(target, piece)
-        a[piece.at] = _inputs(target, piece)
-        b[piece.at] = piece.update.b.T
-        if piece.update.magnitude is not None:
-            magnitude = arrays["magnitude"].reshape(*stack, target.fan_out)
-            magnitude[piece.at] = piece.update.magnitude
-    return target, kind_of(target).fields(**jax.tree.map(jnp.asarray, arrays))
+        slot: Any = (*piece.at, slice(None))
+        number = target.parts.index(piece.entry.part) if target.parts else 0
+        a[(*slot, number)] = _inputs(target, piece)
+        b[piece.at][:, rows_of(target, piece.entry)] = piece.update.b.T
+        if lengths is not None and piece.update.magnitude is not None:
+            lengths[piece.at] = piece.update.magnitude
+    if target.parts:  # which `b` holds one after the other, without the rest
+        kept = np.concatenate([np.arange(start, start + size) for start, size in target.parts])
+        axis = len(stack) + 1 + target.part_axis % len(outputs)
+        b = b.reshape(*stack, target.rank, *outputs).take(kept, axis)
+    shapes = kind.shapes(target)
+    arrays = {"a": a.reshape(shapes.a), "b": b.reshape(shapes.b)}
+    arrays |= {} if lengths is None else {"magnitude": lengths.reshape(shapes.magnitude)}
+    return target, kind.fields(**jax.tree.map(jnp.asarray, arrays))
 
 
 def _inputs(target: Target, piece: _Piece) -> np.ndarray:
@@ -164,15 +156,11 @@ def _inputs(target: Target, piece: _Piece) -> np.ndarray:
         raise LoraError(f"{piece.module!r}: {error}") from error
 
 
-def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
-    """Return arrays whose update is zero, to be filled. Layers missing in the file stay zero."""
-    if kind_of(target).fields is Factors:
-        return {
-            n: np.zeros(x, np.float32) for n, x in kind_of(target).shapes(target)._asdict().items()
-        }
+def _lengths(target: Target, w: Any) -> np.ndarray:
+    """Return the lengths of W that DoRA begins with, [*stack, out]."""
     zeros = lambda key, target, dtype: jnp.zeros(target.a_shape, dtype)  # noqa: E731
     fresh = kind_of(target).init(jax.random.key(0), target, jnp.float32, zeros, w)
-    return {name: np.array(x) for name, x in fresh._asdict().items()}
+    return np.array(fresh.magnitude).reshape(*target.sizes(target.stack), target.fan_out)
 
 
 def _one_rank(target: Target, pieces: list[_Piece]) -> tuple[Target, list[_Piece]]:
@@ -186,54 +174,33 @@ def _one_rank(target: Target, pieces: list[_Piece]) -> tuple[Target, list[_Piece
     return dataclasses.replace(target, rank=rank, alpha=alpha, scaling=scaling), pieces
 
 
-def _in_parts(target: Target, pieces: list[_Piece]) -> tuple[Target, Any] | None:
-    """Return a fused parameter with factors for each part; None: it must be written whole."""
-    if any(p.update.magnitude is not None for p in pieces):
-        return None
+def _divided(target: Target, pieces: list[_Piece]) -> tuple[Target, list[_Piece]]:
+    """Return a target with the parts that have factors, or pieces that are whole parameters.
+
+    A fused parameter is written whole if DoRA or the ranks need it: the ranks of its parts add up.
+    """
     entries = sorted({p.entry for p in pieces}, key=lambda e: e.part or (0, 0))
     limit = min(target.fan_in, *(len(rows_of(target, e)) for e in entries))
-    if any(p.update.rank > limit for p in pieces):
-        return None
-    target, pieces = _one_rank(target, pieces)
-    parts = tuple(e.part for e in entries if e.part is not None)
-    axis = entries[0].axis
-    target = dataclasses.replace(target, parts=parts, part_axis=axis)
-    shapes = kind_of(target).shapes(target)
-    stack, outputs = target.sizes(target.stack), list(target.sizes(target.outputs))
-    a = np.zeros((*stack, target.fan_in, len(parts), target.rank), np.float32)
-    columns = []
-    for number, entry in enumerate(entries):
-        outputs[axis] = entry.part[1] if entry.part else 0
-        b = np.zeros((*stack, target.rank, len(rows_of(target, entry))), np.float32)
-        for piece in pieces:
-            if piece.entry == entry:
-                _check_index(target, piece)
-                slot: Any = (*piece.at, slice(None), number)
-                a[slot] = _inputs(target, piece)
-                b[piece.at] = piece.update.b.T
-        columns.append(b.reshape(*stack, target.rank, *outputs))
-    at = len(stack) + 1 + axis % len(outputs)
-    b = np.concatenate(columns, axis=at)
-    return target, Factors(jnp.asarray(a.reshape(shapes.a)), jnp.asarray(b))
+    alone = all(p.update.magnitude is None and p.update.rank <= limit for p in pieces)
+    if any(e.part is not None for e in entries):
+        if alone:
+            parts = tuple(e.part for e in entries if e.part is not None)
+            return dataclasses.replace(target, parts=parts, part_axis=entries[0].axis), pieces
+        pieces = _whole(target, pieces)
+    limit = min(target.fan_in, target.fan_out)
+    return target, [p._replace(update=p.update.within(limit)) for p in pieces]
 
 
 def _whole(target: Target, pieces: list[_Piece]) -> list[_Piece]:
-    """Return the parts of each slice as one update of the whole parameter; the ranks add up."""
+    """Return the parts of each slice as one update of the whole parameter."""
     grouped: dict[tuple[int, ...], list[_Piece]] = {}
     for piece in pieces:
         grouped.setdefault(piece.at, []).append(piece)
     found = []
     for index, parts in grouped.items():
-        order = np.concatenate([rows_of(target, p.entry) for p in parts])
-        spans, start = [], 0
-        for part in parts:
-            spans.append(((start, len(part.update.b)), part.update))
-            start += len(part.update.b)
-        missing = np.setdiff1d(np.arange(target.fan_out), order)
-        joined = fuse(spans, target.fan_out)
-        back = np.argsort(np.concatenate([order, missing]))
+        joined = fuse([(rows_of(target, p.entry), p.update) for p in parts], target.fan_out)
         entry = HfModule(parts[0].entry.name)
-        found.append(_Piece(entry, index, joined.of_rows(back), parts[0].module))
+        found.append(_Piece(entry, index, joined, parts[0].module))
     return found
 
 

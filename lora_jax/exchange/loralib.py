@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import tensor_file
@@ -70,15 +69,14 @@ def load(
     place = pathlib.Path("the state" if isinstance(state, Mapping) else state)
     tensors = _read(place, state)
     with naming(place):
-        shapes = {p: tuple(x.shape) for p, x in paths.flatten(params).items()}
-        table = NameTable(names, shapes)
+        table = NameTable.of(names, params)
         factors, values = _grouped(tensors)
         updates: dict[str, ModuleUpdate] = {}
         merged: dict[str, tuple[int, Parts]] = {}
         for module, (a, b) in factors.items():
             known = (enable_lora or {}).items()
             enabled = next((e for pattern, e in known if fnmatchcase(module, pattern)), None)
-            window = _window(module, table, shapes)
+            window = _window(module, table)
             if enabled is not None:
                 merged[module] = len(enabled), _parts(module, a, b, alpha, enabled)
             elif window is not None:
@@ -86,7 +84,7 @@ def load(
             else:
                 _check(module, a, b, 1, " If it is a MergedLinear, name it in enable_lora.")
                 updates[module] = ModuleUpdate(a, b, alpha)
-        table, of_parts = _add_parts(table, shapes, merged)
+        table, of_parts = _add_parts(table, merged)
         return into_adapter(Modules(updates | of_parts, values), table, f, params, args)
 
 
@@ -139,7 +137,7 @@ def _parts(module: str, a: Any, b: Any, alpha: float, enabled: Sequence[bool]) -
 
 
 def _add_parts(
-    table: NameTable, shapes: Mapping[str, Any], merged: Mapping[str, tuple[int, Parts]]
+    table: NameTable, merged: Mapping[str, tuple[int, Parts]]
 ) -> tuple[NameTable, dict[str, ModuleUpdate]]:
     """Return a table in which parts of MergedLinears have names of their own, and their updates."""
     names: dict[str, Any] = {
@@ -150,7 +148,7 @@ def _add_parts(
     for module, (count, parts) in merged.items():
         size = len(next(iter(parts.values())).b)
         for path, entry, *_ in table.find(f"{module}.weight"):
-            matrix = len(shapes[path]) - table.holes(path, entry) == 2
+            matrix = len(table.shapes[path]) - table.holes(path, entry) == 2
             if entry.part is None and entry.rows is None and not entry.rotary and matrix:
                 stem = table.template(path, entry).removesuffix(".weight")
                 names[path] = [
@@ -160,16 +158,16 @@ def _add_parts(
                 updates |= {f"{module}.part{i}": u for i, u in parts.items()}
                 break
         else:
-            pieces = [((i * size, size), u) for i, u in parts.items()]
+            pieces = [(np.arange(size) + i * size, u) for i, u in parts.items()]
             updates[module] = fuse(pieces, count * size)
-    return NameTable(names, shapes), updates
+    return NameTable(names, table.shapes), updates
 
 
-def _window(module: str, table: NameTable, shapes: Mapping[str, Any]) -> tuple[int, ...] | None:
+def _window(module: str, table: NameTable) -> tuple[int, ...] | None:
     """Return the window of a convolution, or None for another module."""
     for path, entry, *_ in table.find(f"{module}.weight"):
         if entry.layer_of(path) == "conv":
-            shape = shapes[path][table.holes(path, entry) :]
+            shape = table.shapes[path][table.holes(path, entry) :]
             return tuple(shape[:-2] if entry.is_transposed(path) else shape[2:])
     return None
 

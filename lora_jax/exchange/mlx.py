@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import expert_stacks, tensor_file
@@ -36,7 +35,7 @@ from lora_jax.exchange.module_update import (
     check_plain,
 )
 from lora_jax.exchange.names import NameTable
-from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
+from lora_jax.exchange.out_of_adapter import out_of_adapter
 from lora_jax.exchange.tensor_file import shown
 from lora_jax.models.hf_module import HfNames
 from lora_jax.system.whole_files import write_together
@@ -77,8 +76,7 @@ def load(
         k: x.astype(np.float32) for k, x in tensor_file.read(place / TENSORS).tensors.items()
     }
     with naming(place / TENSORS):
-        shapes = {p: tuple(x.shape) for p, x in paths.flatten(params).items()}
-        table = NameTable(names, shapes)
+        table = NameTable.of(names, params)
         whole = config.method == "full"
         modules = Modules({}, tensors) if whole else Modules(_updates(tensors, config))
         # In MLX, an embedding that is also the output head is one module: both uses change.
@@ -110,11 +108,10 @@ def save(
       LoraError: an adapter that mlx-lm cannot apply: biases, whole tensors, convolutions, DoRA of
         an embedding or of only some modules.
     """
-    place, adapter = pathlib.Path(folder), Adapter(*adapter)
+    place = pathlib.Path(folder)
     if (place / CONFIG).exists() and not overwrite:
         raise LoraError(f"{place} holds an adapter; choose another, or pass overwrite=True")
-    table = name_table(names, adapter, params)
-    modules = out_of_adapter(adapter, table, params)
+    table, modules = out_of_adapter(names, adapter, params)
     check_plain(modules, "an adapter of MLX", ("linear", "experts", "embedding"), dora=True)
     updates = at_one_rank({n: u for n, u in modules.updates.items() if not _is_tied(table, n)})
     lengths = {n: u.magnitude for n, u in updates.items() if u.magnitude is not None}

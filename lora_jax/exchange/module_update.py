@@ -122,10 +122,10 @@ def twin_of(update: ModuleUpdate) -> ModuleUpdate:
     return ModuleUpdate(update.b.T, update.a.T, update.alpha, update.scaling)
 
 
-def fuse(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -> ModuleUpdate:
+def fuse(pieces: Sequence[tuple[np.ndarray, ModuleUpdate]], total: int) -> ModuleUpdate:
     """Return the update of a fused module of `total` output rows, from updates of some rows.
 
-    A piece is ((start, size), update). Pieces with the same `a` and scale share it. Otherwise the
+    A piece is (rows, update). Pieces with the same `a` and scale share it. Otherwise the
     ranks add up, and each piece has rows of `a` of its own. Rows in no piece are not changed.
     """
     updates = [update for _, update in pieces]
@@ -134,9 +134,9 @@ def fuse(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -> 
     rank = first.rank if shared else sum(u.rank for u in updates)
     b = np.zeros((total, rank), np.float32)
     column = 0
-    for (start, size), update in pieces:
+    for rows, update in pieces:
         factor = 1.0 if shared else update.scale
-        b[start : start + size, column : column + update.rank] = update.b * np.float32(factor)
+        b[rows, column : column + update.rank] = update.b * np.float32(factor)
         column += 0 if shared else update.rank
     a = first.a if shared else np.concatenate([u.a for u in updates])
     alpha, scaling = (first.alpha, first.scaling) if shared else (float(rank), "alpha/r")
@@ -152,38 +152,31 @@ def _joined(pieces: Any, field: str, total: int, factor: Any) -> Any:
     values = [(place, getattr(update, field), update.scale) for place, update in pieces]
     if all(x is None for _, x, _ in values):
         return None
-    covered = sum(size for (_, size), x, _ in values if x is not None)
+    covered = sum(len(rows) for rows, x, _ in values if x is not None)
     if field == "magnitude" and covered != total:
         raise LoraError(
             f"a fused module of {total} rows has the lengths of DoRA for {covered} of them; adapt "
             "all of its parts by DoRA, or none"
         )
     out = np.zeros(total, np.float32)
-    for (start, size), x, scale in values:
+    for rows, x, scale in values:
         if x is not None:
-            out[start : start + size] = x * np.float32(scale if factor == "scale" else 1.0)
+            out[rows] = x * np.float32(scale if factor == "scale" else 1.0)
     return out
 
 
-def rotary_order(rows: int, head: int) -> np.ndarray:
-    """Return the indices that sort rows of half-split rotary pairs into interleaved order.
-
-    Row 2i of a head is its row i, and row 2i + 1 its row i + head / 2.
-
-    >>> rotary_order(8, 4).tolist()
-    [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    if head % 2 or rows % head:
-        raise LoraError(f"rotary={head}: {rows} output rows are not heads of this (even) size")
-    return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(rows)
-
-
-def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bool = False) -> None:
+def check_plain(
+    modules: Modules,
+    format: str,
+    layers: Collection[str],
+    dora: bool = False,
+    more: Iterable[str] = (),
+) -> None:
     """Raise unless a format that knows little but factors, of these layers, can hold the modules.
 
-    `dora` says whether it has the lengths of DoRA too, for linear layers.
+    `dora` says whether it has the lengths of DoRA too, for linear layers; `more` cannot be held.
     """
-    wrong = [f"{name}: trained as a whole" for name in modules.values]
+    wrong = [*(f"{name}: trained as a whole" for name in modules.values), *more]
     for name, u in modules.updates.items():
         if u.layer not in layers:
             wrong.append(f"{name}: {u.layer}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.models.hf_module import HfModule, HfNames
 
@@ -29,15 +30,11 @@ class TensorPlace(NamedTuple):
 
 
 class NameTable:
-    """The names of the parameters of one tree.
-
-    Args:
-      names: the table, or None for a tree whose paths are Hugging Face's names.
-      shapes: the shapes of the parameters, by path.
-    """
+    """The names of the parameters of one tree."""
 
     def __init__(self, names: HfNames | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._names = names
+        """Apply names to paths; None: the paths are Hugging Face's names."""
+        self._names, self.shapes = names, shapes
         self._entries = dict(_entries(names, shapes))
         self._exact: dict[str, list[TensorPlace]] = {}
         self._stacked: list[tuple[re.Pattern[str], str, HfModule, bool]] = []
@@ -46,6 +43,11 @@ class NameTable:
                 self._add(path, entry, template, False)
                 if entry.tied:
                     self._add(path, entry, f"{entry.tied}.weight", True)
+
+    @classmethod
+    def of(cls, names: HfNames | None, params: Any) -> NameTable:
+        """Return the table of a tree of arrays or shapes."""
+        return cls(names, {path: tuple(x.shape) for path, x in paths.flatten(params).items()})
 
     def _add(self, path: str, entry: HfModule, template: str, tied: bool) -> None:
         if HOLE.search(template):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,14 +13,8 @@ from lora_jax import paths
 from lora_jax.adapters import Adapter, as_lora, check
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
-from lora_jax.exchange.axes import a_to_module, rows_of
-from lora_jax.exchange.module_update import (
-    Modules,
-    ModuleUpdate,
-    fuse,
-    rotary_order,
-    twin_of,
-)
+from lora_jax.exchange.axes import a_to_module, module_rows, rows_of
+from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse, twin_of
 from lora_jax.exchange.names import NameTable, written
 from lora_jax.exchange.whole_parameters import out_of_parameters
 from lora_jax.layout import Layout
@@ -31,20 +25,18 @@ from lora_jax.updates import Directed, Factors, kind_of
 Pieces = dict[str, list[tuple[HfModule, Any]]]  # tensor's name -> its pieces
 
 
-def name_table(names: HfNames | None, adapter: Adapter, params: Any = None) -> NameTable:
-    """Return the table of an adapter's parameters, or of all parameters if they are given."""
-    shapes = {t.path: t.shape for t in adapter.layout.targets}
-    shapes |= {path: np.shape(x) for path, x in adapter.trainable.items()}
-    if params is not None:
-        shapes = {path: tuple(x.shape) for path, x in paths.flatten(params).items()}
-    return NameTable(names, shapes)
+def out_of_adapter(
+    names: HfNames | None, adapter: Adapter, params: Any = None
+) -> tuple[NameTable, Modules]:
+    """Return an adapter as updates of modules, and the table of its parameters.
 
-
-def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Modules:
-    """Return an adapter as updates of modules; differences of biases need `params`, the base."""
-    adapter = Adapter(*adapter)
-    layout, adapters, trainable = adapter
+    Differences of biases need `params`, the base; the table then has all parameters.
+    """
+    layout, adapters, trainable = Adapter(*adapter)
     check(layout, adapters)
+    shapes = {t.path: t.shape for t in layout.targets}
+    shapes |= {path: np.shape(x) for path, x in trainable.items()}
+    table = NameTable(names, shapes) if params is None else NameTable.of(names, params)
     leaves = {} if params is None else paths.flatten(params)
     if params is not None:
         layout.check_params(leaves)
@@ -60,24 +52,21 @@ def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Mo
                 w = np.asarray(dense(leaves[target.path]))
                 whole[target.path] = (w.astype(np.float32) + delta).astype(w.dtype)
             continue
-        for tensor, entry, update in _updates(target, adapters[target.path], table):
-            pieces.setdefault(tensor, []).append((entry, update))
+        _add_updates(pieces, target, adapters[target.path], table)
     updates = {
         tensor.removesuffix(".weight"): _module(tensor, found, table)
         for tensor, found in pieces.items()
     }
-    for entry, name in _tied(layout, table):
+    tied = _tied(layout, table)
+    for entry, name in tied:
         updates[entry.tied] = twin_of(updates[name])
     _add_biases(updates, biases, layout, table)
-    return Modules(
-        updates, out_of_parameters(whole, leaves, table, layout), ties=bool(_tied(layout, table))
-    )
+    values = out_of_parameters(whole, leaves, table, layout)
+    return table, Modules(updates, values, ties=bool(tied))
 
 
-def _updates(
-    target: Target, parameters: Any, table: NameTable
-) -> Iterator[tuple[str, HfModule, ModuleUpdate]]:
-    """Yield the update of every slice of the stack, for every module of the parameter."""
+def _add_updates(pieces: Pieces, target: Target, parameters: Any, table: NameTable) -> None:
+    """Add the update of every slice of the stack, for every module of the parameter."""
     directed = isinstance(parameters, Directed)
     if not directed and not target.parts:
         layout, adapters = as_lora(Layout((target,)), {target.path: parameters})
@@ -115,9 +104,7 @@ def _updates(
                 layer=layer or "linear",
                 stored_in_out=ours and entry.transposed is False,
             )
-            if entry.rotary:
-                update = update.of_rows(np.argsort(rotary_order(len(rows), entry.rotary)))
-            yield tensor, entry, update
+            pieces.setdefault(tensor, []).append((entry, update))
 
 
 def _alpha(target: Target, rank: int) -> float:
@@ -145,14 +132,15 @@ def _own_columns(target: Target, entry: HfModule, rank: int) -> np.ndarray:
 
 def _module(tensor: str, found: list[tuple[HfModule, ModuleUpdate]], table: NameTable) -> Any:
     """Return the update of one module, fused if several parameters are its rows."""
+    places = [(module_rows(entry, len(update.b)), update) for entry, update in found]
     if len(found) == 1 and found[0][0].rows is None:
-        return found[0][1]
+        return found[0][1].of_rows(np.argsort(places[0][0]))
     if any(entry.rows is None for entry, _ in found):
         raise LoraError(f"several parameters are {tensor!r}; say which rows of it each is")
     known = [place.entry.rows for place in table.find(tensor)]
     total = max(sum(rows) for rows in known if rows is not None)
     try:
-        return fuse([(entry.rows or (0, 0), update) for entry, update in found], total)
+        return fuse(places, total)
     except LoraError as error:
         raise LoraError(f"{tensor!r}: {error}") from error
 
@@ -192,7 +180,6 @@ def _add_biases(
                         "factors to carry it: pass params=, the base that it was trained on"
                     )
                 value = delta.reshape(*stack, -1)[index][rows_of(target, entry)]
-                if entry.rotary:
-                    value = value[np.argsort(rotary_order(len(value), entry.rotary))]
+                value = value[np.argsort(module_rows(entry, len(value)))]
                 update = updates[module]
                 updates[module] = update._replace(bias=value / np.float32(update.scale))

@@ -15,13 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, listed, naming
 from lora_jax.exchange import consumers, experts, peft_config, peft_keys, profiles, tensor_file
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.names import NameTable
-from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
+from lora_jax.exchange.out_of_adapter import out_of_adapter
 from lora_jax.models.hf_module import HfNames
 from lora_jax.system.whole_files import write_together
 
@@ -122,9 +121,8 @@ def load(
         _verify(place, tensors, settings)
     with naming(place / CONFIG):
         config = peft_config.parse(settings)
-    shapes = {path: tuple(x.shape) for path, x in paths.flatten(params).items()}
     with naming(place / TENSORS):
-        table = NameTable(names, shapes)
+        table = NameTable.of(names, params)
         single = experts.expand(tensors.tensors, config, table, f, params, args)
         modules = peft_keys.parse(single.tensors, config)
         modules = modules._replace(updates={**modules.updates, **single.updates})
@@ -168,7 +166,7 @@ def save(
     Raises:
       LoraError: an adapter that the profile cannot express, or a folder that holds one already.
     """
-    adapter, folder = Adapter(*adapter), pathlib.Path(folder)
+    folder = pathlib.Path(folder)
     if (folder / CONFIG).exists() and not overwrite:
         raise LoraError(f"{folder} holds an adapter; choose another, or pass overwrite=True")
     settings, tensors = _spelled(names, adapter, base, profile, params, task_type)
@@ -204,7 +202,7 @@ def check(
         with naming(place / CONFIG):
             peft_config.check_values(settings)
         return consumers.findings(consumer, settings, shapes)
-    settings, tensors = _spelled(names, Adapter(*adapter), "", profile, params, None)
+    settings, tensors = _spelled(names, adapter, "", profile, params, None)
     return consumers.findings(consumer, settings, {k: x.shape for k, x in tensors.items()})
 
 
@@ -216,8 +214,8 @@ def _spelled(
     params: Any,
     task_type: str | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    table = name_table(names, adapter, params)
-    modules = out_of_adapter(adapter, table, params)
+    adapter = Adapter(*adapter)
+    table, modules = out_of_adapter(names, adapter, params)
     settings, tensors = profiles.spelled(profile, modules, table, adapter.layout, params)
     if task_type in ("SEQ_CLS", "TOKEN_CLS") and settings["modules_to_save"]:
         # PEFT adds these names itself, and would then wrap a module inside one of them twice.

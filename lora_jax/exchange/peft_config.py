@@ -123,7 +123,6 @@ class PeftConfig:
 
 
 def parse(json: Mapping[str, Any]) -> PeftConfig:
-    """Read the JSON object."""
     fields = {f.name for f in dataclasses.fields(PeftConfig)}
     if json.get("peft_type") != "LORA":
         raise LoraError(

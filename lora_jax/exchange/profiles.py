@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.base import dense
-from lora_jax.errors import LoraError, listed
+from lora_jax.errors import LoraError
 from lora_jax.exchange import experts, peft_keys
-from lora_jax.exchange.axes import stack_axes, stack_first, whole_to_module
-from lora_jax.exchange.module_update import Modules, ModuleUpdate
+from lora_jax.exchange.axes import tensors_of
+from lora_jax.exchange.module_update import Modules, ModuleUpdate, check_plain
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.peft_config import OFF
+from lora_jax.exchange.whole_parameters import tensor_of
 from lora_jax.layout import Layout
 
 DECISIVE = (
@@ -43,7 +43,8 @@ def spelled(
     updates = _with_biases(modules.updates)
     sizes = _known_modules(table, layout, params)
     if profile == "portable":
-        _check_portable(modules)
+        heads = [f"{n}: the output head" for n in modules.updates if n.endswith("lm_head")]
+        check_plain(modules, "profile='portable', unlike 'faithful',", ("linear",), more=heads)
         updates = _at_one_rank(_in_every_layer(updates, sizes))
     values = _with_siblings(modules.values, table, layout, params)
     updates |= _at_one_rank({n: u for n, u in updates.items() if u.layer == "experts"})
@@ -69,20 +70,6 @@ def digest(settings: Mapping[str, Any]) -> str:
     """Return a hash of the settings that decide the function of the adapter."""
     decisive = {k: settings[k] for k in DECISIVE if settings.get(k) not in OFF}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _check_portable(modules: Modules) -> None:
-    whole = [f"{name}: trained as a whole" for name in modules.values]
-    wrong = [f"{n}: DoRA" for n, u in modules.updates.items() if u.magnitude is not None]
-    wrong += [f"{n}: a bias" for n, u in modules.updates.items() if u.bias is not None]
-    wrong += [f"{n}: {u.layer}" for n, u in modules.updates.items() if u.layer != "linear"]
-    wrong += [f"{n}: the output head" for n in modules.updates if n.split(".")[-1] == "lm_head"]
-    if whole or wrong:
-        raise LoraError(
-            f"not portable, since not every server reads these:\n{listed([*whole, *wrong])}\n"
-            "Save with profile='faithful', or merge the adapter and ship the model. What was "
-            "trained as a whole can be left out: adapter._replace(trainable={})"
-        )
 
 
 def _with_biases(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
@@ -175,15 +162,14 @@ def _known_modules(table: NameTable, layout: Layout, params: Any) -> dict[str, i
     """Return all modules of the model with a weight, and its size; {} without params."""
     if params is None:
         return {}
-    leaves, found = paths.flatten(params), {}
+    found: dict[str, int] = {}
     for path in table.paths():
         for entry in table.entries(path):
-            shape = tuple(leaves[path].shape)
-            stack = [shape[i] for i in stack_axes(layout, path, table.holes(path, entry))]
-            size = math.prod(shape) // math.prod(stack) if entry.part is None else 0
-            for _, name in table.tensors(path, entry, stack):
-                if name.endswith(".weight"):
-                    found[name.removesuffix(".weight")] = size
+            shape = table.shapes[path]
+            tensors = [name for _, name in tensors_of(table, layout, path, entry, shape)]
+            size = math.prod(shape) // len(tensors) if entry.part is None else 0
+            ours = [name for name in tensors if name.endswith(".weight")]
+            found |= {name.removesuffix(".weight"): size for name in ours}
     return found
 
 
@@ -235,10 +221,8 @@ def _with_siblings(
                 f"{name!r} was trained as a whole and {other!r} was not, and PEFT saves a "
                 "module with all of its tensors: pass params=, the base"
             )
-        for place in table.find(other) if params is not None else ():
-            value = np.asarray(dense(leaves[place.path]))
-            value = stack_first(layout, place.path, len(place.at), value)[place.at]
-            found[other] = whole_to_module(place.path, place.entry, value)
+        if table.find(other):
+            found[other] = tensor_of(other, leaves, {}, table, layout)
     return found
 
 

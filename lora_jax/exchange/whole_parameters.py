@@ -10,10 +10,18 @@ import numpy as np
 
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
-from lora_jax.exchange.axes import stack_first, whole_from_module, whole_to_module
-from lora_jax.exchange.module_update import Modules, rotary_order
+from lora_jax.exchange.axes import (
+    module_rows,
+    rows_there,
+    stack_first,
+    tensors_of,
+    whole_from_module,
+    whole_to_module,
+)
+from lora_jax.exchange.module_update import Modules
 from lora_jax.exchange.names import NameTable, TensorPlace, written
 from lora_jax.layout import Layout
+from lora_jax.models.hf_module import HfModule
 
 
 def places_of(table: NameTable, tensor: str) -> list[TensorPlace]:
@@ -61,18 +69,16 @@ def into_parameters(
 
 def _put(into: np.ndarray, place: TensorPlace, value: np.ndarray) -> None:
     entry = place.entry
-    if entry.rows is not None:
-        value = value[entry.rows[0] : sum(entry.rows)]
-    if entry.rotary:
-        value = value[rotary_order(len(value), entry.rotary)]
+    value = value[rows_there(entry, len(value), entry.name)] if value.ndim else value
     if any(i >= n for i, n in zip(place.at, into.shape, strict=False)):
         raise LoraError(f"{entry.name!r}: {place.path!r} has no slice {place.at}")
-    part = into[place.at]
-    if entry.part is None:
-        part[...] = whole_from_module(place.path, entry, value, part.shape)
-    else:
-        slot = (..., slice(entry.part[0], sum(entry.part)))
-        part[slot] = whole_from_module(place.path, entry, value, part[slot].shape)
+    part = into[place.at][_slot(entry)]
+    part[...] = whole_from_module(place.path, entry, value, part.shape)
+
+
+def _slot(entry: HfModule) -> Any:
+    """Return the index of a module's part of our parameter."""
+    return (...,) if entry.part is None else (..., slice(entry.part[0], sum(entry.part)))
 
 
 def _put_rows(into: np.ndarray, place: TensorPlace, numbers: Any, values: np.ndarray) -> None:
@@ -87,53 +93,40 @@ def _put_rows(into: np.ndarray, place: TensorPlace, numbers: Any, values: np.nda
 def out_of_parameters(
     whole: Mapping[str, Any], leaves: Mapping[str, Any], table: NameTable, layout: Layout
 ) -> dict[str, np.ndarray]:
-    """Return whole parameters as tensors of modules.
-
-    `leaves` are the base's, for the other rows of a fused module; {} if there is no base.
-    """
-    found: dict[str, np.ndarray] = {}
-    fused: dict[str, list[tuple[tuple[int, int], np.ndarray]]] = {}
-    for path, value in whole.items():
-        for entry in written(table.entries(path)):
-            holes = table.holes(path, entry)
-            array = stack_first(layout, path, holes, np.asarray(value))
-            for index, tensor in table.tensors(path, entry, array.shape[:holes]):
-                x = array[index]
-                if entry.part is not None:
-                    x = x[..., entry.part[0] : sum(entry.part)]
-                x = whole_to_module(path, entry, x)
-                if entry.rotary:
-                    x = x[np.argsort(rotary_order(len(x), entry.rotary))]
-                if entry.rows is None:
-                    found[tensor] = x
-                else:
-                    fused.setdefault(tensor, []).append((entry.rows, x))
-    for tensor, rows in fused.items():
-        found[tensor] = _fused_value(tensor, rows, leaves, table, layout)
-    return found
+    """Return whole parameters as tensors of modules; `leaves` are the base's, {} without a base."""
+    return {
+        tensor: tensor_of(tensor, whole, leaves, table, layout)
+        for path, value in whole.items()
+        for entry in written(table.entries(path))
+        for _, tensor in tensors_of(table, layout, path, entry, np.shape(value))
+    }
 
 
-def _fused_value(
-    tensor: str, rows: Any, leaves: Mapping[str, Any], table: NameTable, layout: Layout
+def tensor_of(
+    tensor: str,
+    whole: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    table: NameTable,
+    layout: Layout,
 ) -> np.ndarray:
-    """Return the tensor of a fused module; rows that were not trained are the base's."""
-    places = [p for p in table.find(tensor) if p.entry.rows is not None]
-    total = max(sum(p.entry.rows or (0,)) for p in places)
-    out = np.zeros((total, *rows[0][1].shape[1:]), rows[0][1].dtype)
-    for (start, size), x in rows:
-        out[start : start + size] = x
-    done = {span for span, _ in rows}
-    for place in places:
-        if place.entry.rows in done:
+    """Return a module's tensor: rows that are not in `whole` are the base's, in `leaves`."""
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for place in table.find(tensor):
+        value = whole.get(place.path)
+        if place.tied or (value is None and place.entry.rows is None):
             continue
-        if place.path not in leaves:
+        if value is None and place.path not in leaves:
             raise LoraError(
                 f"{tensor!r} holds {place.path!r} too, which was not trained: pass "
                 "params=, the base"
             )
-        x = np.asarray(dense(leaves[place.path]))
-        x = stack_first(layout, place.path, len(place.at), x)[place.at]
+        value = np.asarray(dense(leaves[place.path]) if value is None else value)
+        x = stack_first(layout, place.path, len(place.at), value)[place.at][_slot(place.entry)]
         x = whole_to_module(place.path, place.entry, x)
-        start, size = place.entry.rows or (0, 0)
-        out[start : start + size] = x
+        parts.append((module_rows(place.entry, len(x)) if x.ndim else np.array(0), x))
+    total = max(int(rows.max(initial=0)) + 1 for rows, _ in parts)
+    shape = (total, *parts[0][1].shape[1:]) if parts[0][1].ndim else ()
+    out = np.zeros(shape, np.result_type(*(x.dtype for _, x in parts)))
+    for rows, x in parts:
+        out[rows if x.ndim else ...] = x
     return out

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax.layout import Layout
+from lora_jax.sweeps.member_names import shortest
 
 _MOST = 24  # at most this many matrices are drawn
 _NUMBERED = re.compile(r"[A-Za-z_]*?_?(\d+)")
@@ -50,7 +51,8 @@ class ModuleIndex:
             for at in np.ndindex(target.sizes(target.stack)):
                 own, rest = (at[0], at[1:]) if layer is None and at else (layer, at)
                 found.append(Place(target.path, at, own, name + "".join(f"[{i}]" for i in rest)))
-        short = _shortened(dict.fromkeys(place.matrix for place in found))
+        known = list(dict.fromkeys(place.matrix for place in found))
+        short = {name: shortest(name, known, "/") for name in known}
         found.sort(key=lambda place: -1 if place.layer is None else place.layer)
         return cls(tuple(dataclasses.replace(p, matrix=short[p.matrix]) for p in found))
 
@@ -96,7 +98,6 @@ class ModuleIndex:
 
 
 def label(layer: int | None) -> str:
-    """Return the label of a layer."""
     return "-" if layer is None else str(layer)
 
 
@@ -113,19 +114,3 @@ def _split(path: str) -> tuple[int | None, str]:
         if match := _NUMBERED.fullmatch(segment):
             return int(match[1]), "/".join([*segments[:number], *segments[number + 1 :]])
     return None, "/".join(segments)
-
-
-def _shortened(names: Iterable[str]) -> dict[str, str]:
-    """Map each name to its last segments, as many as make it unique.
-
-    >>> _shortened(["attention/query", "mlp/up", "other/up"])
-    {'attention/query': 'query', 'mlp/up': 'mlp/up', 'other/up': 'other/up'}
-    """
-    known, short = list(names), {}
-    for name in known:
-        parts = name.split("/")
-        ends = ["/".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-        others = [f"/{other}" for other in known if other != name]
-        free = (e for e in ends if not any(other.endswith(f"/{e}") for other in others))
-        short[name] = next(free, name)
-    return short

@@ -78,7 +78,6 @@ def images(figure: Figure) -> str:
 
 
 def markdown(report: Report, images: Callable[[Figure], str] = images) -> str:
-    """Render a report as Markdown; `images` returns that of a figure."""
     environment = _environment(autoescape=False)
     environment.filters |= {"plain": plain, "table": markdown_table, "images": images}
     text = environment.get_template("report.md.j2").render(report=report)

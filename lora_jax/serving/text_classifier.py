@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax import models
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
-from lora_jax.models.text.tokens import Encoder, TextOrPair, TextTruncation, padding_id
+from lora_jax.models.text.tokens import Encoder, TextOrPair, TextTruncation, padded, padding_id
 from lora_jax.serving.classifier import Classifier, ClassifierTask, are_all
 from lora_jax.serving.jsonl import JsonLine
 from lora_jax.serving.served_adapters import Served
@@ -100,17 +99,10 @@ class TextClassifier(Classifier):
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
         """Return token ids, mask and token types, as in the batches of training."""
         longest = max(len(row.ids) for row in rows)
-        shape = (len(rows), next(length for length in self.lengths if length >= longest))
-        ids, types = np.full(shape, self._pad, np.int32), np.zeros(shape, np.int32)
-        mask = np.zeros(shape, bool)
-        for row, encoding in enumerate(rows):
-            size = len(encoding.ids)
-            ids[row, :size], types[row, :size] = encoding.ids, encoding.type_ids
-            mask[row, :size] = True
-        return ids, mask, types
+        length = next(length for length in self.lengths if length >= longest)
+        return padded([(row.ids, row.type_ids) for row in rows], length, self._pad)
 
     def facts(self, count: int) -> tuple[str, ...]:
-        """See `Classifier`."""
         (said,), cut = super().facts(count), self.cut
         lost = f"{cut.examples:,} texts were too long and lost {cut.tokens:,} tokens"
         remarks = [*([lost] if cut.examples else []), *cut.remarks(count)]

@@ -42,7 +42,6 @@ def field_types(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def field_type(config: Any, path: str, where: str) -> Any:
-    """Return the type of the field at a path."""
     known = field_types(config)
     if path in known:
         return known[path]

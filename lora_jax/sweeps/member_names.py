@@ -32,18 +32,17 @@ def names(points: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def shortest(path: str, paths: Sequence[str]) -> str:
-    """Return the end of a path that no other path ends with.
+def shortest(path: str, paths: Sequence[str], between: str = ".") -> str:
+    """Return the last segments of a path, as many as no other path ends with.
 
-    >>> shortest("lora.rank", ["lora.rank", "seed"]), shortest("a.x", ["a.x", "b.x"])
-    ('rank', 'a.x')
+    >>> shortest("lora.rank", ["lora.rank", "seed"]), shortest("a/x", ["a/x", "b/x"], "/")
+    ('rank', 'a/x')
     """
-    parts = path.split(".")
-    ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-    others = [other for other in paths if other != path]
-    return next(
-        (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), path
-    )
+    parts = path.split(between)
+    ends = [between.join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+    others = [f"{between}{other}" for other in paths if other != path]
+    free = (e for e in ends if not any(other.endswith(f"{between}{e}") for other in others))
+    return next(free, path)
 
 
 def label(value: Any) -> str:

@@ -26,7 +26,6 @@ class Fit:
 
     @property
     def groups(self) -> int:
-        """The number of groups."""
         return -(-self.members // self.size)
 
     def __str__(self) -> str:

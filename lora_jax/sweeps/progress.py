@@ -21,7 +21,6 @@ class GroupDisplay(CurveBar):
         self.losses: dict[str, float] = {}  # member -> its newest loss
 
     def tick(self, tick: int, steps: Sequence[tuple[int, int]], live: Sequence[str]) -> None:
-        """Show the progress of the group."""
         taken, total = (sum(column) for column in zip(*steps, strict=True))
         self.bar.update(self.task, completed=taken, total=total)
         speed = self.bar.tasks[0].speed  # without the first tick, which compiles
@@ -52,5 +51,4 @@ class Lines:
         self._display.losses[self._name] = line["loss"]
 
     def evaluation(self, line: dict[str, Any], note: str = "") -> None:
-        """Show an evaluation line."""
         self._display.evaluation(line, note, f"{self._name}  ")

@@ -24,12 +24,9 @@ class MissingExtraError(ImportError):
 
 
 def require(extra: str, user: str, *modules: str) -> None:
-    """Raise `MissingExtraError` unless the modules that an extra installs are there.
+    """Raise `MissingExtraError` unless the modules of an extra, or only those given, are there.
 
-    Args:
-      extra: a key of `EXTRAS`.
-      user: the name that the message gives to the code that needs them: "lora_jax.training".
-      *modules: the modules of the extra that are needed; all of them by default.
+    `user` is the name that the message gives to the code that needs them: "lora_jax.training".
     """
     if text := missing(extra, user, *modules):
         raise MissingExtraError(text)

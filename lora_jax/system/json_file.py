@@ -22,13 +22,7 @@ _DEPTH = 100  # nested lists and objects
 def read(
     path: os.PathLike[str], error: MakeError, *, cure: str = "", finite: bool = True
 ) -> dict[str, Any]:
-    """Read a file that holds one JSON object; `cure` ends each message.
-
-    Raises:
-      error: text that `parse` refuses, a value that is not an object, or a file that
-        `regular_files.read` refuses.
-      OSError: the file cannot be read.
-    """
+    """Read a file that holds one JSON object, with all checks; `cure` ends each message."""
 
     def refused(message: str) -> Exception:
         return error(f"{message}; {cure}" if cure else message)

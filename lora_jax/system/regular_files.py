@@ -27,10 +27,6 @@ def opened(path: AnyPath, error: MakeError, *, given: bool = False) -> BinaryIO:
 
     It must be a regular file with at most `RATIO` bytes for each one on the disk. Unless the user
     has named it (`given`), it is a file of a folder, and may not be a link out of that folder.
-
-    Raises:
-      error: it is none of that.
-      OSError: it cannot be opened.
     """
     if not given and os.path.islink(path):
         _check_link(pathlib.Path(path), error)

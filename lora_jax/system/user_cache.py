@@ -21,11 +21,8 @@ class CacheError(LoraError):
 def folder(*names: str) -> pathlib.Path:
     """Return a folder in the user's cache, which is made if it does not exist.
 
-    The cache is `LORA_JAX_CACHE`, or lora_jax in `XDG_CACHE_HOME` or in `~/.cache`.
-
-    Raises:
-      CacheError: another user owns it or a folder above it, or can write to one of them.
-      OSError: it cannot be made.
+    The cache is `LORA_JAX_CACHE`, or lora_jax in `XDG_CACHE_HOME` or in `~/.cache`. `CacheError`:
+    another user owns it or a folder above it, or can write to one of them.
     """
     named, caches = os.environ.get("LORA_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
     parent = pathlib.Path(caches) if caches else pathlib.Path.home() / ".cache"

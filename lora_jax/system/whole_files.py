@@ -42,11 +42,7 @@ def check_links(folder: pathlib.Path, names: Iterable[str]) -> None:
 
 
 def check_place(path: pathlib.Path) -> None:
-    """Make the folder of a file that a long computation will write; raise if it cannot be written.
-
-    Raises:
-      LoraError: the folder cannot be made or written, or the file is a folder.
-    """
+    """Make the folder of a file that is written after a long computation, or raise at once."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = errno.EISDIR if path.is_dir() else errno.EACCES

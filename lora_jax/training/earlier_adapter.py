@@ -121,7 +121,7 @@ def restore(
 
 def _check_settings(saved: SavedAdapter, workload: Workload, allow_other_base: bool) -> None:
     """Raise if the model has other settings; shapes would reveal them late or never."""
-    theirs, ours = (_settings(about) for about in (saved.about, workload.about))
+    theirs, ours = saved.model, workload.about.get("model") or {}
     for name in ("scan_layers", "pooling"):
         of_head = name == "pooling" and _HEAD not in saved.trainable_shapes
         both = name in theirs and name in ours and not of_head
@@ -165,11 +165,6 @@ def _check_trainable(saved: SavedAdapter, workload: Workload) -> None:
                 f"it has trained {path!r} of shape {list(shape)} in full; here that is "
                 f"{'missing' if got is None else list(got)}. {cure}"
             )
-
-
-def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    model = about.get("model")
-    return model if isinstance(model, Mapping) else {}
 
 
 def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:

@@ -57,7 +57,6 @@ def sizes(config: MeshConfig, count: int | None) -> dict[str, int]:
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Make the mesh of a config."""
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes(config, len(devices)).values())
     # Auto axes let the partitioner choose shardings that the specs leave open. JAX's default is

@@ -32,7 +32,6 @@ class Display(CurveBar):
     """A context manager that shows the newest training step, and evaluations as they come."""
 
     def __init__(self, console: Console, steps: int, start: int, every: int, unit: str) -> None:
-        """Show steps `start` to `steps`."""
         shown = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"
         super().__init__(console, every, shown, total=steps, completed=start, rate="-")
         self._steps, self._unit = steps, unit

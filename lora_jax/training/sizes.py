@@ -13,7 +13,6 @@ from lora_jax.bases.quantise import bytes_of
 
 
 def is_quantised(params: Any) -> bool:
-    """Return whether any of the parameters is quantised."""
     return any(map(is_base, paths.flatten(params).values()))
 
 

@@ -70,7 +70,6 @@ Pipeline = Callable[..., Batches]  # batches_of in classification or language_mo
 
 
 def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> RunBatches:
-    """Make the batches of a run on text."""
     model = source.config
     assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
     check_positions(config, model)

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from tokenizers import Encoding, Tokenizer
 
 from lora_jax.errors import DataError, is_failure
@@ -257,6 +257,21 @@ def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
     rest = iter(items)
     for first in rest:
         yield list(chain([first], islice(rest, size - 1)))
+
+
+def padded(
+    rows: Sequence[tuple[ArrayLike, ArrayLike]], length: int, pad: int
+) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int32]]:
+    """Return the ids, the mask and the types of (ids, types) of each row, padded to a length."""
+    ids, types = (
+        np.full((len(rows), length), pad, np.int32),
+        np.zeros((len(rows), length), np.int32),
+    )
+    mask = np.zeros(ids.shape, bool)
+    for row, (own_ids, own_types) in enumerate(rows):
+        size = np.size(own_ids)
+        ids[row, :size], types[row, :size], mask[row, :size] = own_ids, own_types, True
+    return ids, mask, types
 
 
 def padding_id(tokenizer: Tokenizer) -> int:

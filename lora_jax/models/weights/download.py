@@ -62,12 +62,12 @@ _BROKEN = (
 
 
 def download(requirement: str, folder: Path) -> None:
-    """Download a package, "name==version" (already checked), and unpack it into a new folder.
+    """Download a package, "name==version" (already checked), and unpack it into an empty folder.
 
     The files in it have the paths of site-packages.
     """
     # The tools start in an empty folder, so that they read no file of the working directory.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+    with tempfile.TemporaryDirectory(dir=folder) as name:
         empty = Path(name)
         if requirement in _SOURCES:
             unpack(_source(requirement, _SOURCES[requirement], empty), folder)
@@ -145,11 +145,11 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a wheel (.whl), or a .tar.gz without its single top folder, into a new folder.
+    """Unpack a wheel (.whl), or a .tar.gz without its single top folder, into an empty folder.
 
     After an error the folder may hold some of the files.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
@@ -159,7 +159,7 @@ def unpack(archive: Path, folder: Path) -> None:
             with tarfile.open(archive, "r:gz") as source:
                 _check(archive, {member.name: member.size for member in source})
                 source.extractall(folder, filter="data")  # refuses devices and links out of it
-            tops = list(folder.iterdir())
+            tops = [path for path in folder.iterdir() if path not in archive.parents]
             if len(tops) != 1 or not tops[0].is_dir():
                 raise PackageError(f"{archive.name} does not hold one folder at its top")
             for child in list(tops[0].iterdir()):

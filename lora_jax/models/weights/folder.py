@@ -173,7 +173,6 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _object(path: Path, error: json_file.MakeError) -> dict[str, Any]:
-    """Read the JSON object in a file."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; a model's folder needs it")
     return json_file.read(path, error, cure="fetch the file again, from someone you trust")

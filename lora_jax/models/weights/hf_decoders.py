@@ -113,7 +113,6 @@ def _long_rope(json: Json, scaling: Json) -> dict[str, Any]:
 
 
 def gpt2(json: Json, origin: str) -> DecoderConfig:
-    """Read GPT-2."""
     refuse_set(json, origin, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
     named = {"hidden_size": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
     found = sizes(json, **named, mlp_size="n_embd", max_positions="n_positions")

@@ -72,7 +72,6 @@ def _disentangled(json: Json, origin: str) -> Disentangled:
 
 
 def modernbert(json: Json, origin: str) -> BertConfig:
-    """Read ModernBERT."""
     count, period = json["num_hidden_layers"], json.get("global_attn_every_n_layers", 3)
     types = ["sliding_attention" if i % period else "full_attention" for i in range(count)]
     windowed = sliding(json.get("layer_types") or types, origin)
@@ -147,8 +146,6 @@ def _encoder(json: Json, origin: str, **own: Any) -> BertConfig:
 
 
 def vit(json: Json, origin: str) -> VitConfig:
-    """Read ViT."""
-
     def pair(field: str, default: int) -> tuple[int, int]:
         size = json.get(field, default)
         high, wide = size if isinstance(size, list) else (size, size)

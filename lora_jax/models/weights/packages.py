@@ -13,12 +13,12 @@ import hashlib
 import importlib.metadata
 import os
 import re
-import tempfile
 from pathlib import Path
 
-from lora_jax.errors import PackageError
+from lora_jax.errors import LoraError, PackageError
 from lora_jax.models.weights.download import download
 from lora_jax.system import user_cache
+from lora_jax.system.whole_files import whole_folder
 
 # The grammar of the registry: a name of PEP 508, and a version of PEP 440 in its normal form. A
 # text that matches cannot be read as an option or a path.
@@ -146,28 +146,25 @@ def _inside(folder: Path, inner_path: str, requirement: str) -> Path:
 def _fetch(distribution: str, version: str, folder: Path) -> None:
     """Unpack a package without its dependencies into `folder`, completely or not at all."""
     requirement = f"{_canonical(distribution)}=={version}"
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        unpacked = Path(name, "unpacked")
-        try:
+    try:
+        with whole_folder(folder) as unpacked:
             download(requirement, unpacked)
-        except PackageError as error:
-            if is_full(error):
-                raise PackageError(
-                    f"{requirement} could not be unpacked: {error}\n"
-                    f"The disk is full: make room below {folder.parent.parent}, or point "
-                    "LORA_JAX_CACHE at a folder on another disk."
-                ) from error
+    except PackageError as error:
+        if is_full(error):
             raise PackageError(
-                f"{requirement} could not be fetched: {error}\n"
-                "Only wheels are fetched, since building a source distribution runs its code. "
-                "Without a network, run on a machine that has one\n"
-                f"    pip install --only-binary=:all: --no-deps {requirement}\n"
-                f"in the same environment, or copy that machine's {folder.parent.parent} here and "
-                "point LORA_JAX_CACHE at the copy."
+                f"{requirement} could not be unpacked: {error}\n"
+                f"The disk is full: make room below {folder.parent.parent}, or point "
+                "LORA_JAX_CACHE at a folder on another disk."
             ) from error
-        try:
-            unpacked.rename(folder)
-        except OSError:
-            # Another process was faster; its folder is as good as this one.
-            if not folder.is_dir():
-                raise
+        raise PackageError(
+            f"{requirement} could not be fetched: {error}\n"
+            "Only wheels are fetched, since building a source distribution runs its code. "
+            "Without a network, run on a machine that has one\n"
+            f"    pip install --only-binary=:all: --no-deps {requirement}\n"
+            f"in the same environment, or copy that machine's {folder.parent.parent} here and "
+            "point LORA_JAX_CACHE at the copy."
+        ) from error
+    except LoraError:
+        # Another process was faster; its folder is as good as this one.
+        if not folder.is_dir():
+            raise

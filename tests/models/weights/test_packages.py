@@ -70,6 +70,14 @@ def test_fetches_once_without_dependencies(registry: Path) -> None:
         packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", wrong)
 
 
+def test_a_fetch_deletes_what_a_killed_one_left(registry: Path) -> None:
+    _wheel(registry)
+    left = user_cache.folder("packages") / ".writing-lora-jax-test-asset-1.0-0a1b2c3d"
+    left.mkdir()
+    packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
+    assert [p.name for p in left.parent.iterdir()] == ["lora-jax-test-asset-1.0"]
+
+
 def test_installed_package_is_not_fetched(registry: Path) -> None:
     version = importlib.metadata.version("numpy")
     path = packages.locate("numpy", version, "numpy/__init__.py")
