@@ -24,8 +24,9 @@ import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.attention import attend, visible
+from lora_jax.models.attention import attend
 from lora_jax.models.layers import by_rows, sharded
+from lora_jax.models.sight import Sight, visible
 from lora_jax.training.config import Config, ConfigError, LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.workload import Loss, Workload
 
@@ -67,12 +68,12 @@ class Layer(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, sight: Sight) -> tuple[Array, None]:
         batch, length, width = x.shape
         split = (batch, length, self.heads, width // self.heads)
         normed = norm("attention_norm")(x)
         query, key, value = (dense(width, name)(normed).reshape(split) for name in "qkv")
-        mixed = attend(query, key, value, seen).reshape(x.shape)
+        mixed = attend(query, key, value, sight).reshape(x.shape)
         x = by_rows(x + dense(width, "o")(mixed))
         hidden = nn.gelu(dense(4 * width, "up")(norm("mlp_norm")(x)))
         return by_rows(x + dense(width, "down")(hidden)), None
@@ -97,8 +98,8 @@ class Gpt(nn.Module):
             in_axes=(nn.broadcast,),
             length=config.layers,
         )
-        seen = visible(ids.shape[1], causal=True)
-        x, _ = layers(config.heads, name="layers")(by_rows(x), seen)
+        sight = visible(ids.shape[1], causal=True)
+        x, _ = layers(config.heads, name="layers")(by_rows(x), sight)
         x = norm("norm")(x)
         return jnp.einsum("btd,vd->btv", x, tokens, preferred_element_type=jnp.float32)
 

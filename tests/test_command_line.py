@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-from typing import Any
 
 import pytest
 
 import train
-from lora_jax.cli import export, generate, import_, predict, report
+from lora_jax.cli import generate, predict
 from lora_jax.cli import train as command_line
 from lora_jax.training import directory
 from lora_jax.training.config import Config, ConfigError
@@ -89,24 +88,6 @@ def test_an_option_that_is_given_twice_is_said(capsys: pytest.CaptureFixture[str
         assert said == "note: --batch-size is given 2 times; the last one counts\n"
 
 
-@pytest.mark.parametrize(
-    ("main", "words"),
-    [
-        (report.main, ["no-such-run"]),
-        (export.main, ["no-such-run", "--format", "peft"]),
-        (import_.main, ["no-such-folder"]),
-    ],
-    ids=["report", "export", "import"],
-)
-def test_every_command_says_what_is_given_twice(
-    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, main: Any, words: list[str]
-) -> None:
-    given = [*words, "--out", str(tmp_path / "a"), f"--out={tmp_path / 'b'}"]
-    assert main(given) == 1
-    said = capsys.readouterr().err.split("error: ")[0]
-    assert said.startswith("note: --out is given 2 times; the last one counts\n")
-
-
 def test_one_reader_of_options() -> None:
     package = pathlib.Path(command_line.__file__).parents[1]
     using = {p.name for p in package.rglob("*.py") if "tyro.cli(" in p.read_text()}
@@ -170,10 +151,3 @@ def test_a_file_without_a_config_names_what_it_holds(tmp_path: pathlib.Path) -> 
     name, found = command_line.load(f"{OWN}:config", ROOT)
     assert name == "own_model-config"
     assert found.steps == 500
-
-
-def test_errors_reach_the_user_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["--config", "nothing.py"]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: no config file nothing.py")
-    assert "Traceback" not in captured.err + captured.out

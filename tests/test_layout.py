@@ -1,7 +1,6 @@
 """The rules of the code base: files, and imports between rooms, imports in functions included."""
 
 import ast
-import importlib.util
 import pathlib
 import re
 import subprocess
@@ -10,7 +9,7 @@ import tomllib
 
 import pytest
 
-from lora_jax.system.extras import EXTRAS, MissingExtraError, require
+from lora_jax.system.extras import EXTRAS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_jax"
@@ -26,25 +25,23 @@ ARROWS: dict[str, set[str]] = {
     "system": {"errors"},
     "__main__": {"errors", "system"},
     "frozen": {"base", "errors", "paths"},
-    "target": {"errors", "spec"},
-    "updates": {"base", "errors", "target"},
-    "layout": {"base", "errors", "paths", "spec", "system", "target", "updates"},
-    "adapters": {"errors", "layout", "paths", "spec", "target", "updates"},
+    "updates": {"base", "errors", "spec"},
+    "layout": {"base", "errors", "paths", "spec", "system", "updates"},
+    "adapters": {"errors", "layout", "paths", "spec", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "bases", "errors", "layout", "paths", "system"}
     | {"updates"},
     "models": {"base", "bases", "errors", "system"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
-    "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
-    | {"updates"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "updates"},
+    "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "spec"} | {"updates"},
     "transform": {"adapters", "bases", "errors", "layout", "paths", "primitives"}
-    | {"target", "updates"},
-    "multi": {"adapters", "base", "errors", "layout", "primitives", "spec", "target"}
-    | {"transform", "updates"},
+    | {"spec", "updates"},
+    "multi": {"adapters", "base", "errors", "layout", "primitives", "spec", "transform"}
+    | {"updates"},
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
-    | {"primitives", "spec", "target", "transform", "updates"},
+    | {"primitives", "spec", "transform", "updates"},
     "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
     | {"layout", "models", "multi", "paths", "system", "transform"},
     "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
@@ -52,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     | {"sharding", "spec", "system", "transform", "updates"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
-    | {"spec", "system", "target", "updates"},
+    | {"spec", "system", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
     | {"primitives", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
@@ -63,8 +60,8 @@ ARROWS: dict[str, set[str]] = {
     | {"models", "paths", "planner", "primitives", "report", "resolve", "serving"}
     | {"spec", "sweeps", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
-    | {"layout", "multi", "paths", "resolve", "sharding", "spec", "target"}
-    | {"transform", "updates"},
+    | {"layout", "multi", "paths", "resolve", "sharding", "spec", "transform"}
+    | {"updates"},
 }
 # The rooms that are not part of the core.
 AROUND = ("system", "models", "data", "training", "sweeps", "planner", "serving")
@@ -250,15 +247,6 @@ def test_five_libraries_are_required() -> None:
         lines = project["optional-dependencies"][extra]
         installed = {re.split(r"[<>=\[; ]", line)[0] for line in lines}
         assert set(modules) <= {IMPORT_NAMES.get(name, name) for name in installed}
-
-
-def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("training", "data", "sweeps", "planner", "serving", "report"):
-        assert "require(" in (PACKAGE / room / "__init__.py").read_text()
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "tyro" else find(n))
-    with pytest.raises(MissingExtraError, match=r"(?s)needs tyro.*pip install 'lora-jax\[train\]'"):
-        require("train", "lora_jax.training")
 
 
 def test_importing_it_loads_only_what_jax_and_numpy_load() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lora_jax import __main__ as command
-from lora_jax.cli import report
-from lora_jax.system.extras import MissingExtraError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,11 +14,6 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([]) == 2
 
 
-def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["predikt"]) == 2
-    assert "no command 'predikt'; nearest: 'predict'" in capsys.readouterr().err
-
-
 def test_train_is_train_py(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         command.main(["train", "--config", "configs/own_model.py", "--help"])
@@ -28,15 +21,3 @@ def test_train_is_train_py(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "lora-jax train" in said
     assert "--width" in said
-
-
-def test_a_missing_extra_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(arguments: object) -> int:
-        raise MissingExtraError("lora_jax.report needs jinja2:\n    pip install 'lora-jax[report]'")
-
-    monkeypatch.setattr(report, "main", missing)
-    assert command.main(["report", "runs/a"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: lora_jax.report needs jinja2") and "pip install" in said

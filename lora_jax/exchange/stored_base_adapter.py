@@ -15,7 +15,7 @@ from lora_jax.layout import Layout
 from lora_jax.models.weights.assemble import load_one
 from lora_jax.models.weights.stored import parameters
 from lora_jax.serving.served_adapters import Served
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates import Factors, kind_of
 
 

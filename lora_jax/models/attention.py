@@ -1,23 +1,24 @@
-"""Softmax attention, and the masks of padded and of packed rows."""
+"""Softmax attention: in one piece, in blocks of queries, or by the kernel of the platform."""
 
 import functools
-import operator
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from lora_jax.models import attention_kernels
+from lora_jax.models.sight import Sight
+
 BLOCK = 128  # queries of one block of a long text
-LONG = 4096  # queries; above this they are computed block by block
+LONG = 1024  # queries; from here on, their scores are not in memory all at once
 
 
 def attend(
     query: Array,
     key: Array,
     value: Array,
-    mask: Array | None,
+    sight: Sight,
     drop: Array | None = None,
     past: tuple[Array, Array] | None = None,
     *,
@@ -29,32 +30,55 @@ def attend(
     `value`.
 
     The query is [B, T, N, H], key and value are [B, S, K, H], and query head n uses key head n //
-    (N / K). These are plain batched products over (batch, key head): on a CPU they take 0.7 of the
-    time of `jax.nn.dot_product_attention` in the forward pass and in the gradient. The query heads
-    that share a key head are rows of one product, so keys are never repeated. Scores and softmax
-    are in float32.
+    (N / K). Scores and softmax are in float32. A row that sees nothing stays finite.
 
-    More than `LONG` queries are computed in blocks of `BLOCK`, and again for the gradient. So a
-    row never has more than N x BLOCK x S scores at once. Their memory grows with the length and not
-    with its square; the mask, which the caller forms, still grows with the square.
+    Fewer than `LONG` queries are attended to in one piece (`_whole`). More are computed by the
+    kernel of the platform for which the program is lowered (`attention_kernels`), or where none
+    takes the options, in blocks of queries (`_by_blocks`). The memory of both grows with the length
+    and not with its square.
 
     Args:
-      mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without any
-        True attends equally to everything, and stays finite.
+      sight: which tokens each query may look at.
       drop: [B, N, T, S] factors by which the weights are multiplied (dropout), or None.
-      past: keys [B, K, H, P] and values [B, K, P, H] of earlier tokens. The mask has them first:
+      past: keys [B, K, H, P] and values [B, K, P, H] of earlier tokens. The sight has them first:
         its S is then P + S. They are not concatenated with the others, which would copy them.
       bias: [B, N, T, S], added to the scores; it cannot be combined with `past`.
       scale: the factor of the scores. None: 1 / sqrt(H).
       cap: if given, scores are limited to (-cap, cap) by cap tanh(scores / cap), before the mask.
     """
-    if past is None and query.shape[1] > LONG:
-        few = functools.partial(attend, scale=scale, cap=cap)
-        return _by_blocks(few, query, key, value, mask, drop, bias)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    whole = functools.partial(_whole, scale=scale, cap=cap)
+    if past is not None or query.shape[1] < LONG:
+        return whole(query, key, value, sight, drop, past, bias=bias)
+    blocks = functools.partial(_by_blocks, scale=scale, cap=cap)
+    if drop is not None or bias is not None:
+        return blocks(query, key, value, sight, drop, bias)
+    kernels = attention_kernels.fitting(query, key, sight, scale=scale, cap=cap)
+    return jax.lax.platform_dependent(query, key, value, sight, default=blocks, **kernels)
+
+
+def _whole(
+    query: Array,
+    key: Array,
+    value: Array,
+    sight: Sight,
+    drop: Array | None = None,
+    past: tuple[Array, Array] | None = None,
+    *,
+    bias: Array | None = None,
+    scale: float,
+    cap: float | None,
+) -> Array:
+    """Attend in one piece, with all scores in memory.
+
+    These are plain batched products over (batch, key head): on a CPU they take 0.7 of the time of
+    `jax.nn.dot_product_attention` in the forward pass and in the gradient. The query heads that
+    share a key head are rows of one product, so keys are never repeated.
+    """
     batch, length, heads, width = query.shape
     groups, before = key.shape[2], 0 if past is None else past[0].shape[-1]
     shape = (batch, groups, heads // groups, length, before + key.shape[1])
-    rows = (query * (width**-0.5 if scale is None else scale)).transpose(0, 2, 1, 3)
+    rows = (query * scale).transpose(0, 2, 1, 3)
     rows = rows.reshape(batch, groups, heads // groups * length, width)
     scores = _product(rows, key.transpose(0, 2, 3, 1), jnp.float32)
     if past is not None:
@@ -63,6 +87,7 @@ def attend(
     scores = capped(scores.reshape(shape), cap)
     if bias is not None:
         scores = scores + bias.reshape(shape)
+    mask = sight.mask(length, shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = _softmax(scores)
@@ -76,28 +101,32 @@ def attend(
 
 
 def _by_blocks(
-    few: Callable[..., Array],
     query: Array,
     key: Array,
     value: Array,
-    mask: Array | None,
-    drop: Array | None,
-    bias: Array | None,
+    sight: Sight,
+    drop: Array | None = None,
+    bias: Array | None = None,
+    *,
+    scale: float,
+    cap: float | None,
 ) -> Array:
-    """Return the attention of all queries, of which `few` computes `BLOCK` at a time."""
+    """Attend in blocks of `BLOCK` queries, which are computed again for the gradient.
+
+    A row never has more than N x BLOCK x S scores at once.
+    """
     length, count = query.shape[1], -(-query.shape[1] // BLOCK)
     # The gradients of keys and values are sums over all blocks, which are formed in float32.
     wide = key.astype(jnp.float32), value.astype(jnp.float32)
 
     @jax.checkpoint
     def block(start: Array) -> Array:
-        def rows(x: Array | None, axis: int) -> Array | None:
-            if x is None or x.shape[axis] == 1:
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
-
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=BLOCK)
         keys, values = wide[0].astype(key.dtype), wide[1].astype(value.dtype)
-        return few(rows(query, 1), keys, values, rows(mask, 2), rows(drop, 2), bias=rows(bias, 2))
+        few = cut(query, axis=1)
+        few_drop, few_bias = (None if x is None else cut(x, axis=2) for x in (drop, bias))
+        seen = sight.block(start, BLOCK)
+        return _whole(few, keys, values, seen, few_drop, bias=few_bias, scale=scale, cap=cap)
 
     # The last block overlaps the one before it if the length is not a multiple.
     mixed = jax.lax.map(block, jnp.minimum(jnp.arange(count) * BLOCK, length - BLOCK))
@@ -142,39 +171,3 @@ def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 def capped(x: Array, cap: float | None) -> Array:
     """Limit x to (-cap, cap) by cap tanh(x / cap); None leaves it as it is."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def visible(
-    length: int,
-    mask: Array | None = None,
-    segment_ids: Array | None = None,
-    *,
-    causal: bool = False,
-    window: int | None = None,
-) -> Array | None:
-    """Return the attention mask of rows: bool, broadcastable to [B, 1, T, T]; None if all see all.
-
-    Only real tokens (`mask` [B, T]) of the same segment (`segment_ids` [B, T]) are seen. With a
-    window a token sees itself, at most window - 1 tokens before it and, unless causal, as many
-    after it.
-    """
-    parts = []
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    if causal:
-        parts.append((distance >= 0)[None, None])
-    if window is not None and window < length:
-        distance = distance if causal else jnp.abs(distance)
-        parts.append((distance < window)[None, None])
-    if mask is not None:
-        parts.append(mask.astype(bool)[:, None, None, :])
-    if segment_ids is not None:
-        parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
-    return functools.reduce(operator.and_, parts) if parts else None
-
-
-def positions_in(segment_ids: Array) -> Array:
-    """Return positions [B, T] that restart with each segment; equal ids must be adjacent."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    first = jnp.ones_like(segment_ids[:, :1], bool)
-    starts = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

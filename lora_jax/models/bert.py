@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.models.attention import attend, positions_in, visible
+from lora_jax.models.attention import attend
 from lora_jax.models.config import BertConfig, check_choice
 from lora_jax.models.deberta import (
     Convolution,
@@ -29,6 +29,7 @@ from lora_jax.models.layers import (
     tensor_axis,
 )
 from lora_jax.models.pre_norm import PreNormEncoder
+from lora_jax.models.sight import Sight, positions_in, visible
 
 POOLINGS = {
     "mean": "the mean of the hidden states of the real tokens, then one product",
@@ -46,7 +47,7 @@ class _BertAttention(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None, distances: Distances | None) -> Array:
+    def __call__(self, x: Array, sight: Sight, distances: Distances | None) -> Array:
         config, bias = self.config, None
         products = {name: self._product(name) for name in ("query", "key", "value")}
         query, key, value = (self._heads(product(x)) for product in products.values())
@@ -63,7 +64,7 @@ class _BertAttention(nn.Module):
             keys, queries = by_position
             bias = scale * position_scores(query, key, (keys, queries), distances.of_pair)
         drop = kept_weights(config, x, self.deterministic)
-        mixed = attend(query, key, value, seen, drop, bias=bias, scale=scale).reshape(x.shape)
+        mixed = attend(query, key, value, sight, drop, bias=bias, scale=scale).reshape(x.shape)
         return self._product("output")(mixed)
 
     def _product(self, name: str) -> nn.Dense:
@@ -82,14 +83,14 @@ class _BertLayer(nn.Module):
     def __call__(
         self,
         x: Array,
-        seen: Array | None,
+        sight: Sight,
         distances: Distances | None = None,
         convolved: Convolved | None = None,
         kind: Array | None = None,
     ) -> tuple[Array, None]:
         config, drop = self.config, _drop(self.config, self.deterministic)
         attention = _BertAttention(config, self.deterministic, name="attention")
-        mixed = attention(x, seen, distances)
+        mixed = attention(x, sight, distances)
         x = by_rows(norm(config, "attention_norm")(x + drop(mixed)))
         x = by_rows(norm(config, "mlp_norm")(x + drop(Mlp(config, name="mlp")(x))))
         if convolved is not None and (kind is not None or self.kind):
@@ -103,7 +104,7 @@ class _Encoder(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None, mask: Array | None) -> Array:
+    def __call__(self, x: Array, sight: Sight, mask: Array | None) -> Array:
         config, relative = self.config, self.config.relative
         distances, convolved, kinds = None, None, None
         if relative is not None:
@@ -113,7 +114,7 @@ class _Encoder(nn.Module):
                 convolved = convolution(x, mask)
                 kinds = (1,) + (0,) * (config.num_layers - 1)
         layers = stack(_BertLayer, config, "layer", kinds, deterministic=self.deterministic)
-        return layers(x, seen, distances, convolved)
+        return layers(x, sight, distances, convolved)
 
 
 class _Embeddings(nn.Module):
@@ -193,8 +194,8 @@ class Bert(nn.Module):
         if config.pre_norm is not None:
             encoder = PreNormEncoder(config, config.pre_norm, deterministic, name="encoder")
             return encoder(x, mask, segment_ids, positions)
-        seen = visible(length, mask, segment_ids)
-        return _Encoder(config, deterministic, name="encoder")(x, seen, mask)
+        sight = visible(length, mask, segment_ids)
+        return _Encoder(config, deterministic, name="encoder")(x, sight, mask)
 
 
 def _positions(

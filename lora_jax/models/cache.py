@@ -138,13 +138,3 @@ def numbered(cache: Cache, mask: Array) -> Array:
     begin = cache.positions.max(axis=1, keepdims=True, initial=-1) + 1
     counted = begin + jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
     return jnp.where(mask.astype(bool), counted, -1)
-
-
-def visible_slots(positions: Array, slots: Array, window: int | None) -> Array:
-    """Return which slots each query may look at, bool [B, 1, T, S], from the positions of the
-    queries [B, T] and of the slots [B, S]."""
-    distance = positions[:, :, None] - slots[:, None, :]
-    seen = (slots >= 0)[:, None, :] & (distance >= 0)
-    if window is not None:
-        seen = seen & (distance < window)
-    return seen[:, None]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.models import cache as caches
-from lora_jax.models.attention import attend, capped, positions_in, visible
+from lora_jax.models.attention import attend, capped
 from lora_jax.models.cache import Cache, Fresh
 from lora_jax.models.config import DecoderConfig, check_choice
 from lora_jax.models.cross_entropy import chunked_cross_entropy
@@ -33,6 +33,7 @@ from lora_jax.models.layers import (
     tensor_axis,
 )
 from lora_jax.models.rope import angles, rotate
+from lora_jax.models.sight import Sight, either, positions_in, visible
 
 
 class _Flow(NamedTuple):
@@ -43,11 +44,10 @@ class _Flow(NamedTuple):
 
 
 class _View(NamedTuple):
-    """The positions and the mask of a kind of layer: rotary angles (None: no rotation), and which
-    tokens each token sees."""
+    """The rotary angles of the tokens in a kind of layer (None: no rotation), and their sight."""
 
     turn: tuple[Array, Array] | None
-    seen: Array | None
+    sight: Sight
 
 
 _Views = tuple[_View | None, _View | None]  # the view of each kind, see `DecoderConfig.kinds`
@@ -75,7 +75,7 @@ class _DecoderAttention(nn.Module):
             fresh = fresh.extended(key, value)
         scale, cap = config.attention_scale, config.attention_cap
         drop = kept_weights(config, x, self.deterministic)
-        mixed = attend(query, key, value, view.seen, drop, past, scale=scale, cap=cap)
+        mixed = attend(query, key, value, view.sight, drop, past, scale=scale, cap=cap)
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
@@ -89,9 +89,11 @@ class _DecoderLayer(nn.Module):
     def __call__(
         self, flow: _Flow, views: _Views, cache: Cache | None, kind: Array | None = None
     ) -> tuple[_Flow, None]:
-        config, view = self.config, views[self.kind]
-        if kind is not None:  # one program for layers of both kinds
-            view = jax.tree.map(lambda *each: jnp.where(kind == 0, *each), *views)
+        config, view, (one, other) = self.config, views[self.kind], views
+        if kind is not None and one and other:  # one program for layers of both kinds
+            first = kind == 0
+            turn = jax.tree.map(lambda *each: jnp.where(first, *each), one.turn, other.turn)
+            view = _View(turn, either(first, one.sight, other.sight))
         assert view is not None
 
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
@@ -285,10 +287,10 @@ class DecoderModel(nn.Module):
                     f"{most}; cut the rows shorter"
                 )
 
-        def seen(window: int | None) -> Array | None:
+        def sight(window: int | None) -> Sight:
             return visible(length, mask, segment_ids, causal=True, window=window)
 
-        return positions, self._views(positions, seen)
+        return positions, self._views(positions, sight)
 
     def _following(
         self,
@@ -305,19 +307,19 @@ class DecoderModel(nn.Module):
         positions = jnp.where(mask.astype(bool), positions, -1).astype(jnp.int32)
         slots = jnp.concatenate([cache.positions, positions], axis=1)
 
-        def seen(window: int | None) -> Array:
-            return caches.visible_slots(positions, slots, window)
+        def sight(window: int | None) -> Sight:
+            return Sight(positions, slots, slots >= 0, causal=True, window=window)
 
-        return positions, self._views(positions, seen)
+        return positions, self._views(positions, sight)
 
-    def _views(self, positions: Array, seen: Callable[[int | None], Array | None]) -> _Views:
+    def _views(self, positions: Array, sight: Callable[[int | None], Sight]) -> _Views:
         config = self.config
 
         def view(kind: int) -> _View | None:
             if kind not in config.kinds:
                 return None
             turn = self._turn(positions, local=kind == 1) if config.positions == "rotary" else None
-            return _View(turn, seen(config.sliding_window if kind else None))
+            return _View(turn, sight(config.sliding_window if kind else None))
 
         return view(0), view(1)
 

@@ -213,16 +213,22 @@ def sharded(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     has none of the names, for mesh axes that are not of type Auto (inside a `shard_map`), or if an
     axis of x is not a multiple of its number of parts (such as a batch of one).
     """
+    spec = partition(x.shape, *axes)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def partition(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> PartitionSpec | None:
+    """Return how `sharded` divides an array of `shape`; None if not at all."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     known = {name for name, kind in types.items() if kind == jax.sharding.AxisType.Auto}
     asked = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
     kept = [tuple(name for name in names if name in known) for names in asked]
     parts = [math.prod(mesh.shape[name] for name in names) for names in kept]
-    uneven = any(size % n for size, n in zip(x.shape, parts, strict=False))
+    uneven = any(size % n for size, n in zip(shape, parts, strict=False))
     if not any(kept) or uneven:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(names or None for names in kept)))
+        return None
+    return PartitionSpec(*(names or None for names in kept))
 
 
 def stack(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.models.attention import attend, visible
+from lora_jax.models.attention import attend
 from lora_jax.models.config import LayersConfig, PreNorm
 from lora_jax.models.layers import (
     Mlp,
@@ -19,15 +19,16 @@ from lora_jax.models.layers import (
     stack,
 )
 from lora_jax.models.rope import angles, rotate
+from lora_jax.models.sight import Sight, either, visible
 
 LOCAL, FIRST = 1, 2  # bits of a layer's kind: it has a window; it has no first norm
 
 
-class _Sight(NamedTuple):
-    """The rotary angles of the tokens, and which tokens each token sees."""
+class _View(NamedTuple):
+    """The rotary angles of the tokens (None: no rotation), and their sight."""
 
     turn: tuple[Array, Array] | None
-    seen: Array
+    sight: Sight
 
 
 class _Attention(nn.Module):
@@ -36,17 +37,17 @@ class _Attention(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, sight: _Sight) -> Array:
+    def __call__(self, x: Array, view: _View) -> Array:
         config, options = self.config, self.options
         count, width = config.num_heads, config.hidden_size // config.num_heads
         names = ("query", "key", "value")
         query, key, value = heads(
             config, x, (count,) * 3, width, names, fused=options.fused, bias=options.qkv_bias
         )
-        if sight.turn is not None:
-            query, key = rotate(query, sight.turn), rotate(key, sight.turn)
+        if view.turn is not None:
+            query, key = rotate(query, view.turn), rotate(key, view.turn)
         drop = kept_weights(config, x, self.deterministic)
-        mixed = attend(query, key, value, sight.seen, drop).reshape(x.shape)
+        mixed = attend(query, key, value, view.sight, drop).reshape(x.shape)
         return dense(config, config.hidden_size, "output", bias=options.output_bias)(mixed)
 
 
@@ -58,22 +59,23 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, whole: _Sight, local: _Sight | None, kind: Array | None = None
+        self, x: Array, whole: _View, local: _View | None, kind: Array | None = None
     ) -> tuple[Array, None]:
         config, options = self.config, self.options
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
-        sight, normed = whole, x
+        view, normed = whole, x
         if kind is not None or not self.kind & FIRST:
             normed = norm(config, "attention_norm", options.norm)(x)
         if kind is not None:  # one program for layers of all kinds
             normed = jnp.where((kind & FIRST) > 0, x, normed)
             if local is not None:
-                pick = lambda a, b: jnp.where((kind & LOCAL) > 0, b, a)  # noqa: E731
-                sight = jax.tree.map(pick, whole, local)
+                far = (kind & LOCAL) == 0
+                turn = jax.tree.map(lambda *x: jnp.where(far, *x), whole.turn, local.turn)
+                view = _View(turn, either(far, whole.sight, local.sight))
         elif self.kind & LOCAL and local is not None:
-            sight = local
+            view = local
         attention = _Attention(config, options, self.deterministic, name="attention")
-        x = by_rows(x + drop(attention(normed, sight)))
+        x = by_rows(x + drop(attention(normed, view)))
         rate = config.dropout if options.gated else 0.0
         mlp = Mlp(
             config, options.gated, True, options.mlp_bias, rate, self.deterministic, name="mlp"
@@ -98,19 +100,17 @@ class PreNormEncoder(nn.Module):
     ) -> Array:
         config, options, length = self.config, self.options, x.shape[1]
 
-        def sight(theta: float | None, window: int | None) -> _Sight:
-            seen = visible(length, mask, segment_ids, window=window)
-            seen = jnp.ones((1, 1, length, length), bool) if seen is None else seen
+        def view(theta: float | None, window: int | None) -> _View:
             width, turn = config.hidden_size // config.num_heads, None
             if theta is not None and positions is not None:
                 turn = angles(positions, width, theta)
-            return _Sight(turn, seen)
+            return _View(turn, visible(length, mask, segment_ids, window=window))
 
         windowed = options.windowed or (False,) * config.num_layers
         kinds = [LOCAL * local for local in windowed]
         kinds[0] |= 0 if options.first_norm else FIRST
-        local = sight(options.local_rope_theta, options.window) if any(windowed) else None
+        local = view(options.local_rope_theta, options.window) if any(windowed) else None
         layers = stack(
             *(_Layer, config, "layer", kinds), options=options, deterministic=self.deterministic
         )
-        return norm(config, "norm", options.norm)(layers(x, sight(options.rope_theta, None), local))
+        return norm(config, "norm", options.norm)(layers(x, view(options.rope_theta, None), local))

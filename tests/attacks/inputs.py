@@ -123,10 +123,6 @@ def _read_data(folder: pathlib.Path) -> None:
     assert data.classification(config, user_files.tokenizer(), "train", 2).facts().examples
 
 
-def _read_gguf_adapter(folder: pathlib.Path) -> None:
-    model_files.read_gguf_adapter(model_files.Random(0), folder)
-
-
 _ROWS = b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
 INPUTS = {
     "adapter": Input(lambda: adapters.checkpoints_files()[2], lora_jax.restore),

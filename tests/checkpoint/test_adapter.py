@@ -60,28 +60,6 @@ def test_restore_is_the_inverse_of_save(
     chex.assert_trees_all_equal(again, [adapters, head])
 
 
-def test_every_kind_is_saved_with_its_own_arrays(tmp_path: Path) -> None:
-    kinds = ("lora", "dora", "vera", "loha", "lokr", "bias")
-    targets = [
-        lora_jax.Target(f"layer/{k}", (3, 8, 6), (0,), (1,), (2,), 2, 2.0, kind=k) for k in kinds
-    ]
-    parts = ((0, 2), (4, 2))
-    targets += [lora_jax.Target("qkv", (8, 6), (), (0,), (1,), 2, 2.0, parts=parts)]
-    layout = lora_jax.Layout(tuple(targets))
-    params = {t.path: jnp.ones(t.shape) for t in targets}
-    adapters = lora_jax.init(jax.random.key(0), layout, params=params)
-    lora_jax.save(tmp_path / "a", (layout, adapters))
-    found, again, _ = lora_jax.restore(tmp_path / "a")
-    assert found == layout
-    assert jax.tree.structure(again) == jax.tree.structure(adapters)
-    chex.assert_trees_all_equal(again, adapters)
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[1])
-    places = {t.path: place for t in targets}
-    places["layer/dora"] = lora_jax.updates.Directed(place, place, place)
-    moved = lora_jax.restore(tmp_path / "a", places).parameters
-    assert all(x.devices() == {jax.local_devices()[1]} for x in jax.tree.leaves(moved))
-
-
 def test_no_base_weight_is_on_disk(tmp_path: Path, trained: Any) -> None:
     """The folder holds the factors and little else: noise does not compress."""
     layout, adapters = trained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -50,8 +49,3 @@ def finished(
 
 def members(config: SweepConfig) -> tuple[Member, ...]:
     return config.expand().members
-
-
-def of_seed(member: Member) -> Any:
-    """Return the config of a member without its seed, to group by."""
-    return dataclasses.replace(member.config, seed=0)

@@ -148,17 +148,6 @@ def test_the_command(
     assert len([block for block in section.blocks if isinstance(block, Table)]) == 2
 
 
-@pytest.mark.parametrize(
-    ("given", "said"), [(["--steps", "0"], "at least 1"), (["--out", "."], "is a folder")]
-)
-def test_errors_of_the_command_line(
-    given: list[str], said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = [] if "--out" in given else ["--out", str(tmp_path / "x.json")]
-    assert benefits.main([*out, *given]) == 1
-    assert said in " ".join(capsys.readouterr().err.split())
-
-
 def by_hand() -> Benefits:
     full = MeasuredSide(
         "full", 1000, StepBytes(40_000, 4_000, 8_000, 4_000), 4_000, (2.0, 4.0, 9.0)
@@ -181,10 +170,6 @@ def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
         *("MiniLM", "LoRA", "10", "1.00%"),
         *("4.04 kB", "80 B", "40 B", "5.84 kB", "10.00 kB"),
     )
-
-
-def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    assert benefits.sections(tmp_path) == ()
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments.paper import agreement, costs, directions, page, published, questions, result_cache
+from experiments.paper import costs, directions, page, published, questions, result_cache
 from experiments.paper.__main__ import main
 from experiments.paper.configs import definitions, matrices, rank
 from experiments.paper.configs import directions as directions_config
 from experiments.paper.experiments import Task
-from experiments.paper.settings import settings, there
 from lora_jax.errors import LoraError
 from lora_jax.report.document import Figure, Note, Panel, Paragraph, Report, Section, Table
 from lora_jax.serving.base_choice import BaseChoice
@@ -89,15 +88,6 @@ def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> N
     (own,) = [t[1:] for t in saved_runs.page(written / "report.html").tables if t[0] == columns]
     assert [row[0] for row in own] == ["q", "v", "q+v", "q+k+v+o"]
     assert {row[2] for row in own} == {"345,601"}
-
-
-def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
-    found = settings(there(folder / "rank"))
-    one, two = found[0], found[1]
-    first, second = (np.array(x.scores("test")) * 100 for x in (one, two))
-    error = np.sqrt(first.var(ddof=1) / 3 + second.var(ddof=1) / 3)
-    expected = f"{first.mean() - second.mean():+.1f} ± {error:.1f}"
-    assert agreement.difference(one, two) == expected
 
 
 def test_claims_have_the_papers_difference(written: pathlib.Path) -> None:

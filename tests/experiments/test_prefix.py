@@ -13,8 +13,8 @@ import pytest
 from experiments import methods
 from experiments.methods import prefix
 from lora_jax import models
-from lora_jax.models.attention import visible
 from lora_jax.models.bert import _BertLayer, _Embeddings
+from lora_jax.models.sight import visible
 from tests.experiments.test_method import BERT, IDS, MASK, model_of, noisy, run
 
 ROBERTA = dataclasses.replace(BERT, position_offset=2, num_token_types=1)

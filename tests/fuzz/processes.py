@@ -15,6 +15,10 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
+
+from tests.fuzz import cases
+
 WALL = 60  # a process that does not end its case within so many seconds hangs
 STARTED = 2 * WALL  # the first case waits for the import of JAX
 
@@ -25,48 +29,38 @@ class Ended(NamedTuple):
     kind: str
     number: int
     end: str
-    place: str = ""
     found: str = ""
 
 
 def run_one(kind: str, seed: int, number: int, root: pathlib.Path) -> Ended:
-    """Run one case and return how it ended."""
-    from tests.fuzz import one_case
-
     try:
-        return Ended(kind, number, one_case.run(kind, one_case.generator(kind, seed, number), root))
+        return Ended(kind, number, cases.run(kind, seed, number, root))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  any error is a fault
-        frames = traceback.extract_tb(error.__traceback__)
-        last = ([f for f in frames if "/lora_jax/" in f.filename] or frames)[-1]
-        place = f"{type(error).__name__} at {pathlib.Path(last.filename).name}:{last.lineno}"
-        return Ended(kind, number, "found", place, traceback.format_exc())
+    except BaseException:  # noqa: BLE001  any error is a fault
+        return Ended(kind, number, "fault", traceback.format_exc())
 
 
 def start_process() -> None:
     """Apply the settings of a process that runs cases."""
-    import jax
-
     for name in ("absl", "asyncio", "jax"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     jax.config.update("jax_platforms", "cpu")
 
 
-def work(cases: Any, seed: int, folder: str) -> None:
+def work(pipe: Any, seed: int, folder: str) -> None:
     """Run the cases that come through a pipe, and send how each ended."""
     start_process()
     log = os.open(f"{folder}/stderr-{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 2)  # libraries print panics and the reason why they end the process there
     root = pathlib.Path(tempfile.mkdtemp(dir=folder))
     while True:
-        kind, number = cases.recv()
+        kind, number = pipe.recv()
         end = run_one(kind, seed, number, root)
         if end.found:
             kept = pathlib.Path(folder, "found", f"{kind}-{number}")
             shutil.copytree(root / "case", kept, dirs_exist_ok=True)
-            (kept / "traceback.txt").write_text(end.found, errors="backslashreplace")
-        cases.send(end)
+        pipe.send(end)
 
 
 def run_all(tasks: list[tuple[str, int]], seed: int, jobs: int, folder: str) -> Iterator[Ended]:
@@ -88,7 +82,7 @@ def run_all(tasks: list[tuple[str, int]], seed: int, jobs: int, folder: str) -> 
                 what = "" if end else "the process hangs"
             except EOFError:
                 what = "the process died"
-            ends.put(Ended(*task, "found", what, what) if what else end)
+            ends.put(Ended(*task, "fault", what) if what else end)
             wait = WALL
         process.kill()
 

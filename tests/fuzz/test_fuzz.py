@@ -15,8 +15,8 @@ import pytest
 from hypothesis import strategies
 
 from lora_jax.system.console import quiet_storage
-from tests.fuzz import one_case
-from tests.fuzz.kinds import KINDS
+from tests.fuzz import cases
+from tests.fuzz.cases import KINDS
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_every_case_ends_well(name: str, tmp_path: pathlib.Path) -> None:
     @hypothesis.given(NUMBERS)
     def run(number: int) -> None:
         try:
-            ends.append(one_case.run(name, one_case.generator(name, 0, number), tmp_path))
+            ends.append(cases.run(name, 0, number, tmp_path))
         except BaseException as error:
             error.add_note(f"again: python -m tests.fuzz --kind {name} --only {number}")
             raise
@@ -55,4 +55,4 @@ def test_every_case_ends_well(name: str, tmp_path: pathlib.Path) -> None:
     ends: list[str] = []
     with quiet_storage():  # hides the messages of writes that Orbax abandons when it fails
         run()
-    assert set(ends) == {one_case.REFUSED, one_case.READ}, "the changes are too large, or too small"
+    assert set(ends) == {cases.REFUSED, cases.READ}, "the changes are too large, or too small"

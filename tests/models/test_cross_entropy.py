@@ -16,6 +16,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from lora_jax.training.causal_lm import apply_of, token_loss
+from tests import laws
 from tests.models.options import random_params
 
 B, T, V = 2, 10, 96
@@ -49,10 +50,7 @@ def parts(
     apply = apply_of(model, chunk, smoothing=smoothing)
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=targets)
     layout = lora_jax.resolve(spec, apply, params, batch(), train=True, key=None)
-    adapters = jax.tree.map(
-        lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8,
-        lora_jax.init(jax.random.key(1), layout),
-    )
+    adapters = laws.drawn_adapters(layout)
     adapted = lora_jax.adapt(layout, apply)
 
     def loss(adapters: Any, params: Any) -> Any:
@@ -128,7 +126,8 @@ def test_label_smoothing_is_optax(chunk: int | None) -> None:
         found,
         wanted,
     )
-    np.testing.assert_allclose(of(smoothed, False, params), of(plain, False, params), rtol=1e-6)
+    still = jax.jit(lambda params: [of(apply, False, params) for apply in (smoothed, plain)])
+    np.testing.assert_allclose(*still(params), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("chunk", "scan", "remat"), [(None, False, "none"), (3, True, "full")])
@@ -142,10 +141,7 @@ def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None
     apply = apply_of(model, chunk)
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=("all-linear",))
     layout = lora_jax.resolve(spec, apply, params, batch(), train=True, key=key)
-    adapters = jax.tree.map(
-        lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8,
-        lora_jax.init(jax.random.key(1), layout),
-    )
+    adapters = laws.drawn_adapters(layout)
 
     def adapted(adapters: Any) -> Any:
         outputs = lora_jax.adapt(layout, apply)(params, adapters, batch(), train=True, key=key)

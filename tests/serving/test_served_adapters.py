@@ -241,53 +241,6 @@ def test_what_a_stranger_says_is_of_another_type(
 # ---- swapping
 
 
-def test_a_hundred_swaps_compile_nothing(
-    tmp_path: pathlib.Path, params: Any, weights: pathlib.Path, compilations: list[str]
-) -> None:
-    given = []
-    for rank in (1, 2, 4, 5, 8, 11, 14, 16):
-        targets = (QUERY, UP) if rank % 2 else (UP,)
-        pair = random_adapter(params, rank, targets=targets)
-        lora_jax.save(tmp_path / f"r{rank}", pair, fingerprint=lora_jax.fingerprint(params))
-        given.append(str(tmp_path / f"r{rank}"))
-    served = served_adapters.open_adapters(given, KIND, base=str(weights))
-    layout, stacked = served.stack
-    model = models.Bert(served.config)
-    ids = jnp.asarray(np.random.default_rng(0).integers(4, 40, (4, 6)), jnp.int32)
-
-    @jax.jit
-    def f(params: Any, ids: Any) -> Any:
-        return model.apply({"params": params["bert"]}, ids)
-
-    g = jax.jit(
-        lambda stacked, chosen: lora_jax.adapt(layout, f)(
-            served.params, lora_jax.multi.select(stacked, chosen), ids
-        )
-    )
-    expected = {
-        m.name: f(lora_jax.merge(m.layout, params, m.parameters), ids) for m in served.members
-    }
-    chosen = np.array([3, lora_jax.multi.BASE, 3, 5], np.int32)
-    for member in served.members:  # each form of adapter compiles once here
-        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.parameters))
-    g(stacked, chosen), g(stacked, np.int32(3))
-    base = f(params, ids)
-    compilations.clear()
-    for swap in range(100):
-        member = served.members[swap * 3 % 8]
-        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.parameters))
-        mixed = np.asarray(g(stacked, chosen))
-        alone = np.asarray(g(stacked, np.int32(3)))
-        wanted = np.asarray(expected[member.name])
-        np.testing.assert_allclose(alone, wanted, atol=2e-5)
-        np.testing.assert_allclose(mixed[[0, 2]], wanted[[0, 2]], atol=2e-5)
-        np.testing.assert_allclose(mixed[1], np.asarray(base)[1], atol=2e-5)
-    assert compilations == []
-    fresh = jax.jit(lambda x: x + 1)
-    fresh(jnp.ones(3))
-    assert compilations  # the counter works
-
-
 def test_the_checkpoint_tells_what_was_said(runs: pathlib.Path) -> None:
     member = SavedAdapter.open_lora(runs / "a/adapters/best", "a")
     assert member.about == adapter.restore_about(member.folder)

@@ -11,16 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.checkpoint.storage import orbax
 from lora_jax.data.config import DataConfig
 from lora_jax.sweeps.config import GroupConfig, Member
-from lora_jax.training import export, metrics
+from lora_jax.training import metrics
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.sweeps.test_group_step import close
 from tests.training import tiny
-from tests.training.runs import train_group, train_in
+from tests.training.runs import saved_state, train_group, train_in
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -80,20 +79,8 @@ def alone(path: pathlib.Path, member: Member) -> dict[str, Any]:
     return train_in(path, member.config, jax.devices()[:1])
 
 
-def state(run: pathlib.Path, step: int) -> Any:
-    return orbax().load_checkpointables(run / f"checkpoints/{step}")["state"]
-
-
 def losses(run: pathlib.Path) -> list[float]:
     return [line["loss"] for line in metrics.read(run)]
-
-
-def same_files(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    """Assert that record, checkpoint and exports are equal, bit for bit."""
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    close(state(one, step), state(other, step), 0)
-    for name in ("best", "last"):
-        close(export.load(one, name), export.load(other, name), 0)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +103,7 @@ def test_a_member_leaves_what_it_leaves_alone(
     member, (path, summaries) = members[index], whole
     summary = alone(tmp_path / "alone", member)
     own, steps = path / member.name, member.config.steps
-    close(state(own, steps), state(tmp_path / "alone", steps))
+    close(saved_state(own, steps), saved_state(tmp_path / "alone", steps))
     lines, wanted = metrics.read(own), metrics.read(tmp_path / "alone")
     assert [line.keys() for line in lines] == [line.keys() for line in wanted]
     for line, other in zip(lines, wanted, strict=True):

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import train
-from lora_jax.checkpoint.storage import orbax
 from lora_jax.cli import train as command_line
 from lora_jax.sweeps import loop
 from lora_jax.sweeps.config import GroupConfig, Member
@@ -26,7 +25,7 @@ from lora_jax.training import export, metrics, processes
 from lora_jax.training.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.mesh import make
 from tests.sweeps.test_group_step import close
-from tests.training.runs import OWN, ROOT, train_group, train_in
+from tests.training.runs import OWN, ROOT, assert_same_run, saved_state, train_group, train_in
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -73,10 +72,6 @@ def stopped(tick: int) -> Iterator[None]:
     pytest.fail("the block ended before the signal")
 
 
-def state(run: pathlib.Path, step: int) -> Any:
-    return orbax().load_checkpointables(run / f"checkpoints/{step}")["state"]
-
-
 def steps_of(run: pathlib.Path) -> list[int]:
     return [line["step"] for line in metrics.read(run) if "split" not in line]
 
@@ -87,14 +82,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("whole")
     together(path, A, B, C)
     return path
-
-
-def same_files(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    """Assert that record, checkpoint and exports are equal, bit for bit."""
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    close(state(one, step), state(other, step), 0)
-    for name in ("best", "last"):
-        close(export.load(one, name), export.load(other, name), 0)
 
 
 def test_stopped_and_resumed_is_the_same_bit_for_bit(
@@ -109,7 +96,7 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
     shutil.rmtree(tmp_path / "a/checkpoints/33")
     together(tmp_path, A, B, C)
     for one in (A, B, C):
-        same_files(tmp_path / one.name, whole / one.name, one.config.steps)
+        assert_same_run(tmp_path / one.name, whole / one.name, one.config.steps)
 
 
 def test_a_group_that_is_preempted_says_so(
@@ -132,7 +119,7 @@ def test_a_member_goes_on_alone_and_back(whole: pathlib.Path, tmp_path: pathlib.
     together(tmp_path, A, B)
     for one in (A, B):
         assert steps_of(tmp_path / one.name) == list(range(1, STEPS + 1))
-        close(state(tmp_path / one.name, STEPS), state(whole / one.name, STEPS))
+        close(saved_state(tmp_path / one.name, STEPS), saved_state(whole / one.name, STEPS))
 
 
 def test_a_finished_group_says_what_it_came_to_and_trains_nothing(whole: pathlib.Path) -> None:
@@ -151,7 +138,7 @@ def test_paused_members_wait_and_new_ones_join(whole: pathlib.Path, tmp_path: pa
     assert len(together(tmp_path, A, B, C)) == 3
     for one in (A, B, C):
         steps = one.config.steps
-        close(state(tmp_path / one.name, steps), state(whole / one.name, steps))
+        close(saved_state(tmp_path / one.name, steps), saved_state(whole / one.name, steps))
 
 
 def test_more_members_than_fit_train_one_after_the_other(
@@ -168,7 +155,7 @@ def test_more_members_than_fit_train_one_after_the_other(
     assert "3 members in 2 groups of at most 2" in capsys.readouterr().out
     for one in (A, B, C):
         steps = one.config.steps
-        close(state(tmp_path / one.name, steps), state(whole / one.name, steps))
+        close(saved_state(tmp_path / one.name, steps), saved_state(whole / one.name, steps))
 
 
 # ---- in one process: who is in the group
@@ -266,9 +253,9 @@ def test_a_group_that_gives_up_slots_is_the_same(
         together(tmp_path / "run", A, B, C)
     together(tmp_path / "run", A, B, C)
     for one in (A, B, C):
-        same_files(tmp_path / "run" / one.name, tmp_path / "whole" / one.name, one.config.steps)
-        close(state(tmp_path / "run" / one.name, one.config.steps),
-              state(whole / one.name, one.config.steps))  # fmt: skip
+        own, steps = tmp_path / "run" / one.name, one.config.steps
+        assert_same_run(own, tmp_path / "whole" / one.name, steps)
+        close(saved_state(own, steps), saved_state(whole / one.name, steps))
 
 
 # ---- members that fail
@@ -301,7 +288,7 @@ def test_a_member_that_diverges_stops_and_the_others_go_on(
         together(tmp_path, A, bad, B)
     assert [summary["run"][-1] for summary in caught.value.summaries] == ["a", "b"]
     for one in (A, B):
-        close(state(tmp_path / one.name, STEPS), state(whole / one.name, STEPS))
+        close(saved_state(tmp_path / one.name, STEPS), saved_state(whole / one.name, STEPS))
     assert "step 6 is not finite" in (tmp_path / "bad/error.txt").read_text()
     assert "bad stops: step 6 is not finite" in " ".join(capsys.readouterr().out.split())
     assert not list((tmp_path / "bad/checkpoints").iterdir())
@@ -311,7 +298,7 @@ def test_a_member_that_diverges_stops_and_the_others_go_on(
     assert (summaries[1]["steps"], summaries[1]["skipped_steps"]) == (STEPS, 1)
     assert not (tmp_path / "bad/error.txt").exists()
     alone(tmp_path / "alone", skipping)
-    close(state(tmp_path / "bad", STEPS), state(tmp_path / "alone", STEPS))
+    close(saved_state(tmp_path / "bad", STEPS), saved_state(tmp_path / "alone", STEPS))
 
 
 def test_what_is_said_of_a_group_is_not_said_of_a_member(tmp_path: pathlib.Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,7 +26,7 @@ from lora_jax.checkpoint import adapter_path
 from lora_jax.training import export, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.state import State
-from tests.training.runs import OWN, SMALL
+from tests.training.runs import OWN, SMALL, bits
 
 # If several reads fail, Orbax reports the first; the others complain when they are collected.
 ABANDONED = "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -48,13 +47,6 @@ def state(step: int, rows: int = ROWS) -> State:
         jnp.int32(0),
         jax.random.fold_in(jax.random.key(7), step),
     )
-
-
-def bits(tree: Any) -> list[tuple[str, bytes]]:
-    def plain(x: Any) -> Any:
-        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-    return [(str(x.dtype), np.asarray(plain(x)).tobytes()) for x in jax.tree.leaves(tree)]
 
 
 def write(folder: pathlib.Path, *steps: int) -> pathlib.Path:

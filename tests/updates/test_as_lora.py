@@ -79,17 +79,3 @@ def test_adapters_of_several_kinds_are_stacked_and_combined() -> None:
     want = whole + sum(c * d for c, d in zip(weights, deltas, strict=True))
     got = merge(both, w, combined)["w"]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(np.abs(want).max()))
-
-
-def test_truncate_takes_any_additive_kind() -> None:
-    target = Target("w", (9, 8), (), (0,), (1,), 2, 3.0, kind="loha")
-    layout, adapters = Layout((target,)), {"w": arrays(target)}
-    smaller, lost = lora_jax.multi.truncate((layout, adapters), 4)
-    assert smaller.layout["w"].rank == 4 and lost["w"].relative < 1e-6
-    w = {"w": weight(target)}
-    np.testing.assert_allclose(
-        lora_jax.merge(smaller.layout, w, smaller.parameters)["w"],
-        lora_jax.merge(layout, w, adapters)["w"],
-        rtol=1e-4,
-        atol=1e-4,
-    )

@@ -305,6 +305,7 @@ def test_what_does_not_add_up(kind: str) -> None:
             call()
 
 
+@pytest.mark.matrix
 @cells("analysis")
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_analysis_is_of_the_merged_difference(kind: str, scheme: str | None) -> None:

@@ -222,27 +222,3 @@ def test_a_bias() -> None:
     merged = lora_jax.merge(layout, params, moved)["bias"]
     assert merged.dtype == jnp.bfloat16 and (merged == 1.5).all()
     assert kind_of(target).factors(target, moved["bias"]) is None
-
-
-def test_a_kind_of_ones_own() -> None:
-    from lora_jax.updates import kind as kinds
-
-    class Signed(lora_jax.updates.Lora):
-        """The update is -scale * a @ b."""
-
-        name = "signed"
-
-        def scale(self, target: Target) -> float:
-            return -target.scale
-
-    lora_jax.updates.register(Signed())
-    try:
-        target = Target(**{**TARGET, "kind": "signed"})
-        layout, w = Layout((target,)), {"w": jnp.zeros((9, 8))}
-        update = {"w": Factors(jnp.ones((9, 2)), jnp.ones((2, 8)))}
-        assert (lora_jax.merge(layout, w, update)["w"] == -2).all()
-        plain, same = lora_jax.as_lora(layout, update)
-        assert plain["w"].kind == "lora" and plain["w"].scale == -1
-        assert (lora_jax.merge(plain, w, same)["w"] == -2).all()
-    finally:
-        del kinds._KINDS["signed"]
