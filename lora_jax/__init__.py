@@ -37,6 +37,6 @@ from lora_jax.resolve import resolve as resolve
 from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.spec import LoraSpec as LoraSpec
 from lora_jax.spec import Rule as Rule
-from lora_jax.target import Target as Target
+from lora_jax.spec import Target as Target
 from lora_jax.transform import adapt as adapt
 from lora_jax.updates.factors import Factors as Factors

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.spec import LoraSpec
-from lora_jax.target import Target
+from lora_jax.spec import LoraSpec, Target
 from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import Initializer, kind_of
 from lora_jax.updates.kind import uniform as uniform_within
@@ -124,7 +123,7 @@ def init(
     Source:
       Section 4.1 of arXiv 2106.09685.
 
-    >>> from lora_jax.target import Target
+    >>> from lora_jax.spec import Target
     >>> layout = Layout((Target("w", (8, 4), (), (0,), (1,), rank=2, alpha=4.0),))
     >>> jax.tree.map(jnp.shape, init(jax.random.key(0), layout))
     {'w': Factors(a=(8, 2), b=(2, 4))}
@@ -276,7 +275,7 @@ def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
       LoraError: adapters that do not fit the layout, DoRA (its update depends on W), or a bias (it
         has no factors).
 
-    >>> from lora_jax.target import Target
+    >>> from lora_jax.spec import Target
     >>> layout = Layout((Target("w", (9, 8), (), (0,), (1,), rank=2, alpha=1.0, kind="loha"),))
     >>> plain, adapters = as_lora(layout, init(jax.random.key(0), layout))
     >>> plain["w"].kind, plain["w"].rank, adapters["w"].a.shape

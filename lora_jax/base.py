@@ -54,6 +54,19 @@ class Base(abc.ABC):
     def dense(self) -> Array:
         """Return the weight as a float array of `shape` and `dtype`."""
 
+    def stack_ndim(self) -> int:
+        """Return the number of leading axes that the weight shares with all of its arrays."""
+        leaves, tree = jax.tree.flatten(self)
+        shapes, count = [tuple(x.shape) for x in leaves], 0
+        ndim = len(self.shape)
+        while all(shapes):
+            shapes = [shape[1:] for shape in shapes]
+            less = map(jax.ShapeDtypeStruct, shapes, (x.dtype for x in leaves))
+            if len(jax.tree.unflatten(tree, less).shape) != ndim - count - 1:
+                break
+            count += 1
+        return count
+
     @property
     def ndim(self) -> int:
         """The number of axes of the float array."""
@@ -108,9 +121,9 @@ class QuantisedMatrix(Base):
 
     def dense(self) -> Array:
         lead, dtype = self.lead, self.dtype
-        stored = self.numbers().astype(dtype).reshape(*lead, *self.sizes)
         n = len(lead)
-        return jnp.transpose(stored, (*range(n), *(n + axis for axis in self.order)))
+        axes = (*range(n), *(n + axis for axis in self.order))
+        return self.numbers().astype(dtype).reshape(*lead, *self.sizes).transpose(axes)
 
 
 def is_base(x: Any) -> bool:

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.spec import LoraSpec
+from lora_jax.spec import LoraSpec, Target
 from lora_jax.system import json_file, table
-from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
 FORMAT = 1

@@ -11,10 +11,9 @@ from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Remark
 from lora_jax.primitives import jaxprs
+from lora_jax.primitives.adapted_weight import Use
 from lora_jax.primitives.analysis import Findings, analyse
-from lora_jax.primitives.recorder import Use
-from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
-from lora_jax.target import Target
+from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule, Target
 from lora_jax.updates.kind import kind_named
 
 

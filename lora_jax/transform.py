@@ -16,7 +16,7 @@ from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.kind import kind_of
 from lora_jax.updates.named import Names
 from lora_jax.updates.update import Update

@@ -52,7 +52,7 @@ MUTANTS = (  # name, where, old, new, test
     Mutant("largest-without-sign", "bases/nf4.py",
         "jnp.max(jnp.abs(x), axis=-1)", "jnp.max(x, axis=-1)",
         "tests/bases/test_nf4.py::test_bytes_of_bitsandbytes"),
-    Mutant("scale-without-rank", "target.py:scale",
+    Mutant("scale-without-rank", "spec.py:scale",
         'self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))',
         "self.alpha",
         "tests/test_merge.py::test_merge_against_float64_by_hand"),
@@ -191,7 +191,7 @@ MUTANTS = (  # name, where, old, new, test
         '"all-reduce": 2 * (n - 1) / n', "(n - 1) / n",
         "tests/planner/test_plan.py::test_seconds_of_a_ring"),
     Mutant("loops-count-once", "planner/hlo.py",
-        "(instruction.trips or 1) if loop else 1", "1",
+        "(self.trips(instruction) or 1) if loop else 1", "1",
         "tests/planner/test_hlo.py::test_collectives_in_a_loop_count_as_often_as_it_runs"),
     # ---- models
     Mutant("rotation-backwards", "models/rope.py",

@@ -25,25 +25,23 @@ ARROWS: dict[str, set[str]] = {
     "system": {"errors"},
     "__main__": {"errors", "system"},
     "frozen": {"base", "errors", "paths"},
-    "target": {"errors", "spec"},
-    "updates": {"base", "errors", "target"},
-    "layout": {"base", "errors", "paths", "spec", "system", "target", "updates"},
-    "adapters": {"errors", "layout", "paths", "spec", "target", "updates"},
+    "updates": {"base", "errors", "spec"},
+    "layout": {"base", "errors", "paths", "spec", "system", "updates"},
+    "adapters": {"errors", "layout", "paths", "spec", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "bases", "errors", "layout", "paths", "system"}
     | {"updates"},
     "models": {"base", "bases", "errors", "system"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
-    "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
-    | {"updates"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "updates"},
+    "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "spec"} | {"updates"},
     "transform": {"adapters", "bases", "errors", "layout", "paths", "primitives"}
-    | {"target", "updates"},
-    "multi": {"adapters", "base", "errors", "layout", "primitives", "spec", "target"}
-    | {"transform", "updates"},
+    | {"spec", "updates"},
+    "multi": {"adapters", "base", "errors", "layout", "primitives", "spec", "transform"}
+    | {"updates"},
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
-    | {"primitives", "spec", "target", "transform", "updates"},
+    | {"primitives", "spec", "transform", "updates"},
     "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
     | {"layout", "models", "multi", "paths", "system", "transform"},
     "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
@@ -51,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     | {"sharding", "spec", "system", "transform", "updates"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
-    | {"spec", "system", "target", "updates"},
+    | {"spec", "system", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
     | {"primitives", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
@@ -62,8 +60,8 @@ ARROWS: dict[str, set[str]] = {
     | {"models", "paths", "planner", "primitives", "report", "resolve", "serving"}
     | {"spec", "sweeps", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
-    | {"layout", "multi", "paths", "resolve", "sharding", "spec", "target"}
-    | {"transform", "updates"},
+    | {"layout", "multi", "paths", "resolve", "sharding", "spec", "transform"}
+    | {"updates"},
 }
 # The rooms that are not part of the core.
 AROUND = ("system", "models", "data", "training", "sweeps", "planner", "serving")

@@ -13,7 +13,7 @@ from lora_jax.analysis.as_factors import as_factors
 from lora_jax.analysis.matrices import Array, Svd
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.target import Target
+from lora_jax.spec import Target
 
 
 class Amplification(NamedTuple):

@@ -13,7 +13,7 @@ from lora_jax.analysis import matrices
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import kind_of
 

@@ -15,8 +15,7 @@ from lora_jax.analysis.matrices import Svd
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.combine import Truncation
-from lora_jax.spec import check_rank
-from lora_jax.target import Target
+from lora_jax.spec import Target, check_rank
 from lora_jax.updates.factors import Factors
 
 

@@ -17,7 +17,7 @@ from lora_jax.base import is_base
 from lora_jax.bases.quantise import quantize, scheme_of
 from lora_jax.errors import LoraError, nearest
 from lora_jax.layout import Layout
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.kind import kind_of
 
 Tree = Any  # a pytree

@@ -15,7 +15,7 @@ from lora_jax.analysis import matrices
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.transform import Several, adapt
 from lora_jax.updates.factors import Factors, named
 from lora_jax.updates.gating import counted

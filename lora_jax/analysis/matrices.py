@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.factors import Factors
 
 Array = NDArray[np.float64]

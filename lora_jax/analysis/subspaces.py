@@ -12,7 +12,7 @@ from lora_jax.analysis.as_factors import as_factors, factors_of
 from lora_jax.analysis.matrices import Array
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.target import Target
+from lora_jax.spec import Target
 
 Side = Literal["a", "b", "input", "output"]
 SIDES: tuple[Side, ...] = ("a", "b", "input", "output")

@@ -196,18 +196,7 @@ class Deferred(Weight):
         """Return the names of the axes that the base's arrays share, along which it is sliced."""
         if self.steps or not isinstance(self.source, Base):
             return ()
-        return names[: stack_ndim(self.source)]
-
-
-def stack_ndim(base: Base) -> int:
-    """Return the number of leading axes that a base shares with all of its arrays."""
-    now, count = jax.tree.map(shaped, base), 0
-    while all(x.shape for x in jax.tree.leaves(now)):
-        less = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), now)
-        if len(less.shape) == len(now.shape):
-            break
-        now, count = less, count + 1
-    return count
+        return names[: self.source.stack_ndim()]
 
 
 @jax.tree_util.register_dataclass

@@ -32,7 +32,7 @@ import tyro
 from lora_jax.cli.parameter_tree import Leaf, draw, tree
 from lora_jax.cli.shaped_model import ShapedModel, open_shaped
 from lora_jax.errors import LoraError
-from lora_jax.primitives.recorder import Use
+from lora_jax.primitives.adapted_weight import Use
 from lora_jax.resolve import Trace, trace
 from lora_jax.spec import LoraSpec, check_rank
 from lora_jax.system import table

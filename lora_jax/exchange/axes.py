@@ -16,7 +16,7 @@ from lora_jax.errors import LoraError
 from lora_jax.exchange.names import NameTable
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule
-from lora_jax.target import Target
+from lora_jax.spec import Target
 
 
 def stack_axes(layout: Layout, path: str, count: int) -> tuple[int, ...]:

@@ -26,8 +26,7 @@ from lora_jax.exchange.names import NameTable, TensorPlace
 from lora_jax.exchange.peft_config import ModuleSettings, PeftConfig
 from lora_jax.exchange.peft_keys import PREFIX
 from lora_jax.resolve import resolve
-from lora_jax.spec import LoraSpec, Rule
-from lora_jax.target import Target
+from lora_jax.spec import LoraSpec, Rule, Target
 
 ORDER = ("gate_up_proj", "down_proj")  # the order of attributes in Transformers' expert modules
 WRAPPER = re.compile(r"(?P<module>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<side>[AB])\.weight")

@@ -22,8 +22,7 @@ from lora_jax.models.hf_module import HfModule
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.analysis import analyse
 from lora_jax.resolve import resolve
-from lora_jax.spec import LoraSpec, Rule
-from lora_jax.target import Target
+from lora_jax.spec import LoraSpec, Rule, Target
 from lora_jax.updates import Shift, kind_of
 
 

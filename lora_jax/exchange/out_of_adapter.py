@@ -19,7 +19,7 @@ from lora_jax.exchange.names import NameTable, written
 from lora_jax.exchange.whole_parameters import out_of_parameters
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule, HfNames
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates import Directed, Factors, kind_of
 
 Pieces = dict[str, list[tuple[HfModule, Any]]]  # tensor's name -> its pieces

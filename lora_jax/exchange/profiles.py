@@ -90,7 +90,10 @@ def _at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]
     """Return all updates in float32, at one rank and scale if they differ."""
     if not updates:
         return {}
-    wide = {n: _wide(u) for n, u in updates.items()}
+    wide = {
+        n: u._replace(a=u.a.astype(np.float32), b=u.b.astype(np.float32))
+        for n, u in updates.items()
+    }
     agree = len({(u.rank, u.alpha, u.scaling) for u in wide.values()}) <= 1
     plain = all(
         u.scaling == "alpha/r" and u.alpha == int(u.alpha) and u.alpha >= 1 for u in wide.values()
@@ -99,10 +102,6 @@ def _at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]
         return wide
     rank = max(u.rank for u in wide.values())
     return {n: u.folded(rank) for n, u in wide.items()}
-
-
-def _wide(update: ModuleUpdate) -> ModuleUpdate:
-    return update._replace(a=update.a.astype(np.float32), b=update.b.astype(np.float32))
 
 
 def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) -> dict[str, Any]:

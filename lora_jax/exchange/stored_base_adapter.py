@@ -15,7 +15,7 @@ from lora_jax.layout import Layout
 from lora_jax.models.weights.assemble import load_one
 from lora_jax.models.weights.stored import parameters
 from lora_jax.serving.served_adapters import Served
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates import Factors, kind_of
 
 
@@ -44,19 +44,10 @@ def over_stored_base(run: Served) -> Adapter:
         w = load_one(stored, known[target.path], config)
         initial = init_from_base(Layout((target,)), {target.path: w}, run.changed_by)
         first, now = initial.adapters[target.path], run.member.parameters[target.path]
-        targets.append(_doubled(target))
-        adapters[target.path] = _difference(target, now, first)
+        more = 2 if target.scaling == "alpha/r" else math.sqrt(2)  # keeps the scale
+        targets.append(dataclasses.replace(target, rank=2 * target.rank, alpha=target.alpha * more))
+        rank_axis = len(target.stack)  # b is [*stack, rank, *outputs]
+        a = jnp.concatenate([now.a, first.a], axis=-1)
+        b = jnp.concatenate([now.b, -first.b], axis=rank_axis)
+        adapters[target.path] = Factors(a, b)
     return Adapter(Layout(tuple(targets)), adapters, dict(run.member.trainable))
-
-
-def _doubled(target: Target) -> Target:
-    """Return the target with twice the rank and the same scale."""
-    more = 2 if target.scaling == "alpha/r" else math.sqrt(2)
-    return dataclasses.replace(target, rank=2 * target.rank, alpha=target.alpha * more)
-
-
-def _difference(target: Target, now: Any, first: Any) -> Factors:
-    """Return `a b - a0 b0` as one pair of factors."""
-    rank_axis = len(target.stack)  # b is [*stack, rank, *outputs]
-    a = jnp.concatenate([now.a, first.a], axis=-1)
-    return Factors(a, jnp.concatenate([now.b, -first.b], axis=rank_axis))

@@ -27,8 +27,7 @@ from lora_jax.adapters import Adapter, as_lora, factors_alone
 from lora_jax.base import wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.spec import check_rank
-from lora_jax.target import Target
+from lora_jax.spec import Target, check_rank
 from lora_jax.updates.factors import Factors
 
 
@@ -107,7 +106,7 @@ def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation
     Raises:
       LoraError: a rank below 1, or adapters that do not fit the layout.
 
-    >>> from lora_jax.target import Target
+    >>> from lora_jax.spec import Target
     >>> layout = Layout((Target("w", (3, 4), (), (0,), (1,), rank=2, alpha=2.0),))
     >>> factors = Factors(jnp.diag(jnp.array([4.0, 3.0, 0.0]))[:, :2], jnp.eye(2, 4))
     >>> smaller, lost = truncate(Adapter(layout, {"w": factors}), 1)

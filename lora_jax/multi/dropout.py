@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.multi.selected import Choice
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.transform import UpdateOf, single
 from lora_jax.updates.dropped import Dropped
 from lora_jax.updates.named import Names

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lora_jax.adapters import Adapters
 from lora_jax.layout import Layout
 from lora_jax.multi import per_example, segmented_matmul
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.transform import Several, UpdateOf
 from lora_jax.updates.factors import Gains, named
 from lora_jax.updates.gating import Gated

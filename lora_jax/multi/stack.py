@@ -27,7 +27,7 @@ from lora_jax.adapters import Adapter, Adapters, as_lora, check, factors_alone
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.selected import Choice, Mixed, Stack
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.transform import UpdateOf
 from lora_jax.updates.kind import kind_of
 

@@ -1,4 +1,4 @@
-"""An adapted weight on its way through a program: W and its update, never their sum."""
+"""An adapted weight on its way through a program (W and its update), and a use that it meets."""
 
 from __future__ import annotations
 
@@ -101,6 +101,51 @@ class AdaptedWeight:
         dw = none if isinstance(self.weight, Deferred) else tangent.weight  # codes have no tangent
         parts = self.update.tangents(self.weight, dw, tangent.update, none)
         return [dataclasses.replace(self, weight=w, update=update) for w, update in parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that consumes a parameter.
+
+    An operation consumes all the parameters that a weight is made of. Until `of` asks for the use
+    of one of them, the axes are atoms.
+
+    kind, where: the name of the operation, and its place in the program.
+    stack, inputs, outputs: the parameter's own axes. If the operation has no low-rank rule, only
+      stack is known.
+    barrier: the name of an operation without a low-rank rule between the parameter and this use, or
+      of this use itself. Such a use exists only in merged form.
+    lookup, general: what is known of the operation (`evaluator.Primitive`).
+    """
+
+    kind: str
+    where: str
+    stack: Any = ()
+    inputs: Any = ()
+    outputs: Any = ()
+    barrier: str | None = None
+    lookup: bool = False
+    general: bool = False
+
+    def of(self, path: str) -> Use:
+        def own(atoms: Any) -> tuple[int, ...]:
+            return tuple(sorted(axis for p, axis in atoms if p == path))
+
+        return dataclasses.replace(
+            self, stack=own(self.stack), inputs=own(self.inputs), outputs=own(self.outputs)
+        )
+
+    def covers(self, shape: tuple[int, ...]) -> bool:
+        """Return whether each axis of the parameter has exactly one role."""
+        return sorted((*self.stack, *self.inputs, *self.outputs)) == list(range(len(shape)))
+
+    @property
+    def has_axes(self) -> bool:
+        return bool(self.inputs) and bool(self.outputs)
+
+    @property
+    def is_product(self) -> bool:
+        return self.has_axes and not self.lookup
 
 
 Value = jax.Array | AdaptedWeight

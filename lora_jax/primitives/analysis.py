@@ -23,11 +23,10 @@ from jax import lax
 
 from lora_jax.bases.weight import Deferred, Dense, Weight
 from lora_jax.primitives import flow, jaxprs, table
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins
-from lora_jax.primitives.evaluator import Evaluator, Primitive
-from lora_jax.primitives.flow import RAW, ROWS, Atoms, Flow, Paths
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Use
+from lora_jax.primitives.evaluator import UNKNOWN, Evaluator, Primitive
+from lora_jax.primitives.flow import RAW, Atoms, Datum, Flow, Flows, Paths, Recorder, flow_of
 from lora_jax.primitives.jaxprs import Eqn
-from lora_jax.primitives.recorder import Datum, Recorder, Use
 from lora_jax.updates.named import Names, without
 from lora_jax.updates.update import Update
 
@@ -66,49 +65,42 @@ def analyse(traced: jaxprs.TracedCall) -> Findings:
         n = len(traced.param_paths)
         arguments = [Datum(x, flow.argument(x)) for x in ins[n:]]
         values: Ins = [*map(analysis.weight, traced.param_paths, ins), *arguments]
-        outs = [_flow(analysis.leave(None, out)) for out in analysis.evaluate(traced, values)]
+        outs = [flow_of(analysis.leave(None, out)) for out in analysis.evaluate(traced, values)]
         heads = RAW.union(*(way for out in outs if len(out.ways) == 1 for way in out.ways))
 
     jax.eval_shape(run, *traced.inputs)
+    known = analysis.flows
     return Findings(
         {path: tuple(found) for path, found in analysis.uses.items()},
-        analysis.kernels,
-        analysis.tables,
-        (heads - analysis.fed) & analysis.kernels.keys(),
-        analysis.partners,
-        analysis.batched - analysis.mixed,
+        known.kernels,
+        known.tables,
+        (heads - known.fed) & known.kernels.keys(),
+        known.partners,
+        analysis.batched - known.mixed,
         analysis.dequantised,
     )
-
-
-def _flow(value: Any) -> Flow:
-    if isinstance(value, AdaptedWeight):
-        known, own = value.update.flow, tuple(value.update.of((n,)) for n in value.names)
-        every = [own, known.axes] if len(known.axes) == len(own) else [own]
-        return dataclasses.replace(known, axes=flow.united(every))
-    return value.flow if isinstance(value, Datum) else flow.CONSTANT
 
 
 class Analysis(Evaluator):
     """The evaluator that finds the roles and the dependences."""
 
+    enters = True
+
     def __init__(self, paths: Sequence[str]) -> None:
         super().__init__(table.PRIMITIVES)
         self.uses: dict[str, dict[Use, None]] = {path: {} for path in paths}  # ordered sets
-        self.kernels: dict[str, str] = {}
-        self.tables: dict[str, str] = {}
-        self.partners: dict[str, Paths] = {}
-        self.fed: Paths = RAW  # the parameters whose product feeds another parameter's product
+        self.flows = Flows()
         self.batched: Atoms = frozenset()  # the output axes that meet an axis of another weight
-        self.mixed: Atoms = frozenset()
         self.dequantised: dict[str, str] = {}
         self._eqn: Eqn | None = None  # the present equation, outside of control flow
+        self._known = UNKNOWN
         self._flows: list[Flow] = []  # of its operands
 
     def weight(self, path: str, w: Any) -> AdaptedWeight:
-        names = self.fresh(len(w.shape))
+        shape = w.shape
+        names = self.fresh(len(shape))
         atoms = tuple((n, frozenset(((path, axis),))) for axis, n in enumerate(names))
-        update = Recorder(flow.parameter(path, w), frozenset((path,)), atoms)
+        update = Recorder(flow.parameter(path, shape), frozenset((path,)), atoms)
         return AdaptedWeight(Weight.of(w), update, names, path, True)
 
     # The rules report here.
@@ -123,8 +115,8 @@ class Analysis(Evaluator):
     def consume(
         self, eqn: Eqn, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
     ) -> int:
-        known = self.primitive(eqn)
-        use = Use(eqn.primitive.name, jaxprs.where(eqn), lookup=known.lookup, general=known.general)
+        known, where = self._known, jaxprs.where(eqn)
+        use = Use(eqn.primitive.name, where, lookup=known.lookup, general=known.general)
         met = v.update.meets(use, stack, inputs, outputs)
         if not (v.update.barrier and v.update.flow.moving):
             self.record(v, met)
@@ -135,9 +127,7 @@ class Analysis(Evaluator):
         for path in whole | v.update.flow.weights:
             self.uses[path].setdefault(met.of(path))
         if whole and sum(f.moving for f in self._flows) > 1:
-            self.fed = self.fed.union(*(way for f in self._flows for way in f.ways))
-            for path in whole:
-                self.kernels.setdefault(path, jaxprs.operand_name(eqn))
+            self.flows.feed(eqn, whole, [way for f in self._flows for way in f.ways])
         return 0
 
     def renamed(self, update: Any, new: dict[int, int]) -> Update:
@@ -149,21 +139,11 @@ class Analysis(Evaluator):
         return dataclasses.replace(update, atoms=(*update.atoms, *((n, atoms) for n in new)))
 
     def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
-        update, atoms = v.update, v.update.of(names)
-        change: dict[str, Any] = {}
-        if into:
-            change["atoms"] = (*update.atoms, *((n, atoms) for n in into))
-            change["picked"] = update.picked | atoms
-        else:
-            which = "summed" if how == "summed" else "stacked"
-            change[which] = getattr(update, which) | atoms
-        rest = tuple(n for n in v.names if update.of((n,)))
-        if how == "taken" and self._eqn is not None and atoms and len(rest) == 1:
-            # The rest is a row, until a product contracts it.
+        use: Use | None = None
+        if how == "taken" and self._eqn is not None:
             use = Use(self._eqn.primitive.name, jaxprs.where(self._eqn), lookup=True)
-            change["lookup"] = update.lookup or update.meets(use, (), names, rest)
-        change["flow"] = dataclasses.replace(update.flow, matrix=flow.is_matrix(v.shape))
-        return dataclasses.replace(v, update=dataclasses.replace(update, **change))
+        update = v.update.lost(v.names, names, how, into, use, v.weight.shape)
+        return dataclasses.replace(v, update=update)
 
     def dequantise(self, eqn: Eqn | None, v: AdaptedWeight) -> None:
         if isinstance(v.weight, Deferred):
@@ -171,31 +151,24 @@ class Analysis(Evaluator):
 
     # One equation.
 
-    def needs_rule(self, eqn: Eqn, reads: Sequence[Any]) -> bool:
-        return self.primitive(eqn).body or any(isinstance(v, AdaptedWeight) for v in reads)
-
-    def run_plain(self, eqns: Sequence[Eqn], needed: Any, kept: Any, ins: Ins) -> list[Any]:
+    def run_plain(
+        self, eqns: Sequence[Eqn], known: Sequence[Primitive], needed: Any, kept: Any, ins: Ins
+    ) -> list[Any]:
         arrays = jaxprs.run(eqns, needed, kept, [_array(v) for v in ins])
-        known = dict(zip(needed, map(_flow, ins), strict=True))
-        for eqn in eqns:
-            flows = self.flows(eqn, jaxprs.read(known, eqn.invars, flow.CONSTANT))
-            known.update(zip(eqn.outvars, flows, strict=True))
-        return [Datum(x, known[v]) for x, v in zip(arrays, kept, strict=True)]
+        flows = self.flows.run(eqns, known, needed, ins)
+        return [Datum(x, flows[v]) for x, v in zip(arrays, kept, strict=True)]
 
-    def apply(self, eqn: Eqn, ins: Ins) -> Sequence[Any]:
-        known = self.primitive(eqn)
+    def apply(self, eqn: Eqn, known: Primitive, ins: Ins) -> Sequence[Any]:
         if known.body:
             assert known.rule is not None
             return known.rule(self, eqn, [v if known.view else self._settled(v) for v in ins]) or []
-        flows = [_flow(v) for v in ins]
-        facts = self.flows(eqn, flows)
-        before = self._eqn, self._flows
-        self._eqn, self._flows = eqn, flows
+        flows, facts, pure = self.flows.meet(eqn, known, ins)
+        before = self._eqn, self._known, self._flows
+        self._eqn, self._known, self._flows = eqn, known, flows
         if known.general:
             self._meet(eqn, ins, flows)
         outs = self._apply(eqn, known, [_array(v) for v in ins])
-        self._eqn, self._flows = before
-        pure = RAW.union(*(f.weights for f in flows if not f.moving))
+        self._eqn, self._known, self._flows = before
         return [self._with(out, one, pure, known) for out, one in zip(outs, facts, strict=True)]
 
     def _apply(self, eqn: Eqn, known: Primitive, ins: Ins) -> Sequence[Any]:
@@ -209,7 +182,7 @@ class Analysis(Evaluator):
             return jaxprs.run_one(eqn, ins)
         if known.joins and _count(ins) < len(ins):  # a weight is joined with an activation
             return self.opaque(eqn, ins)
-        return super().apply(eqn, ins)
+        return super().apply(eqn, known, ins)
 
     def _with(self, out: Any, facts: Flow, pure: Paths, known: Primitive) -> Any:
         """Return an output with what it depends on; a weight that its rule followed is itself."""
@@ -298,48 +271,7 @@ class Analysis(Evaluator):
         return value.merged()
 
     def leave(self, eqn: Eqn | None, value: Any) -> Any:
-        return value if isinstance(value, Datum) else Datum(self.plain(eqn, value), _flow(value))
-
-    # The dependences of values.
-
-    def flows(self, eqn: Eqn, ins: Sequence[Flow]) -> list[Flow]:
-        """Return what the outputs of an equation depend on."""
-        known = self.primitive(eqn)
-        if known.operands:
-            outs = [self._product(eqn, ins[: known.operands])] * len(eqn.outvars)
-        elif known.lookup:
-            outs = [self._lookup(eqn, *ins)]
-        else:
-            outs = flow.step(eqn, known, ins)
-        self.mixed = self.mixed.union(*(flow.lost(eqn, ins, out) for out in outs[:1]))
-        return [flow.cut(out, v.aval) for out, v in zip(outs, eqn.outvars, strict=True)]
-
-    def _product(self, eqn: Eqn, ins: Sequence[Flow]) -> Flow:
-        out = flow.join(ins, residual=False)
-        pure = [f.weights for f in ins if f.weights and not f.moving]
-        for side in pure:
-            others = RAW.union(*(other for other in pure if other is not side))
-            for path in side if others else ():
-                self.partners[path] = self.partners.get(path, RAW) | others
-        axes = flow.multiplied(eqn, [f.axes for f in ins])
-        weights = out.weights | (out.shifts if sum(f.moving for f in ins) > 1 else RAW)
-        if not weights or not out.moving:
-            return dataclasses.replace(out, axes=axes)
-        for path in weights:
-            self.kernels.setdefault(path, jaxprs.operand_name(eqn))
-        self.fed = self.fed.union(*out.ways)
-        return Flow(moving=True, ways=frozenset((weights,)), axes=axes, shifts=out.shifts)
-
-    def _lookup(self, eqn: Eqn, rows: Flow, *indices: Flow) -> Flow:
-        """Treat rows picked by an argument as values, but matrices picked by one as weights."""
-        sizes, dn = eqn.params["slice_sizes"], eqn.params.get("dimension_numbers")
-        gone = () if dn is None else (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
-        kept = [n for i, n in enumerate(sizes) if n > 1 and i not in gone]
-        if rows.moving or not rows.weights or len(kept) > 1 or not any(f.moving for f in indices):
-            return flow.resized(rows, eqn)
-        for path in rows.weights:
-            self.tables.setdefault(path, jaxprs.operand_name(eqn))
-        return Flow(moving=True, ways=frozenset((ROWS,)))
+        return value if isinstance(value, Datum) else Datum(self.plain(eqn, value), flow_of(value))
 
     # Loops run until their carries hold everything that any iteration may bring.
 

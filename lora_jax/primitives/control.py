@@ -91,7 +91,7 @@ def _remat(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     p, jaxpr = eqn.params, jaxprs.called(eqn)
     body = functools.partial(evaluator.evaluate, jaxpr)
     outs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(ins)
-    same = zip(outs, forwarded(jaxpr), strict=True)
+    same = zip(outs, jaxprs.sources(jaxpr, PASSING), strict=True)
     return [ins[i] if i is not None and isinstance(out, AdaptedWeight) else out for out, i in same]
 
 
@@ -100,11 +100,12 @@ def _scan(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     n_consts, n_carry = jaxprs.scan_arity(eqn)
     jaxpr = eqn.params["jaxpr"]
     fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    moving, whole = _carried(evaluator, eqn, carry, jaxpr, n_consts)
+    same = jaxprs.sources(jaxpr, PASSING)
+    moving, whole = _carried(evaluator, eqn, carry, same, n_consts)
     stacks: dict[Any, Any] = {
         i: x for i, x in enumerate(xs, n_consts + n_carry) if isinstance(x, AdaptedWeight)
     }
-    given = [stacks.get(i) for i in forwarded(jaxpr)[n_carry:]]  # returned unchanged
+    given = [stacks.get(i) for i in same[n_carry:]]  # returned unchanged
     sliced = [_sliced(evaluator, eqn, x) for x in xs]
 
     def body(carry: list[Any], parts: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -149,7 +150,8 @@ def _while(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond, jaxpr = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     cond_fixed, fixed, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
-    moving, whole = _carried(evaluator, eqn, carry, jaxpr, n_body)
+    same = jaxprs.sources(jaxpr, PASSING)
+    moving, whole = _carried(evaluator, eqn, carry, same, n_body)
 
     def test(carry: Sequence[Any]) -> Any:
         return evaluator.evaluate(cond, [*cond_fixed, *whole(carry)])[0]
@@ -161,14 +163,14 @@ def _while(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 
 
 def _carried(
-    evaluator: Evaluator, eqn: Eqn, carry: Ins, body: Program, start: int
+    evaluator: Evaluator, eqn: Eqn, carry: Ins, passed: Sequence[int | None], start: int
 ) -> tuple[Any, Any]:
     """Return two functions: from all carries of a loop to the moving ones, and back.
 
     The carries start at `start`. The carries that do not move are adapted weights that the body
-    passes on unchanged.
+    passes on unchanged (`passed`, from `jaxprs.sources`).
     """
-    same = [i == start + j for j, i in enumerate(forwarded(body)[: len(carry)])]
+    same = [i == start + j for j, i in enumerate(passed[: len(carry)])]
     pairs = zip(carry, same, strict=True)
     fixed = [v if keep and isinstance(v, AdaptedWeight) else None for v, keep in pairs]
 
@@ -239,23 +241,6 @@ def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     return dataclasses.replace(v, weight=Dense(spec), update=v.update.map(spec_of))
 
 
-def forwarded(closed: Program) -> list[int | None]:
-    """Return, for each output, the index of the input that it is, or None if it was changed."""
-    jaxpr, _ = jaxprs.opened(closed)
-    source = {v: i for i, v in enumerate(jaxpr.invars)}
-
-    def of(atom: Any) -> int | None:
-        return None if jaxprs.is_literal(atom) else source.get(atom)
-
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in (*CALLS, *REMATS):
-            for v, i in zip(eqn.outvars, forwarded(jaxprs.called(eqn)), strict=True):
-                which = None if i is None else of(eqn.invars[i])
-                if which is not None:
-                    source[v] = which
-    return [of(v) for v in jaxpr.outvars]
-
-
 def _custom_vjp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Refuse a function with its own gradient rule, unless there is a rule by its name."""
     return list(evaluator.opaque(eqn, ins))
@@ -263,6 +248,7 @@ def _custom_vjp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 REMATS = ("remat", "remat2", "checkpoint")
+PASSING = (*CALLS, *REMATS)  # they may return an input unchanged
 PRIMITIVES: Primitives = {
     **dict.fromkeys(CALLS, Primitive(_inline, body=True, view=True)),
     **dict.fromkeys(REMATS, Primitive(_remat, body=True, view=True)),

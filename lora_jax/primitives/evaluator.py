@@ -72,6 +72,8 @@ class Evaluator:
     per_example: whether it runs for one example, under a `vmap` over all examples of a mixed batch.
     """
 
+    enters = False  # whether it evaluates the body of control flow that takes no weight too
+
     def __init__(self, table: Primitives, per_example: bool = False) -> None:
         self.table = table
         self.per_example = per_example
@@ -159,51 +161,55 @@ class Evaluator:
 
     def evaluate(self, closed: Program, ins: Sequence[Value]) -> list[Value]:
         """Return the outputs of a jaxpr with its constants, each an array or an adapted weight."""
-        jaxpr, consts = jaxprs.opened(closed)
+        jaxpr, consts, reads, last_use = jaxprs.prepared(closed)
         env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=False))
         env.update(zip(jaxpr.invars, ins, strict=True))
-        last_use = jaxprs.last_reads(jaxpr)
+
+        primitives = [self.primitive(eqn) for eqn in jaxpr.eqns]
+
+        def run_plain(start: int, stop: int) -> None:
+            """Run the untouched equations `start:stop` and drop the values no longer read."""
+            if start < stop:
+                eqns = jaxpr.eqns[start:stop]
+                made = {v: None for e in eqns for v in e.outvars}
+                read = dict.fromkeys(itertools.chain.from_iterable(reads[start:stop]))
+                needed = [v for v in read if v not in made]
+                kept = [v for v in made if last_use.get(v, -1) >= stop]
+                ins = [env[v] for v in needed]
+                outs = self.run_plain(eqns, primitives[start:stop], needed, kept, ins)
+                env.update(zip(kept, outs, strict=True))
+            for v in [v for v in env if last_use.get(v, -1) < stop]:
+                del env[v]
+
         start = 0
         self._programs.append(jaxpr)
-        for i, eqn in enumerate(jaxpr.eqns):
-            if not self.needs_rule(eqn, [env.get(v) for v in jaxprs.variables(eqn)]):
+        for i, (eqn, known) in enumerate(zip(jaxpr.eqns, primitives, strict=True)):
+            if not self._needs_rule(eqn, known, [env.get(v) for v in reads[i]]):
                 continue
-            self._run_plain(jaxpr, start, i, env, last_use)
+            run_plain(start, i)
             start = i + 1
             with jaxprs.origin(eqn):
-                outs = self.apply(eqn, jaxprs.read(env, eqn.invars))
+                outs = self.apply(eqn, known, jaxprs.read(env, eqn.invars))
             env.update(zip(eqn.outvars, outs, strict=True))
-        self._run_plain(jaxpr, start, len(jaxpr.eqns), env, last_use)
+        run_plain(start, len(jaxpr.eqns))
         self._programs.pop()
         return jaxprs.read(env, jaxpr.outvars)
 
-    def _run_plain(
-        self, jaxpr: Program, start: int, stop: int, env: dict[Any, Value], last_use: dict[Any, int]
-    ) -> None:
-        """Run the untouched equations `start:stop` and drop the values that nothing reads later."""
-        if start < stop:
-            eqns = jaxpr.eqns[start:stop]
-            made = {v: None for e in eqns for v in e.outvars}
-            needed = [v for v in dict.fromkeys(jaxprs.variables(*eqns)) if v not in made]
-            kept = [v for v in made if last_use.get(v, -1) >= stop]
-            outs = self.run_plain(eqns, needed, kept, [env[v] for v in needed])
-            env.update(zip(kept, outs, strict=True))
-        for v in [v for v in env if last_use.get(v, -1) < stop]:
-            del env[v]
+    def _needs_rule(self, eqn: Eqn, known: Primitive, reads: Sequence[Value | None]) -> bool:
+        """Return whether an equation goes to its rule: if it takes a weight, or must be entered."""
+        if any(isinstance(v, AdaptedWeight) for v in reads) or (self.enters and known.body):
+            return True
+        return self.per_example and jaxprs.contains(eqn, "ragged_dot_general")
 
-    def needs_rule(self, eqn: Eqn, reads: Sequence[Value | None]) -> bool:
-        """Return whether an equation goes to its rule: if it takes a weight."""
-        ragged = self.per_example and jaxprs.contains(eqn, "ragged_dot_general")
-        return ragged or any(isinstance(v, AdaptedWeight) for v in reads)
-
-    def run_plain(self, eqns: Sequence[Eqn], needed: Any, kept: Any, ins: Ins) -> list[Value]:
+    def run_plain(
+        self, eqns: Sequence[Eqn], known: Sequence[Primitive], needed: Any, kept: Any, ins: Ins
+    ) -> list[Value]:
         """Return the variables `kept` that some equations make out of the variables `needed`."""
         return jaxprs.run(eqns, needed, kept, ins)
 
-    def apply(self, eqn: Eqn, ins: Ins) -> Sequence[Value]:
+    def apply(self, eqn: Eqn, known: Primitive, ins: Ins) -> Sequence[Value]:
         """Run one equation with an adapted weight among its inputs: by its rule, or on arrays."""
-        rule = self.primitive(eqn).rule
-        outs = None if rule is None else rule(self, eqn, ins)
+        outs = None if known.rule is None else known.rule(self, eqn, ins)
         return self.opaque(eqn, ins) if outs is None else outs
 
     def opaque(self, eqn: Eqn, ins: Ins) -> Sequence[Value]:

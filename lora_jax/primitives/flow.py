@@ -17,12 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from lora_jax.primitives.adapted_weight import UNKNOWN, AdaptedWeight, Use
 from lora_jax.primitives.evaluator import Primitive
-from lora_jax.primitives.jaxprs import Aval, Eqn, reshape_groups
+from lora_jax.primitives.jaxprs import Aval, Eqn, operand_name, read, reshape_groups
+from lora_jax.updates.named import Named, Names
+from lora_jax.updates.update import Segment, Update, Zero
 
 Paths = frozenset[str]
 Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
@@ -62,8 +67,8 @@ def argument(aval: Aval) -> Flow:
     return cut(Flow(moving=True, ways=frozenset((RAW,))), aval)
 
 
-def parameter(path: str, aval: Aval) -> Flow:
-    return Flow(frozenset((path,)), matrix=is_matrix(aval.shape))
+def parameter(path: str, shape: Sequence[int]) -> Flow:
+    return Flow(frozenset((path,)), matrix=is_matrix(shape))
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
@@ -187,3 +192,198 @@ def _met(f: Flow, at: int, flows: Sequence[Flow], avals: Sequence[Aval], size: i
 
 def _size(aval: Aval) -> int:
     return math.prod(getattr(aval, "shape", ()))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Datum:
+    """An array of the program under analysis, and what it depends on."""
+
+    array: jax.Array
+    flow: Flow = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recorder(Zero):
+    """An update that adds nothing and knows which parameter axes each name stands for.
+
+    flow: what W depends on.
+    paths: the parameters that W is made of.
+    atoms: the atoms of each name.
+    stacked, summed: the atoms of axes that W has lost.
+    barrier: an operation without a rule that W has passed.
+    lookup: the roles in a lookup, if W may be rows of a table.
+    factors: sets of axes along which W was multiplied. The axes of a set must share one factor.
+    picked: the axes that an index replaced with its own.
+    """
+
+    flow: Flow = dataclasses.field(metadata={"static": True})
+    paths: frozenset[str] = dataclasses.field(metadata={"static": True})
+    atoms: tuple[tuple[int, Atoms], ...] = dataclasses.field(metadata={"static": True})
+    stacked: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
+    summed: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
+    barrier: str | None = dataclasses.field(default=None, metadata={"static": True})
+    lookup: Any = dataclasses.field(default=None, metadata={"static": True})
+    factors: tuple[Atoms, ...] = dataclasses.field(default=(), metadata={"static": True})
+    picked: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
+
+    def of(self, names: Iterable[int]) -> Atoms:
+        known = dict(self.atoms)
+        return NONE.union(*(known.get(n, NONE) for n in names))
+
+    def role(self, name: int) -> str | None:
+        return UNKNOWN if self.of((name,)) else None
+
+    def times(self, factor: Named) -> Update | None:
+        """Accept a factor along some of the parameter's axes, and constant along another one."""
+        along = [n for n in factor.names if factor.size(n) > 1]
+        real = [n for n, atoms in self.atoms if atoms and n in factor.names]
+        if along and (all(n in along for n in real) or any(n not in real for n in along)):
+            return None
+        return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
+
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
+        every = [p.update for p in parts]
+        names = dict.fromkeys(n for u in every for n, _ in u.atoms)
+        union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
+        return Recorder(
+            join([u.flow for u in every]),
+            frozenset().union(*(u.paths for u in every)),
+            tuple((n, NONE.union(*(u.of((n,)) for u in every))) for n in names),
+            union("stacked"),
+            union("summed"),
+            next((u.barrier for u in every if u.barrier), None),
+            factors=tuple(f for u in every for f in u.factors),
+            picked=union("picked"),
+        )
+
+    def flow_along(self, names: Names) -> Flow:
+        """Return the flow of W, whose axes have these names."""
+        own = tuple(self.of((n,)) for n in names)
+        every = [own, self.flow.axes] if len(self.flow.axes) == len(own) else [own]
+        return dataclasses.replace(self.flow, axes=united(every))
+
+    def lost(
+        self,
+        axes: Names,
+        names: Names,
+        how: str,
+        into: Names,
+        use: Use | None,
+        shape: Sequence[int],
+    ) -> Recorder:
+        """Return the update after W has lost the axes `names`, which leaves `axes` of this shape.
+
+        use: the lookup that takes a slice, if it is one. See `Evaluator.lost` for the others.
+        """
+        atoms = self.of(names)
+        change: dict[str, Any] = {}
+        if into:
+            change["atoms"] = (*self.atoms, *((n, atoms) for n in into))
+            change["picked"] = self.picked | atoms
+        else:
+            which = "summed" if how == "summed" else "stacked"
+            change[which] = getattr(self, which) | atoms
+        rest = tuple(n for n in axes if self.of((n,)))
+        if use is not None and atoms and len(rest) == 1:
+            # The rest is a row, until a product contracts it.
+            change["lookup"] = self.lookup or self.meets(use, (), names, rest)
+        change["flow"] = dataclasses.replace(self.flow, matrix=is_matrix(shape))
+        return dataclasses.replace(self, **change)
+
+    def meets(self, use: Use, stack: Names, inputs: Names, outputs: Names) -> Use:
+        """Return the use that an operation makes of the weight, with the roles of these axes."""
+        s, i = self.stacked | self.of(stack), self.of(inputs)
+        o = self.summed | self.of(outputs)
+        i, o = i - (s & self.picked), o - (s & self.picked)
+        barrier = self.barrier
+        if (s & i) or (s & o) or (i & o):
+            s = i = o = NONE
+        elif any(f & i and f & o for f in self.factors):
+            barrier = "mul"
+        return dataclasses.replace(use, stack=s, inputs=i, outputs=o, barrier=barrier)
+
+
+class Flows:
+    """The dependences of all values of a program, and the products and lookups among them.
+
+    kernels, tables, partners: as in `analysis.Findings`.
+    fed: the parameters whose product feeds another parameter's product.
+    mixed: the output axes that some operation mixes with others.
+    """
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, str] = {}
+        self.tables: dict[str, str] = {}
+        self.partners: dict[str, Paths] = {}
+        self.fed: Paths = RAW
+        self.mixed: Atoms = NONE
+
+    def meet(
+        self, eqn: Eqn, known: Primitive, ins: Sequence[Any]
+    ) -> tuple[list[Flow], list[Flow], Paths]:
+        """Return the flows of the operands and of the outputs, and the unchanged parameters."""
+        flows = [flow_of(v) for v in ins]
+        pure = RAW.union(*(f.weights for f in flows if not f.moving))
+        return flows, self.of(eqn, known, flows), pure
+
+    def run(
+        self, eqns: Sequence[Eqn], known: Sequence[Primitive], needed: Any, ins: Sequence[Any]
+    ) -> dict[Any, Flow]:
+        """Return the flow of each variable that some equations make of the variables `needed`."""
+        found = dict(zip(needed, map(flow_of, ins), strict=True))
+        for eqn, one in zip(eqns, known, strict=True):
+            flows = self.of(eqn, one, read(found, eqn.invars, CONSTANT))
+            found.update(zip(eqn.outvars, flows, strict=True))
+        return found
+
+    def feed(self, eqn: Eqn, weights: Iterable[str], ways: Iterable[Paths]) -> None:
+        """Note a product of these parameters, and the parameters on the ways into it."""
+        if new := [path for path in weights if path not in self.kernels]:
+            self.kernels.update(dict.fromkeys(new, operand_name(eqn)))
+        self.fed = self.fed.union(*ways)
+
+    def of(self, eqn: Eqn, known: Primitive, ins: Sequence[Flow]) -> list[Flow]:
+        """Return what the outputs of an equation depend on."""
+        if known.operands:
+            outs = [self._product(eqn, ins[: known.operands])] * len(eqn.outvars)
+        elif known.lookup:
+            outs = [self._lookup(eqn, *ins)]
+        else:
+            outs = step(eqn, known, ins)
+        self.mixed = self.mixed.union(*(lost(eqn, ins, out) for out in outs[:1]))
+        return [cut(out, v.aval) for out, v in zip(outs, eqn.outvars, strict=True)]
+
+    def _product(self, eqn: Eqn, ins: Sequence[Flow]) -> Flow:
+        out = join(ins, residual=False)
+        pure = [f.weights for f in ins if f.weights and not f.moving]
+        for side in pure:
+            others = RAW.union(*(other for other in pure if other is not side))
+            for path in side if others else ():
+                self.partners[path] = self.partners.get(path, RAW) | others
+        axes = multiplied(eqn, [f.axes for f in ins])
+        weights = out.weights | (out.shifts if sum(f.moving for f in ins) > 1 else RAW)
+        if not weights or not out.moving:
+            return dataclasses.replace(out, axes=axes)
+        self.feed(eqn, weights, out.ways)
+        return Flow(moving=True, ways=frozenset((weights,)), axes=axes, shifts=out.shifts)
+
+    def _lookup(self, eqn: Eqn, rows: Flow, *indices: Flow) -> Flow:
+        """Treat rows picked by an argument as values, but matrices picked by one as weights."""
+        sizes, dn = eqn.params["slice_sizes"], eqn.params.get("dimension_numbers")
+        gone = () if dn is None else (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
+        kept = [n for i, n in enumerate(sizes) if n > 1 and i not in gone]
+        if rows.moving or not rows.weights or len(kept) > 1 or not any(f.moving for f in indices):
+            return resized(rows, eqn)
+        for path in rows.weights:
+            self.tables.setdefault(path, operand_name(eqn))
+        return Flow(moving=True, ways=frozenset((ROWS,)))
+
+
+def flow_of(value: Any) -> Flow:
+    """Return what a value of the program under analysis depends on."""
+    if isinstance(value, AdaptedWeight):
+        along: Flow = value.update.flow_along(value.names)
+        return along
+    return value.flow if isinstance(value, Datum) else CONSTANT

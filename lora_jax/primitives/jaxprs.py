@@ -62,10 +62,10 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax_core().Literal)
 
 
-def variables(*eqns: Eqn) -> list[Any]:
-    """Return the variables that some equations read, in order."""
+def variables(eqn: Eqn) -> list[Any]:
+    """Return the variables that an equation reads, in order."""
     literal = jax_core().Literal
-    return [v for eqn in eqns for v in eqn.invars if not isinstance(v, literal)]
+    return [v for v in eqn.invars if not isinstance(v, literal)]
 
 
 def read(env: dict[Any, Any], atoms: Sequence[Any], default: Any = None) -> list[Any]:
@@ -77,11 +77,36 @@ def read(env: dict[Any, Any], atoms: Sequence[Any], default: Any = None) -> list
     ]
 
 
-def last_reads(jaxpr: Program) -> dict[Any, int]:
-    """Return the index of the last equation that reads each variable; outputs come last."""
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in variables(eqn)}
+def prepared(closed: Program) -> tuple[Jaxpr, Sequence[Any], list[list[Any]], dict[Any, int]]:
+    """Return the jaxpr, its constants, the variables of each equation, and their last readers.
+
+    A last reader is the index of an equation; outputs come after the last one.
+    """
+    jaxpr, consts = opened(closed)
+    reads = [variables(eqn) for eqn in jaxpr.eqns]
+    last = {v: i for i, each in enumerate(reads) for v in each}
     outs = (v for v in jaxpr.outvars if not is_literal(v))
-    return {**last, **dict.fromkeys(outs, len(jaxpr.eqns))}
+    return jaxpr, consts, reads, {**last, **dict.fromkeys(outs, len(reads))}
+
+
+def sources(closed: Program, through: Sequence[str]) -> list[int | None]:
+    """Return, for each output, the index of the input that it is, or None if it was changed.
+
+    `through`: primitives with a program inside that may pass an input on unchanged.
+    """
+    jaxpr, _ = opened(closed)
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+
+    def of(atom: Any) -> int | None:
+        return None if is_literal(atom) else source.get(atom)
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in through:
+            for v, i in zip(eqn.outvars, sources(called(eqn), through), strict=True):
+                which = None if i is None else of(eqn.invars[i])
+                if which is not None:
+                    source[v] = which
+    return [of(v) for v in jaxpr.outvars]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +136,8 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
     )
     leaves = [leaf for _, leaf in keyed]
     dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, ARRAYS)]
-    param_paths = tuple(paths.path_of(key[1:]) for i in dynamic if (key := keyed[i][0])[0].idx == 0)
+    keys = [key[1:] for i in dynamic if (key := keyed[i][0])[0].idx == 0]
+    param_paths = tuple(map(paths.path_of, keys))
     out_tree = None
 
     def flat(*arrays: jax.Array) -> list[Any]:
@@ -131,7 +157,7 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
         )
     inputs = tuple(leaves[i] for i in dynamic)
     # The program is traced as if a quantised base were the float array that it stands for.
-    floats = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_base(x) else x for x in inputs]
+    floats = [jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Base) else x for x in inputs]
     jaxpr, consts = opened(jax.make_jaxpr(flat)(*floats))
     return TracedCall(jaxpr, consts, param_paths, inputs, out_tree)
 
@@ -182,13 +208,13 @@ def origin(eqn: Eqn) -> AbstractContextManager[None]:
     return source_info_util.user_context(traceback, name_stack=stack)
 
 
-def bind(eqn: Eqn, *ins: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-    """Apply a first-order equation with one output to other inputs.
+def binder(eqn: Eqn, dtype: DTypeLike | None = None) -> Callable[..., jax.Array]:
+    """Return the function that a first-order equation with one output applies to its inputs.
 
     `dtype` is the dtype of the output, for a product that can return its sums in another one.
     """
     other = {} if dtype is None else {"preferred_element_type": jnp.dtype(dtype)}
-    return eqn.primitive.bind(*ins, **{**eqn.params, **other})
+    return functools.partial(eqn.primitive.bind, **{**eqn.params, **other})
 
 
 def scan_arity(eqn: Eqn) -> tuple[int, int]:

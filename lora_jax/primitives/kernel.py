@@ -91,7 +91,10 @@ def product(
             return Named(array, (*free, *without(n.names, s)))
 
         named, each = Named(operand, (*free, i)), None if rows is None else spread
-        operation = Operation(named, (*free, o), base, low_rank, sums=sums, use=use, spread=each)
+        operation = Operation(
+            named, (*free, o), base, low_rank, eqn.outvars[0].aval.dtype,
+            sums=sums, use=use, spread=each,
+        )  # fmt: skip
         return [v.update.product(operation)]
 
     return rule

@@ -42,19 +42,21 @@ def _dot(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     out = (*stack, *((*w_free, *x_free) if side == 0 else (*x_free, *w_free)))
     use = evaluator.consume(eqn, v, stack, inputs, w_free)
     x = Named(other, tuple(names))
-    if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
+    apart = [n for n in v.names if n not in x.names or n in out]
+    if any(v.update.role(n) == "input" for n in apart):
         v.check_needs_no_input("a product with its transpose, or with a part of its inputs")
 
     def base(x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
-        return v.weight.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
+        dot = jaxprs.binder(eqn, dtype)
+        return v.weight.product(dot if side == 0 else lambda w, x: dot(x, w), x)
 
     def low_rank(y: jax.Array, x: Named, update: LowRank) -> jax.Array:
-        x = x.astype(wider(x.array.dtype, v.weight.dtype))
+        x = x.astype(wider(x.array.dtype, eqn.invars[side].aval.dtype))
         return lowrank.add(y, x, update, out, precision)
 
     is_matrix = len(v.names) == 2
-    p = Operation(x, out, base, low_rank, is_matrix, sums=True, precision=precision, use=use)
+    dtype = eqn.outvars[0].aval.dtype
+    p = Operation(x, out, base, low_rank, dtype, is_matrix, sums=True, precision=precision, use=use)
     return [v.update.product(p)]
 
 
@@ -82,7 +84,7 @@ def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     def low_rank(y: jax.Array, x: Named, update: LowRank) -> jax.Array:
         order = tuple(RANK if n == channel else n for n in v.names)
         kernel = [update.a.aligned(order).astype(x.array.dtype)] * groups
-        h = jaxprs.bind(eqn, x.array, jnp.concatenate(kernel, axis=order.index(RANK)))
+        h = jaxprs.binder(eqn)(x.array, jnp.concatenate(kernel, axis=order.index(RANK)))
         h = jnp.moveaxis(h, dims.out_spec[1], -1)
         h = h.reshape(*h.shape[:-1], groups, update.a.size(RANK))
         h = update.scaled(Named(h, (*evaluator.fresh(h.ndim - 1), RANK))).array
@@ -95,10 +97,12 @@ def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         return y + d.astype(y.dtype)
 
     def base(x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        return v.weight.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
+        conv = jaxprs.binder(eqn, dtype)
+        return v.weight.product(lambda w, x: conv(x, w), x)
 
     x = Named(x, evaluator.fresh(x.ndim))
-    return [v.update.product(Operation(x, tuple(out), base, low_rank, sums=True, use=use))]
+    dtype = eqn.outvars[0].aval.dtype
+    return [v.update.product(Operation(x, tuple(out), base, low_rank, dtype, sums=True, use=use))]
 
 
 def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
@@ -141,8 +145,8 @@ def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         h = update.scaled(take(update.a, indices).astype(y.dtype))
         return y + einsum(h, update.b.astype(y.dtype), names)
 
-    base = lambda x: v.weight.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
-    return [v.update.product(Operation(None, names, base, low_rank))]
+    base = lambda x: v.weight.use(lambda w, i: jaxprs.binder(eqn)(w, i), indices)  # noqa: E731
+    return [v.update.product(Operation(None, names, base, low_rank, eqn.outvars[0].aval.dtype))]
 
 
 def _take(n: Named, indices: jax.Array, names: Names, eqn: Eqn, out: Names) -> Named:

@@ -39,12 +39,12 @@ def _on_w(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     """Apply a cast, copy or sharding constraint to W only: factors keep dtype and placement."""
     if not jaxprs.is_float(eqn.outvars[0].aval.dtype):
         return None
-    return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
+    return v.map_w(lambda n: Named(jaxprs.binder(eqn)(n.array), n.names))
 
 
 def _on_all(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
     """Apply `stop_gradient` or `name` to W and its update alike, as to the merged weight."""
-    return v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
+    return v.map(lambda n: Named(jaxprs.binder(eqn)(n.array), n.names))
 
 
 def _mul(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
@@ -155,7 +155,7 @@ def _broadcast(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
         if shape[j] != v.shape[i] and v.update.role(v.names[i]):
             return None
         names[j] = v.names[i]
-    return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
+    return v.map_w(lambda n: Named(jaxprs.binder(eqn)(n.array), tuple(names)))
 
 
 def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
@@ -172,7 +172,7 @@ def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Changed:
         if regrouped is None:
             return None
         update = regrouped
-    moved = v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
+    moved = v.map_w(lambda n: Named(jaxprs.binder(eqn)(n.array), tuple(names)))
     return dataclasses.replace(moved, update=update)
 
 

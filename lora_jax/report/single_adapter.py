@@ -20,13 +20,18 @@ def report(path: pathlib.Path, base: BaseChoice) -> Report:
     _, folder = adapter_path.find_one(str(path))
     saved = SavedAdapter.open(folder)
     layout, trainable = saved.layout, saved.trainable_shapes
+    full = f"{sum(map(math.prod, trainable.values())):,}"
     return Report(
         kind="LoRA adapter",
         title=path.resolve().name,
         lead=_origin(saved.about),
         facts=(
             Fact("adapter parameters", f"{layout.size:,}", f"of {len(layout.targets)} parameters"),
-            Fact("trained in full", f"{_numbers(trainable):,}", ", ".join(list(trainable)[:4])),
+            Fact(
+                "trained in full",
+                full,
+                ", ".join(list(trainable)[:4]),
+            ),
         ),
         sections=(
             *update_analysis.sections(path, base),
@@ -53,10 +58,6 @@ def _texts(values: Any) -> dict[str, str]:
     if not isinstance(values, dict):
         return {}
     return {name: x[:300] for name, x in values.items() if isinstance(x, str)}
-
-
-def _numbers(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _layout(layout: Layout) -> tuple[Block, ...]:

@@ -52,8 +52,6 @@ class ImageClassifier(Classifier):
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
         """Return the pixels, as in the batches of training."""
-        found = {row: self._pixels(*row) for row in dict.fromkeys(rows)}
+        how = self._how
+        found = {row: pixels(decode(row[0], how.channels, row[1]), how) for row in {*rows}}
         return (np.stack([found[row] for row in rows]),)
-
-    def _pixels(self, path: str, where: str) -> NDArray[np.float32]:
-        return pixels(decode(path, self._how.channels, where), self._how)

@@ -22,15 +22,15 @@ from lora_jax.bases.placement import placed
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
+from lora_jax.primitives.adapted_weight import Use
 from lora_jax.primitives.analysis import analyse
-from lora_jax.primitives.recorder import Use
 from lora_jax.sharding import flax_partitioning
 from lora_jax.sharding.rules import ShardingRule as ShardingRule
 from lora_jax.sharding.rules import Specs as Specs
 from lora_jax.sharding.rules import check_divides as check_divides
 from lora_jax.sharding.rules import check_entries, covering
 from lora_jax.sharding.rules import specs as specs
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.kind import kind_of
 
 FSDP, TENSOR = "fsdp", "tensor"

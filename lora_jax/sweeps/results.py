@@ -96,19 +96,18 @@ def _of_tasks(results: Results) -> Listing:
     def name(row: ComparedRun) -> str:
         return row.name if what == row.select else f"{row.name} ({row.select})"
 
+    def change(row: ComparedRun, split: str) -> str:
+        return f"{_number(row.score(split, 'before'))} -> {_number(row.score(split))}"
+
     return Listing(
         title=f"{len(results.rows)} tasks: {what} before -> after training",
         columns=("task", *results.splits, "best step", "trained"),
         rows=tuple(
-            (name(row), *(_change(row, split) for split in results.splits), *_end(row))
+            (name(row), *(change(row, split) for split in results.splits), *_end(row))
             for row in results.rows
         ),
         texts=("task",),
     )
-
-
-def _change(row: ComparedRun, split: str) -> str:
-    return f"{_number(row.score(split, 'before'))} -> {_number(row.score(split))}"
 
 
 def _end(row: ComparedRun) -> tuple[str, str]:

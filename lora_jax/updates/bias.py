@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Leaf, W
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.kind import Initializer, Kind
 
 

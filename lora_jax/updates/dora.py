@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Base, Leaf, W, dense, wide_dtype
 from lora_jax.errors import LoraError
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.factors import Factors, Gains, in_w_order
 from lora_jax.updates.kind import Initializer, Kind
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lora_jax.base import Array, Leaf
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.named import RANK, Named, Names
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Parameters, W, dense, wide_dtype
 from lora_jax.errors import LoraError, listed
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.factors import Factors, Gains, in_w_order, named
 from lora_jax.updates.lowrank import Gained, LowRank
 from lora_jax.updates.named import Named, Names

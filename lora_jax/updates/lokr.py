@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Leaf, W
 from lora_jax.errors import LoraError
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.factors import Factors
 from lora_jax.updates.kind import Initializer, Kind, uniform
 

@@ -129,7 +129,7 @@ def add(base: Array, x: Named, update: LowRank, out: Names, precision: Precision
     """
     names = dict.fromkeys((*x.names, *update.a.names, *update.b.names, *out))
     canonical = dict(zip([n for n in names if n >= 0], range(len(names)), strict=False))
-    moved = update.map(lambda n: n.renamed(canonical))
+    moved = update.map(Named.renamed, canonical)
     out = tuple(canonical.get(n, n) for n in out)
     return _add(base, x.renamed(canonical), moved, out=out, precision=precision)
 
@@ -228,16 +228,13 @@ class Gained(Wrapper):
             wide = x.astype(wider(x.array.dtype, jnp.float32)).times(gain)
             scaled = Named(wide.array.astype(x.array.dtype), x.names)
             return self.inner.product(dataclasses.replace(p, x=scaled))
-        dtype: Any = None
+        wide = wider(p.dtype, jnp.float32)
 
         def base(x: Array) -> Array:
-            nonlocal dtype
-            dtype = jax.eval_shape(p.base, x).dtype
-            wide = wider(dtype, jnp.float32)
             return p.base(x, wide) if p.sums else p.base(x).astype(wide)
 
-        y = self.inner.product(dataclasses.replace(p, base=base))
-        return Named(y, p.out).times(gain).array.astype(dtype)
+        y = self.inner.product(dataclasses.replace(p, base=base, dtype=wide))
+        return Named(y, p.out).times(gain).array.astype(p.dtype)
 
     def merged(self, w: Named) -> Array:
         whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)

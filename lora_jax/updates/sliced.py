@@ -6,7 +6,7 @@ import dataclasses
 
 from lora_jax.base import Array, Parameters
 from lora_jax.errors import LoraError
-from lora_jax.target import Target
+from lora_jax.spec import Target
 from lora_jax.updates.kind import kind_of
 
 

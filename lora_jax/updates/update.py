@@ -31,6 +31,7 @@ class Operation:
       `base(x, dtype)`, which returns its sums in that dtype without rounding to the program's.
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in place
       of W, in the form that is fast for this operation; x is named.
+    dtype: the dtype of `base(x)`.
     matrix: whether it is the plain product with a matrix, as in `x @ w`.
     sums: whether it is a product, so that `base` takes a dtype.
     precision: the precision of the products, as in `jax.lax.dot_general`.
@@ -45,6 +46,7 @@ class Operation:
     out: Names
     base: Callable[..., Any]
     low_rank: Callable[[Any, Any, Any], Any]
+    dtype: Any
     matrix: bool = False
     sums: bool = False
     precision: PrecisionLike = None
