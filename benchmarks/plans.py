@@ -1,4 +1,4 @@
-"""Plans against the compilers of TPUs and GPUs: the memory of ten steps, estimated and compiled.
+"""Plans against the compilers of TPUs and GPUs: the memory of steps, estimated and compiled.
 
     python -m benchmarks.plans              all cases, each in a process of its own (half an hour)
     python -m benchmarks.plans --only gpt3  the cases whose names contain a text
@@ -33,6 +33,11 @@ CASES: dict[str, tuple[str, ...]] = {
         *GPT3, "--plan-device=tpu-v5p", "--plan-devices=64",
     ),
     "1.5B, 1 x 8192": (*LLAMA, *SMALL, "--plan-devices=1"),
+    "1.5B, 1 x 32768": (*LLAMA, *SMALL, "--length=32768", "--plan-devices=1"),
+    "1.5B, 1 x 131072": (*LLAMA, *SMALL, "--length=131072", "--plan-devices=1"),
+    "1.5B, 4 x 8192, fsdp 4": (
+        *LLAMA, *SMALL, "--rows=4", "--plan-device=tpu-v5e", "--plan-devices=4",
+    ),
     "llama3-8b nf4, 1 x 8192": (
         *LLAMA, *EIGHT, "--rows=1", "--length=8192", "--plan-device=l4-24gb", "--plan-devices=1",
     ),
@@ -65,6 +70,7 @@ def case(arguments: list[str]) -> None:
     costs, gb = made.runs[plan.LORA], 1e9
     said = costs.program
     assert said is not None
+    temporaries = f"{said.temporaries / 2**30:.2f}"
     off = costs.bytes.total / said.needs - 1
     moved = sum(t.bytes for t in costs.traffic)
     row = [
@@ -72,6 +78,7 @@ def case(arguments: list[str]) -> None:
         f"{costs.bytes.total / gb:.2f}",
         f"{said.needs / gb:.2f}",
         f"{off:+.1%}",
+        temporaries,
         f"{said.peak / gb:.2f}",
         "yes" if made.fits(plan.LORA) else "no",
         f"{moved / gb:,.1f}",
@@ -89,13 +96,14 @@ def main() -> None:
     if given.case:
         case(given.case)
         return
-    head = ["step", "compiler", "estimate GB", "compiled GB", "off", "peak GB", "fits"]
-    rows = [[*head, "collectives GB", "seconds"]]
+    head = ["step", "compiler", "estimate GB", "compiled GB", "off"]
+    head += ["temporaries GiB", "peak GB", "fits", "collectives GB", "seconds"]
+    rows = [head]
     for name, arguments in CASES.items():
         if given.only in name:
             command = [sys.executable, "-m", "benchmarks.plans", "--case", *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = done.stdout.splitlines() or [json.dumps([done.stderr[-300:], *[""] * 7])]
+            lines = done.stdout.splitlines() or [json.dumps([done.stderr[-300:], *[""] * 8])]
             rows.append([name, *json.loads(lines[-1])])
             print(f"{name}: {rows[-1][1:]}", file=sys.stderr)
     print("\n".join(aligned(rows)))
