@@ -41,14 +41,14 @@ def fitting(
 
 def _cudnn(query: Array, key: Array, value: Array, sight: Sight, *, scale: float) -> Array:
     window = None if sight.window is None else sight.window - 1
-    beside = None if window is None else (window, 0 if sight.causal else window)
+    sides = None if window is None else (window, 0 if sight.causal else window)
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
         scale=scale,
         is_causal=sight.causal,
-        local_window_size=beside,
+        local_window_size=sides,
         implementation="cudnn",
     )
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -33,7 +32,7 @@ from lora_jax.models.layers import (
     tensor_axis,
 )
 from lora_jax.models.rope import angles, rotate
-from lora_jax.models.sight import Sight, either, positions_in, visible
+from lora_jax.models.sight import Sight, View, either, positions_in, visible
 
 
 class _Flow(NamedTuple):
@@ -43,14 +42,7 @@ class _Flow(NamedTuple):
     fresh: Fresh | None = None
 
 
-class _View(NamedTuple):
-    """The rotary angles of the tokens in a kind of layer (None: no rotation), and their sight."""
-
-    turn: tuple[Array, Array] | None
-    sight: Sight
-
-
-_Views = tuple[_View | None, _View | None]  # the view of each kind, see `DecoderConfig.kinds`
+_Views = tuple[View | None, View | None]  # the view of each kind, see `DecoderConfig.kinds`
 
 
 class _DecoderAttention(nn.Module):
@@ -58,7 +50,7 @@ class _DecoderAttention(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, flow: _Flow, view: _View, cache: Cache | None) -> tuple[Array, Fresh | None]:
+    def __call__(self, flow: _Flow, view: View, cache: Cache | None) -> tuple[Array, Fresh | None]:
         config, (x, fresh) = self.config, flow
         counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         query, key, value = heads(
@@ -91,9 +83,7 @@ class _DecoderLayer(nn.Module):
     ) -> tuple[_Flow, None]:
         config, view, (one, other) = self.config, views[self.kind], views
         if kind is not None and one and other:  # one program for layers of both kinds
-            first = kind == 0
-            turn = jax.tree.map(lambda *each: jnp.where(first, *each), one.turn, other.turn)
-            view = _View(turn, either(first, one.sight, other.sight))
+            view = either(kind == 0, one, other)
         assert view is not None
 
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
@@ -315,11 +305,11 @@ class DecoderModel(nn.Module):
     def _views(self, positions: Array, sight: Callable[[int | None], Sight]) -> _Views:
         config = self.config
 
-        def view(kind: int) -> _View | None:
+        def view(kind: int) -> View | None:
             if kind not in config.kinds:
                 return None
             turn = self._turn(positions, local=kind == 1) if config.positions == "rotary" else None
-            return _View(turn, sight(config.sliding_window if kind else None))
+            return View(turn, sight(config.sliding_window if kind else None))
 
         return view(0), view(1)
 

@@ -1,9 +1,6 @@
 """Encoders whose layers begin with their norms: ModernBERT (arXiv 2412.13663), ViT (2010.11929)."""
 
-from typing import NamedTuple
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -19,16 +16,9 @@ from lora_jax.models.layers import (
     stack,
 )
 from lora_jax.models.rope import angles, rotate
-from lora_jax.models.sight import Sight, either, visible
+from lora_jax.models.sight import View, either, visible
 
 LOCAL, FIRST = 1, 2  # bits of a layer's kind: it has a window; it has no first norm
-
-
-class _View(NamedTuple):
-    """The rotary angles of the tokens (None: no rotation), and their sight."""
-
-    turn: tuple[Array, Array] | None
-    sight: Sight
 
 
 class _Attention(nn.Module):
@@ -37,7 +27,7 @@ class _Attention(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, view: _View) -> Array:
+    def __call__(self, x: Array, view: View) -> Array:
         config, options = self.config, self.options
         count, width = config.num_heads, config.hidden_size // config.num_heads
         names = ("query", "key", "value")
@@ -59,7 +49,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, whole: _View, local: _View | None, kind: Array | None = None
+        self, x: Array, whole: View, local: View | None, kind: Array | None = None
     ) -> tuple[Array, None]:
         config, options = self.config, self.options
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
@@ -69,9 +59,7 @@ class _Layer(nn.Module):
         if kind is not None:  # one program for layers of all kinds
             normed = jnp.where((kind & FIRST) > 0, x, normed)
             if local is not None:
-                far = (kind & LOCAL) == 0
-                turn = jax.tree.map(lambda *x: jnp.where(far, *x), whole.turn, local.turn)
-                view = _View(turn, either(far, whole.sight, local.sight))
+                view = either((kind & LOCAL) == 0, whole, local)
         elif self.kind & LOCAL and local is not None:
             view = local
         attention = _Attention(config, options, self.deterministic, name="attention")
@@ -100,11 +88,11 @@ class PreNormEncoder(nn.Module):
     ) -> Array:
         config, options, length = self.config, self.options, x.shape[1]
 
-        def view(theta: float | None, window: int | None) -> _View:
+        def view(theta: float | None, window: int | None) -> View:
             width, turn = config.hidden_size // config.num_heads, None
             if theta is not None and positions is not None:
                 turn = angles(positions, width, theta)
-            return _View(turn, visible(length, mask, segment_ids, window=window))
+            return View(turn, visible(length, mask, segment_ids, window=window))
 
         windowed = options.windowed or (False,) * config.num_layers
         kinds = [LOCAL * local for local in windowed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,24 @@ def visible(
     return Sight(real=real, **segments, causal=causal, window=window)
 
 
-def either(first: Array, one: Sight, other: Sight) -> Sight:
-    """Return `one` where the scalar `first` is True, else `other`; they differ in windows only."""
-    if one.window == other.window:
-        return one
+class View(NamedTuple):
+    """The rotary angles of the tokens in a kind of layer (None: no rotation), and their sight."""
+
+    turn: tuple[Array, Array] | None
+    sight: Sight
+
+
+def either(first: Array, one: View, other: View) -> View:
+    """Return `one` where the scalar `first` is True, else `other`; their sights differ in windows
+    only."""
+    turn = jax.tree.map(lambda *each: jnp.where(first, *each), one.turn, other.turn)
+    windows = [view.sight.window for view in (one, other)]
+    if windows[0] == windows[1]:
+        return View(turn, one.sight)
     far = jnp.iinfo(jnp.int32).max
-    windows = [far if sight.window is None else sight.window for sight in (one, other)]
-    return dataclasses.replace(one, window=None, reach=jnp.where(first, windows[0], windows[1]))
+    sizes = [jnp.int32(far if window is None else window) for window in windows]
+    reach = jnp.where(first, sizes[0], sizes[1])
+    return View(turn, dataclasses.replace(one.sight, window=None, reach=reach))
 
 
 def positions_in(segment_ids: Array) -> Array:

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import lora_jax
 from lora_jax.planner import real_compiler
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.standard_promotion]  # optax
 LAYERS, WIDTH, HIDDEN = 4, 1024, 512  # of a scan over stacked weights
 DEVICES = ("tpu-v5e", "h100-80gb")
 BASES = ("bfloat16", "nf4")

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,14 +54,14 @@ def results(attend: Callable[..., Array], sight: Sight, cap: float | None) -> An
 
 
 splash = functools.partial(attention_kernels.splash, interpret=True)
-close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("options", SIGHTS.values(), ids=SIGHTS)
 def test_splash_is_the_whole(options: dict[str, Any]) -> None:
     sight = visible(LENGTH, **options)
     cap = 3.0 if "window" in options else None
-    jax.tree.map(close, results(splash, sight, cap), results(attention.attend, sight, cap))
+    assert_close(results(splash, sight, cap), results(attention.attend, sight, cap))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 2, 4)], ids=str)
@@ -70,7 +71,7 @@ def test_splash_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     want = results(attention.attend, sight, None)
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
-        jax.tree.map(close, results(splash, sight, None), want)
+        assert_close(results(splash, sight, None), want)
 
 
 @functools.cache

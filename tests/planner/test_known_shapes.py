@@ -52,7 +52,7 @@ def test_the_option_model_names_a_known_shape() -> None:
 
 
 def test_a_decoder_is_planned_from_its_config_alone(tmp_path: pathlib.Path) -> None:
-    """There is no tokenizer, no weight and no data."""
+    """A folder with `config.json` alone is enough for a plan."""
     folder = tiny.write_model(tmp_path / "llama", tiny.LLAMA | {"num_hidden_layers": 1})
     for file in folder.iterdir():
         if file.name != "config.json":
