@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import optax
@@ -29,9 +30,11 @@ class Loop:
         rate = config.adaptation.dropout
         step = train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
         batch_loss, notes, place = evaluation_step(workload, layout), run.notes, setup.place
-        self._step = Compiled(step, notes.compiling("train"), **compilation(self.state, place))
+        shown = [partial(self._display.compiling, f"the {name}") for name in ("step", "evaluation")]
+        options = compilation(self.state, place)
+        self._step = Compiled(step, notes.compiling("train"), shown[0], **options)
         self._batch_loss = Compiled(
-            batch_loss, notes.compiling("evaluate"), out_shardings=place.whole
+            batch_loss, notes.compiling("evaluate"), shown[1], out_shardings=place.whole
         )
 
     def __enter__(self) -> Loop:
