@@ -15,7 +15,6 @@ from rich.text import Text
 from lora_jax.system.console import Bar, Console
 from lora_jax.training.loss_curve import LossCurve
 
-
 _LONG = 5.0  # seconds; a shorter compilation is not worth a line
 
 
