@@ -233,7 +233,7 @@ class Compiled:
         self,
         function: Callable[..., Any],
         report: Callable[[float], None],
-        around: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
+        around: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
         **options: Any,
     ) -> None:
         """Jit `function` with `options`.
