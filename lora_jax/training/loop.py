@@ -7,6 +7,7 @@ from typing import Any
 
 import optax
 
+from lora_jax.sharding import gathered
 from lora_jax.system.console import Console
 from lora_jax.training import metrics
 from lora_jax.training.progress import Display
@@ -32,6 +33,7 @@ class Loop:
         batch_loss, notes, place = evaluation_step(workload, layout), run.notes, setup.place
         shown = [partial(self._display.compiling, f"the {name}") for name in ("step", "evaluation")]
         options = compilation(self.state, place)
+        self._frozen = gathered(setup.frozen)
         self._step = Compiled(step, notes.compiling("train"), shown[0], **options)
         self._batch_loss = Compiled(
             batch_loss, notes.compiling("evaluate"), shown[1], out_shardings=place.whole
@@ -56,7 +58,7 @@ class Loop:
         with run.notes.clock("train"):
             rows = next(run.data)
             batch = run.setup.place.batch(rows)
-            self.state, values = self._step(self.state, run.setup.frozen, batch)
+            self.state, values = self._step(self.state, self._frozen, batch)
             for line in self._delayed.push({"step": step, "units": run.count(rows)}, values):
                 run.report(line)
 
@@ -77,7 +79,7 @@ class Loop:
 
     def batch_loss(self, trained: Trained) -> BatchLoss:
         """Return the loss function of the run with these trained parameters."""
-        return lambda batch: self._batch_loss(trained, self.run.setup.frozen, batch)
+        return lambda batch: self._batch_loss(trained, self._frozen, batch)
 
     def settle(self) -> None:
         """Report every step taken so far. This waits for the device."""
