@@ -9,6 +9,7 @@ from tests.cases import random_programs
 pytestmark = pytest.mark.standard_promotion
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("start", range(0, 30, 15))
 def test_random_programs(start: int) -> None:
     for seed in range(start, start + 15):

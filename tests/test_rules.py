@@ -52,6 +52,7 @@ MIXTURE = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("target", ["head", "first", "experts", "router"])
 def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
     """An example in a mixed batch gets the same result as alone with its adapter merged."""

@@ -63,6 +63,7 @@ def test_scanned_is_unrolled(config: Config, ids: jax.Array) -> None:
     np.testing.assert_allclose(scanned, plain, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("remat", "scan"), [("full", True), ("dots", False)], ids=["full, scanned", "dots, unrolled"]
 )
@@ -97,6 +98,7 @@ def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
         assert np.abs(apply(ids)[1, :5] - one[1, :5]).max() > 1e-2
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_packed(llama_config: models.DecoderConfig, ids: jax.Array, family: str) -> None:
     test_packed_segments_are_separate_rows(
@@ -177,6 +179,7 @@ def test_bfloat16_is_near_and_its_logits_are_float32(
     assert 0 < np.abs(logits - near).max() < 0.1 * np.abs(near).max()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("only", ["dropout", "attention_dropout"])
 def test_dropout_only_where_asked(config: Config, ids: jax.Array, only: str) -> None:
     params = random_params(config)
