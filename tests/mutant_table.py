@@ -129,7 +129,7 @@ MUTANTS = (  # name, where, old, new, test
     # ---- training
     Mutant("ties-for-ever", "training/open_run.py:_is_better",
         '-scores["loss"]', "0.0",
-        "tests/training/test_continuation.py::test_the_loss_breaks_a_tie"),
+        "tests/training/test_continuation.py::test_equal_scores_are_told_apart_by_the_loss"),
     Mutant("finished-run-starts-over", "training/continuation.py",
         "finished and not step", "False",
         "tests/training/test_continuation.py"
