@@ -117,6 +117,7 @@ def train(
 ) -> summary.Summary:
     """Train one run in the directory `path`, from the beginning or from its last checkpoint."""
     began = time.monotonic()
+    say(console, mesh.described(grid))
 
     # ---- the model and the data, and their placement
     workload = config_file.workload_of(config)
@@ -126,8 +127,8 @@ def train(
     data.set_state(position)
     place = mesh.place(workload, config.mesh, grid, example)
     rows = max((round(len(x) / place.shard.share) for x in example.values() if x.ndim), default=0)
-    if waiting := mesh.idle(rows, config.accumulate, place.parts):
-        say(console, waiting)
+    if rows:
+        say(console, mesh.divided(rows, config.accumulate, place))
     params = workload.arrays(place.params)
 
     # ---- the trained parameters: adapters of the targets, and a few base parameters in full
@@ -156,11 +157,13 @@ def train(
             loop.take(n)
             if n % config.evaluate_every == 0 or n == config.steps:
                 loop.validate(n)
-            stop = preemption.asked(n)
-            if stop or n % config.checkpoint_every == 0 or n == config.steps:
+            stop, over = preemption.asked(n), loop.run.is_over
+            if stop or over or n % config.checkpoint_every == 0 or n == config.steps:
                 loop.checkpoint(n)
             if stop:
                 raise processes.Preempted(f"step {n}")
+            if over:
+                break
 
         # ---- the results
         loop.settle()
@@ -175,6 +178,7 @@ def train_group(name: str, config: GroupConfig) -> int:
     program_cache.enable(note)
     console, path = Console(), group.folder(name, config)
     grid, failed = mesh.make(config.mesh), None
+    say(console, mesh.described(grid))
     with jax.set_mesh(grid):
         try:
             summaries = group.run(config, grid, path, console)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import jax
 import rich.console
 import rich.progress
 
@@ -15,10 +16,16 @@ _LONG = 20_000  # this many items take about a second
 _LARGE = 20_000_000  # bytes of JSON that take about a second
 
 
+def _console() -> rich.console.Console:
+    """Return the console of stderr, which is quiet in all processes of a run but the first."""
+    other = jax.distributed.is_initialized() and jax.process_index() > 0
+    return rich.console.Console(stderr=True, quiet=other)
+
+
 @contextlib.contextmanager
 def status(description: str) -> Iterator[None]:
     """Show `description` while the block runs: a spinner on a terminal, a line elsewhere."""
-    console = rich.console.Console(stderr=True)
+    console = _console()
     if not console.is_terminal:
         console.print(description, highlight=False, soft_wrap=True)
     with console.status(description):
@@ -46,7 +53,7 @@ def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     if total < _LONG:
         yield from items
         return
-    console = rich.console.Console(stderr=True)
+    console = _console()
     if not console.is_terminal:
         console.print(f"{description}: {total:,} ...", highlight=False)
     yield from rich.progress.track(

@@ -157,7 +157,9 @@ class _Loop(contextlib.ExitStack):
     def _fitting(self, group: Group, frozen: object) -> list[OpenMember]:
         """Return the members that fit on the devices; the others leave the group."""
         shared = float(sizes.on_each_device(frozen))
-        needed, count = memory_fit.of_step(group.compiled()), len(group.members)
+        count = len(group.members)
+        with self._display.compiling(f"the step of {count} members"):
+            needed = memory_fit.of_step(group.compiled())
         memory = self._config.memory or memory_fit.available(held=shared)
         found = memory_fit.fit(needed, shared, count, memory, at_once=group.at_once)
         if count > 1:

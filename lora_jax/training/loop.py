@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import optax
@@ -29,9 +30,11 @@ class Loop:
         rate = config.adaptation.dropout
         step = train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
         batch_loss, notes, place = evaluation_step(workload, layout), run.notes, setup.place
-        self._step = Compiled(step, notes.compiling("train"), **compilation(self.state, place))
+        shown = [partial(self._display.compiling, f"the {name}") for name in ("step", "evaluation")]
+        options = compilation(self.state, place)
+        self._step = Compiled(step, notes.compiling("train"), shown[0], **options)
         self._batch_loss = Compiled(
-            batch_loss, notes.compiling("evaluate"), out_shardings=place.whole
+            batch_loss, notes.compiling("evaluate"), shown[1], out_shardings=place.whole
         )
 
     def __enter__(self) -> Loop:
@@ -43,8 +46,9 @@ class Loop:
         self.run.close()
 
     def steps(self) -> range:
-        """The steps still to take. Steps are numbered from 1."""
-        return range(self.run.start + 1, self.run.setup.config.steps + 1)
+        """The steps still to take, if the run does not stop early. Steps are numbered from 1."""
+        last = self.run.start if self.run.is_over else self.run.setup.config.steps
+        return range(self.run.start + 1, last + 1)
 
     def take(self, step: int) -> None:
         """Send step `step` to the device, and report an earlier one."""

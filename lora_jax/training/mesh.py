@@ -185,6 +185,35 @@ def check_rows(name: str, rows: int, parts: int) -> None:
         )
 
 
+def described(mesh: Mesh) -> str:
+    """Return a line about the devices, their processes and the mesh, for the start of a run.
+
+    >>> described(make(MeshConfig(), jax.devices()[:1]))
+    '1 device (cpu)'
+    """
+    devices = list(mesh.devices.flat)
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    processes = len({device.process_index for device in devices})
+    if len(devices) == 1:
+        return f"1 device ({kinds})"
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    several = "es" if processes > 1 else ""
+    return f"{len(devices)} devices ({kinds}) in {processes} process{several}, as {axes}"
+
+
+def divided(rows: int, accumulate: int, place: Placement) -> str:
+    """Return the rows of a step, and how devices, processes and parts divide them."""
+    text = f"{rows} rows a step"
+    if place.mesh.size > 1:
+        text += f", {rows / place.parts:g} on each device (mesh.data x mesh.fsdp = {place.parts})"
+    if place.shard.share < 1:
+        text += f", {round(rows * place.shard.share)} read by each process"
+    if accumulate > 1:
+        text += f", in {accumulate} parts one after the other"
+    waiting = idle(rows, accumulate, place.parts)
+    return f"{text}\n{waiting}" if waiting else text
+
+
 def idle(rows: int, accumulate: int, parts: int) -> str:
     """Return a note if a part of a batch has fewer rows than devices that divide them; or "".
 

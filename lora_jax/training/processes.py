@@ -125,6 +125,10 @@ def join(config: ProcessesConfig) -> None:
         # MPI is needed only to connect, and `mpirun` reports an error if it is not finalized.
         importlib.import_module("mpi4py.MPI").Finalize()
     LAST.words(f"{name()}was ended. {LOST}")
+    if not first():
+        # Also what libraries print, such as XLA's collectives on a CPU. Errors go to stderr.
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _method(config: ProcessesConfig, found: str | None) -> str | None:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
-from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from lora_jax.system.console import Bar, Console
 from lora_jax.training.loss_curve import LossCurve
+
+_LONG = 5.0  # seconds; a shorter compilation is not worth a line
+
+
+class Activity(TextColumn):
+    """The fields of a task, or, while a program is compiled, its name and the seconds so far."""
+
+    compiled, since = "", 0.0  # the program, or "" if none is compiled now
+
+    def render(self, task: Task) -> Text:
+        """Return the text, which rich asks for several times a second from a thread of its own."""
+        if self.compiled:
+            return Text(f"compiling {self.compiled}: {time.monotonic() - self.since:.0f} s")
+        return super().render(task)
 
 
 class CurveBar(Bar):
@@ -17,10 +35,32 @@ class CurveBar(Bar):
 
     def __init__(self, console: Console, every: int, shown: str, **task: Any) -> None:
         """Show a curve; without a terminal, print a line every `every` steps."""
-        self.curve, self.every = LossCurve(), every
-        columns = (self.curve, MofNCompleteColumn(), TextColumn(shown), TimeRemainingColumn())
+        self.curve, self.every, self.activity = LossCurve(), every, Activity(shown)
+        columns = (self.curve, MofNCompleteColumn(), self.activity, TimeRemainingColumn())
         super().__init__(console, *columns)
         self.task = self.bar.add_task("train", **{"loss": "-", "speed": "-", **task})
+
+    @contextlib.contextmanager
+    def compiling(self, program: str, shape: str = "") -> Iterator[None]:
+        """Say that `program` is compiled, for batches of `shape`, until the block ends.
+
+        The bar counts the seconds. Without a terminal a line says since when, unless it is short.
+        """
+        name = f"{program} ({shape})" if shape else program
+        self.activity.compiled, self.activity.since = name, time.monotonic()
+        line = f"compiling {name} since {time.strftime('%H:%M:%S')}"
+        later = threading.Timer(_LONG, self.say, [line])
+        later.daemon = True
+        if not self.console.is_terminal:
+            later.start()
+        try:
+            yield
+        finally:
+            later.cancel()
+            self.activity.compiled = ""
+        taken = time.monotonic() - self.activity.since
+        if taken > _LONG and not self.console.is_terminal:
+            self.say(f"compiled {name} in {taken:.0f} s")
 
     def evaluation(self, line: dict[str, Any], note: str = "", name: str = "") -> None:
         """Show an evaluation line of metrics.jsonl, of the member `name` if there are several."""

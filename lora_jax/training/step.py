@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
@@ -227,10 +230,19 @@ class Compiled:
     """A jitted function that times its first call for each batch shape, which compiles."""
 
     def __init__(
-        self, function: Callable[..., Any], report: Callable[[float], None], **options: Any
+        self,
+        function: Callable[..., Any],
+        report: Callable[[float], None],
+        around: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+        **options: Any,
     ) -> None:
-        """Jit `function` with `options`; `report` gets the seconds of each compilation."""
-        self._call, self._report, self._seen = jax.jit(function, **options), report, set[Any]()
+        """Jit `function` with `options`.
+
+        `report` gets the seconds of each compilation, which runs inside the context that `around`
+        returns for the shape of the batch's largest array, such as "32 x 48".
+        """
+        self._call, self._report, self._around = jax.jit(function, **options), report, around
+        self._seen = set[Any]()
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function; its last argument is the batch."""
@@ -239,6 +251,8 @@ class Compiled:
             return self._call(*arguments)
         self._seen.add(shapes)
         start = time.monotonic()
-        out = self._call(*arguments)
+        largest = max((shape for _, shape in shapes), key=math.prod, default=())
+        with self._around(" x ".join(map(str, largest))):
+            out = self._call(*arguments)
         self._report(time.monotonic() - start)
         return out

@@ -225,6 +225,10 @@ def test_a_text_model_has_the_same_curve_on_two_processes(place: Place) -> None:
     line = ("--config", str(config), *MESH)
     end_well(place.one("text-one", *line), *place.two("text-two", *line))
     assert_same_curve(place.folder / "text-one", place.folder / "text-two", 8)
+    printed = (place.folder / "text-two.0.log").read_text()
+    assert "8 devices (cpu) in 2 processes, as data 2 x fsdp 2 x tensor 2" in printed
+    assert "8 rows a step, 2 on each device" in printed and "4 read by each process" in printed
+    assert (place.folder / "text-two.1.log").read_text() == ""  # it prints only its errors
 
 
 @pytest.mark.slow

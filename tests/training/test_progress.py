@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from lora_jax.sweeps.progress import GroupDisplay, Lines
+from lora_jax.training import progress
 from lora_jax.training.loss_curve import AHEAD, LEVELS, LossCurve
 from lora_jax.training.progress import Display
 
@@ -85,3 +87,22 @@ def test_a_curve_keeps_the_mean_of_many_steps() -> None:
         curve.add(step / 4000, float(step % 2))
     assert curve.heights(8, 1.0) == [0.5] * 8
     assert curve.heights(8, 0.0) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_compiled_is_shown_with_its_time(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LONG", 0.0)
+    file = io.StringIO()
+    console = Console(file=file, width=100, force_terminal=terminal, color_system=None)
+    with Display(console, 100, 0, 10, "tokens") as display:
+        with display.compiling("the step", "8 x 48"):
+            deadline = time.monotonic() + 10
+            while "compiling the step (8 x 48)" not in file.getvalue():
+                display.bar.refresh()
+                assert time.monotonic() < deadline
+        display.bar.refresh()
+    assert ("since" in file.getvalue()) == (not terminal)
+    end = "step (8 x 48) in 0 s" if not terminal else "loss -"
+    assert end in last_line(file.getvalue())
