@@ -23,7 +23,7 @@ from lora_jax.models.text.tokens import Encoder, TextTruncation, TokenRow
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What a model makes of text.
+    """The tokenizer of a model, and the rest that turns examples into tokens.
 
     tokenizer: makes the tokens. Special tokens that its post-processor puts before a text are kept
         if no chat template writes them; those after it are not.

@@ -32,12 +32,12 @@ class Continued:
     answer: str
 
 
-# What an example is before its tokens: a conversation, or a text that is continued.
+# An example before its tokens is a conversation, or a text that is continued.
 Said = Conversation | Continued
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Preference:
     """Two answers to one prompt, of which the first is better."""
 
     chosen: Said
@@ -64,7 +64,7 @@ class Form:
 
     name: str
     keys: tuple[str, ...]
-    read: Callable[[Example, str], Said | Pair | Judged]
+    read: Callable[[Example, str], Said | Preference | Judged]
     learned: str = "every answer"
 
     def of(self, example: Example, where: str) -> Any:
@@ -117,7 +117,7 @@ def _judged(row: Example, where: str) -> Judged:
     return Judged(_completion(row, where), good)
 
 
-def _preference(row: Example, where: str) -> Pair:
+def _preference(row: Example, where: str) -> Preference:
     chosen, rejected = row["chosen"], row["rejected"]
     prompt = row.get("prompt")
     if prompt is None:
@@ -127,7 +127,7 @@ def _preference(row: Example, where: str) -> Pair:
     if chosen == rejected:
         raise DataError(f"{where}: chosen and rejected are the same")
     tools = row.get("tools")
-    return Pair(*(_continued(prompt, answer, where, tools) for answer in (chosen, rejected)))
+    return Preference(*(_continued(prompt, answer, where, tools) for answer in (chosen, rejected)))
 
 
 def _split(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:

@@ -15,7 +15,7 @@ from lora_jax.data import DataConfig, DataError, language_modelling
 from lora_jax.data.catalogue import open_data, open_source
 from lora_jax.data.config import FormName
 from lora_jax.data.example_reader import Reader, Words, form_of
-from lora_jax.data.forms import FORMS, Continued, Pair
+from lora_jax.data.forms import FORMS, Continued, Preference
 from lora_jax.models.text.chat_template import ChatTemplate
 from lora_jax.models.text.conversation import Conversation
 from lora_jax.models.text.tokens import TextTruncation
@@ -68,7 +68,7 @@ def test_tokens_and_marks_of_a_marking_template_are_those_of_transformers(
         assert row == (expected["ids"], expected["mask"])
 
 
-# What a reader by hand would mark, with the token that ends the turn.
+# Marked by hand; the token that ends the turn comes after each.
 ANSWERS: dict[str, list[str]] = {
     "one": ["Hello, how are you?"],
     "two": ["Make imperfect.", "It marred his face."],
@@ -178,7 +178,7 @@ CHAT = Conversation((ASKED, SAID), None, (False, True))
         ("completion", {"prompt": "a", "completion": "b"}, Continued("a", "b")),
         ("text", {"text": "a"}, Continued("", "a")),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"},
-         Pair(Continued("a", "b"), Continued("a", "c"))),
+         Preference(Continued("a", "b"), Continued("a", "c"))),
     ],
 )  # fmt: skip
 def test_forms_are_found_by_their_keys(name: str, row: dict[str, Any], expected: Any) -> None:
@@ -189,7 +189,7 @@ def test_forms_are_found_by_their_keys(name: str, row: dict[str, Any], expected:
 def test_an_implicit_prompt_is_what_both_answers_begin_with() -> None:
     other = {"role": "assistant", "content": "c"}
     pair = FORMS["preference"].of({"chosen": [ASKED, SAID], "rejected": [ASKED, other]}, "here")
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, Preference)
     assert pair.chosen == CHAT
     assert isinstance(pair.rejected, Conversation)
     assert pair.rejected.messages == (ASKED, other)

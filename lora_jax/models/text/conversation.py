@@ -44,8 +44,8 @@ class Conversation:
 def conversation(messages: Any, where: str, tools: Any = None) -> Conversation:
     """Check messages of the form of OpenAI's API, and return them.
 
-    A key whose value is null is dropped, text in parts is joined, and the arguments of a call are
-    an object even where they were written as text. An empty list of tools is no list.
+    A key whose value is null is dropped, text in parts is joined, and the arguments of a call that
+    were written as text are read. An empty list of tools becomes None.
 
     Args:
       messages: the messages, as JSON values.

@@ -5,8 +5,7 @@ it starts in a tenth of a second. It reads JSON lines and answers each with one:
 {template, variables}, then conversations {messages, tools, cuts}. A cut (count, generation) asks
 for the text of the first `count` messages, with or without the opening of an answer after them.
 
-The conventions are those of transformers 5.24 (utils/chat_template_utils.py): an immutable sandbox,
-loop controls, a block {% generation %} around what the assistant says, tojson without escapes for
+Templates are written for transformers, so this follows its version 5.24: an immutable sandbox, loop controls, a block {% generation %} around what the assistant says, tojson without escapes for
 HTML, raise_exception and strftime_now. The sandbox is not trusted alone: products and powers are
 bounded, output is counted, and the process has a limit of memory; the parent stops it in time.
 """
@@ -72,7 +71,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             fits = _bits(left) + _bits(right) <= _MOST_BITS
         else:
             number, whole = (left, right) if isinstance(left, int) else (right, left)
-            fits = not hasattr(whole, "__len__") or len(whole) * number <= MOST_CHARACTERS
+            fits = (
+                not isinstance(whole, str | list | tuple) or len(whole) * number <= MOST_CHARACTERS
+            )
         if not fits:
             raise jinja2.exceptions.SecurityError(f"{operator} makes too large a value")
         return super().call_binop(context, operator, left, right)

@@ -29,7 +29,7 @@ def open_template(source: Source, file: str | None = None) -> ChatTemplate:
 
 
 def template_of(found: Mapping[str, str], variables: Mapping[str, str], where: str) -> ChatTemplate:
-    """Return the template among those of a model by name: `default`, and `tool_use` for tools."""
+    """Return the chat template, from templates by name: `default`, and `tool_use` for tools."""
     if "default" not in found:
         raise DataError(
             f"{where} has no chat template, and a conversation needs one: the model was not "
