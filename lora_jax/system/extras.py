@@ -14,6 +14,8 @@ EXTRAS = {
     "report": ("jinja2", "matplotlib"),
     "gguf": ("gguf",),
     "hub": ("huggingface_hub",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "plan-tpu": ("libtpu",),
     "plan-cuda": ("jax_cuda12_plugin", "nvidia"),
 }

@@ -24,7 +24,7 @@ from lora_jax.training import scores, text
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
-from lora_jax.training.run import Run
+from lora_jax.training.open_run import Run
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.serving import tiny as small
 from tests.training import tiny
