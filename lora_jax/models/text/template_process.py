@@ -5,9 +5,10 @@ it starts in a tenth of a second. It reads JSON lines and answers each with one:
 {template, variables}, then conversations {messages, tools, cuts}. A cut (count, generation) asks
 for the text of the first `count` messages, with or without the opening of an answer after them.
 
-Templates are written for transformers, so this follows its version 5.24: an immutable sandbox, loop controls, a block {% generation %} around what the assistant says, tojson without escapes for
-HTML, raise_exception and strftime_now. The sandbox is not trusted alone: products and powers are
-bounded, output is counted, and the process has a limit of memory; the parent stops it in time.
+Templates are written for transformers, so this follows its version 5.24: an immutable sandbox, loop
+controls, a block {% generation %} around what the assistant says, tojson without escapes for HTML,
+raise_exception and strftime_now. The sandbox is not trusted alone: products and powers are bounded,
+output is counted, and the process has a limit of memory; the parent stops it in time.
 """
 
 from __future__ import annotations
