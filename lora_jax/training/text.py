@@ -39,7 +39,7 @@ class ModelConfig(PretrainedModelConfig):
 
     neftune: float | None = dataclasses.field(default=None, metadata=NEWER)
     """Noise on the embeddings in training (NEFTune, arXiv 2310.05914): uniform within
-    neftune / sqrt(length of a row x width of the model); the paper takes 5 to 15. None: no noise."""
+    neftune / sqrt(length of a row x width of the model). The paper takes 5 to 15. None: none."""
 
     def apply_to(self, config: Any) -> Any:
         """Return the model's own config with these settings."""
