@@ -51,6 +51,7 @@ class Setup:
     frozen: the base parameters, with None in place of trained ones (`lora_jax.frozen.split`).
     fingerprint: that of `frozen`; adapters and checkpoints contain it.
     began: `time.monotonic()` when this process started the run.
+    evaluated: called with step, split and scores after each evaluation.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class Setup:
     fingerprint: Fingerprint
     path: pathlib.Path
     began: float
+    evaluated: Callable[[int, str, dict[str, float]], object] = lambda step, split, scores: None
 
 
 @dataclasses.dataclass
@@ -131,7 +133,9 @@ class Run:
         """Open metrics.jsonl, cut to where the run continues, and show its lines on `screen`."""
         self._screen = screen
         if processes.first():
-            self._record = metrics.Record(self.setup.path, self._length, self.start)
+            config, path = self.setup.config, self.setup.path
+            settings = to_dict(config)
+            self._record = metrics.Record(path, self._length, self.start, config.log_to, settings)
 
     def close(self) -> None:
         """Flush metrics.jsonl to disk and close it."""
@@ -180,6 +184,7 @@ class Run:
         self._write(line)
         if self._screen is not None:
             self._screen.evaluation(line, note)
+        self.setup.evaluated(step, split, numbers)
         return numbers
 
     def evaluate_before(
