@@ -230,7 +230,7 @@ class Config(Checked):
 
     _bounds: ClassVar = {
         "at least 1": ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"),
-        "at least 0": ("seed",),
+        "at least 0": ("seed", "profile"),
     }
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]
@@ -248,6 +248,9 @@ class Config(Checked):
     """Steps between checkpoints. A run that was killed continues from the last one."""
     log_every: int = incidental(10)
     """Steps between printed lines if there is no terminal for the progress bar."""
+    profile: int = incidental(0)
+    """Steps that JAX's profiler traces into the folder `profile` of the run directory, from the
+    first one whose program is compiled already. 0: none."""
     on_nonfinite: Literal["stop", "skip"] = incidental("stop")
     """If a loss or gradient is not finite: stop and name the step, or skip and count the step."""
     run_dir: str | None = incidental(None)

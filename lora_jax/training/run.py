@@ -20,7 +20,7 @@ import numpy as np
 from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.training import directory, export, metrics, optimizer, processes
+from lora_jax.training import directory, export, flops, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.config_json import to_dict
@@ -72,6 +72,7 @@ class Notes:
     last: the scores of the newest evaluation on the validation split.
     units: the sum of `Workload.size` over the batches so far.
     seconds: activity -> seconds spent on it so far.
+    flops: of the products of the steps so far; 0 if the peak of the devices is not known.
     """
 
     before: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -79,6 +80,7 @@ class Notes:
     last: dict[str, float] | None = None
     units: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    flops: float = 0.0
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -113,6 +115,7 @@ class Run:
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
+        self._speed = flops.Speed()
 
     def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
@@ -146,6 +149,10 @@ class Run:
 
     def report(self, values: dict[str, Any]) -> None:
         """Write and show one step. Stop at a step that is not finite."""
+        self.notes.flops += (done := values.pop("flops", 0.0))
+        if done:
+            spent = self.notes.seconds.get("train", 0.0)
+            values["mfu"] = self._speed.add(self.notes.flops, spent) / self.setup.place.peak
         applied = values["step"] - 1 - self._skipped
         self._skipped += not values["finite"]
         rate = float(optimizer.rate(self._hyper, applied, np))
