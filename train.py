@@ -157,11 +157,13 @@ def train(
             loop.take(n)
             if n % config.evaluate_every == 0 or n == config.steps:
                 loop.validate(n)
-            stop = preemption.asked(n)
-            if stop or n % config.checkpoint_every == 0 or n == config.steps:
+            stop, over = preemption.asked(n), loop.run.is_over
+            if stop or over or n % config.checkpoint_every == 0 or n == config.steps:
                 loop.checkpoint(n)
             if stop:
                 raise processes.Preempted(f"step {n}")
+            if over:
+                break
 
         # ---- the results
         loop.settle()

@@ -26,7 +26,7 @@ class ExamplesConfig(Checked):
     the training split."""
     regression: bool = False
     """The label is a real number. Most sources say so by themselves; CSV files cannot."""
-    batch_size: int = 32
+    batch_size: int = dataclasses.field(default=32, metadata={"changeable": True})
     """Rows of a training batch."""
     eval_batch_size: int = 64
     """Rows of an evaluation batch."""

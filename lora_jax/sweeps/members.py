@@ -63,7 +63,8 @@ class OpenMember:
     @property
     def left(self) -> int:
         """The number of steps that it will still take."""
-        return 0 if self.error is not None else self.config.steps - self.step
+        ended = self.error is not None or self.run.is_over
+        return 0 if ended else self.config.steps - self.step
 
     @property
     def live(self) -> bool:

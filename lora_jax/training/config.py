@@ -22,6 +22,7 @@ from lora_jax.training.workload import Workload
 from lora_jax.updates.kind import kind_named
 
 INCIDENTAL = {"incidental": True}
+CHANGEABLE = {"changeable": True}  # a run may go on with another value
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
 # The labels (`lora_jax.training.trained_labels`) of the arrays that weight decay may leave out.
@@ -31,6 +32,11 @@ NO_DECAY = ("bias", "norm", "magnitude")
 def incidental(default: Any) -> Any:
     """Declare a field that does not change what a run computes, so it does not name the run."""
     return dataclasses.field(default=default, metadata=INCIDENTAL)
+
+
+def changeable(default: Any, **metadata: Any) -> Any:
+    """Declare a field that a run may change on its way (`lora_jax.training.continuation`)."""
+    return dataclasses.field(default=default, metadata={**CHANGEABLE, **metadata})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,21 +235,26 @@ class Config(Checked):
     """One training run."""
 
     _bounds: ClassVar = {
-        "at least 1": ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"),
+        "at least 1": ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every")
+        + ("patience",),
         "at least 0": ("seed", "profile"),
     }
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]
     """A function that returns the `Workload` of this config; set in the config file."""
-    steps: int = 1000
-    """Optimizer steps."""
-    accumulate: int = 1
+    steps: int = changeable(1000)
+    """Optimizer steps. A run goes on if it is asked for more in its run directory, also with other
+    settings of the optimizer, accumulate, evaluate_every, patience and data.batch_size."""
+    accumulate: int = changeable(1)
     """Parts that a batch is split into, which the devices compute one after the other. Their
     gradients are summed in float32, weighted by tokens: the step equals that of the whole batch."""
     seed: int = 0
     """Seed of the adapters, the new head, dropout and the order of the data."""
-    evaluate_every: int = 100
+    evaluate_every: int = changeable(100)
     """Steps between evaluations on the validation split, which also pick the best adapter."""
+    patience: int | None = changeable(None, newer=True)
+    """Stop after this many evaluations on the validation split without a new best adapter. None:
+    take all the steps."""
     checkpoint_every: int = incidental(100)
     """Steps between checkpoints. A run that was killed continues from the last one."""
     log_every: int = incidental(10)
@@ -266,7 +277,7 @@ class Config(Checked):
     adapter; lora.dropout and lora.trainable are this run's."""
     lora: LoraConfig = LoraConfig()
     """The adapters."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default=OptimizerConfig(), metadata=CHANGEABLE)
     """The optimizer."""
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=INCIDENTAL)
     """The device mesh. A run may be continued on another mesh."""

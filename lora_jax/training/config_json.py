@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+INCIDENTAL = ("incidental",)  # the fields that do not change what a run computes
+FIXED = ("incidental", "changeable")  # and the ones that a run may change on its way
 
 
 def to_dict(config: Any) -> Any:
@@ -28,31 +31,35 @@ def to_dict(config: Any) -> Any:
 def identity(config: Any) -> dict[str, Any]:
     """Return the fields that decide what a run computes: all but the incidental ones."""
     found = {}
-    for field in _deciding(config):
+    for field in _fields(config, INCIDENTAL):
         value = getattr(config, field.name)
+        if value is None and field.metadata.get("newer"):
+            continue  # so that the names of earlier runs stay the same
         found[field.name] = identity(value) if _is_config(value) else to_dict(value)
     return found
 
 
-def changes(stored: Mapping[str, Any], config: Any) -> list[str]:
-    """List the fields that decide what a run computes and differ from a config.json.
+def changes(
+    stored: Mapping[str, Any], config: Any, without: Sequence[str] = INCIDENTAL
+) -> list[str]:
+    """List the fields that differ from a config.json, without the kinds of field `without`.
 
     A line has the form `path: old -> new`.
     """
-    names = [field.name for field in _deciding(config)]
-    theirs, ours = _comparable(stored, config), _comparable(to_dict(config), config)
+    names = [field.name for field in _fields(config, without)]
+    theirs, ours = (_comparable(x, config, without) for x in (stored, to_dict(config)))
     return differences({n: theirs.get(n) for n in names}, {n: ours.get(n) for n in names})
 
 
-def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Return the deciding fields of a config's values; lists whose order means nothing sorted."""
+def _comparable(values: Mapping[str, Any], config: Any, without: Sequence[str]) -> dict[str, Any]:
+    """Return the other fields of a config's values; lists whose order means nothing sorted."""
     found = dict(values)
     for field in dataclasses.fields(config):
-        if field.metadata.get("incidental"):
+        if any(field.metadata.get(kind) for kind in without):
             found.pop(field.name, None)
         value, own = found.get(field.name), getattr(config, field.name)
         if isinstance(value, dict) and _is_config(own):
-            found[field.name] = _comparable(value, own)
+            found[field.name] = _comparable(value, own, without)
         elif isinstance(value, list) and field.metadata.get("unordered"):
             # The first matching pattern decides the settings, so with settings the order counts.
             # An edited file may hold anything, so it is compared as text.
@@ -61,8 +68,8 @@ def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
     return found
 
 
-def _deciding(config: Any) -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(config) if not f.metadata.get("incidental")]
+def _fields(config: Any, without: Sequence[str]) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(config) if not any(map(f.metadata.get, without))]
 
 
 def _is_config(value: Any) -> bool:

@@ -22,9 +22,9 @@ from typing import Any
 from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import listed, writing
 from lora_jax.system import run_lock, whole_files
-from lora_jax.training import curves, processes, profiler
+from lora_jax.training import continuation, curves, processes, profiler
 from lora_jax.training.config import Config, ConfigError
-from lora_jax.training.config_json import changes, identity, short_hash, to_dict
+from lora_jax.training.config_json import identity, short_hash, to_dict
 from lora_jax.training.saved_files import read_config, read_summary
 
 Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` returns it
@@ -112,15 +112,10 @@ def _ours(path: pathlib.Path) -> bool:
 
 
 def _claim(path: pathlib.Path, config: Config) -> None:
-    """Write config.json, or check that the run in the directory has the same config."""
+    """Write config.json, or check that the run in the directory may go on with the config."""
     file = path / "config.json"
     if file.is_file():
-        changed = changes(read_config(path), config)
-        if changed:
-            raise ConfigError(
-                f"{path} holds a run of another config; it differs in\n{listed(changed, 20)}\n"
-                "give another --run-dir, or --fresh to delete that run"
-            )
+        continuation.reopen(path, read_config(path), config)
         return
     if config.start_from is not None:
         adapter_path.find_one(config.start_from)  # raises before a run directory is begun

@@ -50,8 +50,9 @@ class Loop:
         self.run.close()
 
     def steps(self) -> range:
-        """The steps still to take. Steps are numbered from 1."""
-        return range(self.run.start + 1, self.run.setup.config.steps + 1)
+        """The steps still to take, if the run does not stop early. Steps are numbered from 1."""
+        last = self.run.start if self.run.is_over else self.run.setup.config.steps
+        return range(self.run.start + 1, last + 1)
 
     def take(self, step: int) -> None:
         """Send step `step` to the device, and report an earlier one."""

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
-from lora_jax.training import directory, export, flops, metrics, optimizer, processes
+from lora_jax.training import continuation, directory, export, flops, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
-from lora_jax.training.config_json import to_dict
+from lora_jax.training.config_json import changes, to_dict
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
@@ -70,17 +70,23 @@ class Notes:
     before: split -> scores before the first step.
     best: the step and the validation scores of the best adapter so far.
     last: the scores of the newest evaluation on the validation split.
+    without_best: evaluations on the validation split since the best one.
     units: the sum of `Workload.size` over the batches so far.
     seconds: activity -> seconds spent on it so far.
     flops: of the products of the steps so far; 0 if the peak of the devices is not known.
+    history: the settings that were changed on the way, each time with the step before them.
+    shift: batches of the data before the first of this batch size, minus the steps before it.
     """
 
     before: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     best: dict[str, float] | None = None
     last: dict[str, float] | None = None
+    without_best: int = 0
     units: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     flops: float = 0.0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    shift: int = 0
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -110,7 +116,7 @@ class Run:
 
     def __init__(self, setup: Setup, data: BatchIterator, checkpoints: Checkpoints) -> None:
         self.setup, self.data, self.checkpoints, self.notes = setup, data, checkpoints, Notes()
-        self.start = 0
+        self.start, self.changed = 0, ""  # `changed` says what is new since the checkpoint
         self._skipped, self._earlier, self._length = 0, 0.0, 0
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
         self._record: metrics.Record | None = None  # stays None in a process that does not write
@@ -206,9 +212,17 @@ class Run:
         numbers = self.evaluate(step, "validation", batch_loss)
         self.notes.last = numbers
         # Process 0 decides for all: if they differed, one would save and wait for the others.
-        if processes.by_first(lambda: self._is_better(numbers)):
+        better = processes.by_first(lambda: self._is_better(numbers))
+        self.notes.without_best = 0 if better else self.notes.without_best + 1
+        if better:
             self.notes.best = {"step": step, **numbers}
             self.export("best", trained())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run stops early: `patience` evaluations have brought no new best adapter."""
+        patience = self.setup.config.patience
+        return patience is not None and self.notes.without_best >= patience
 
     def evaluate_best(self, step: int, batch_loss: BatchLoss) -> dict[str, dict[str, float]]:
         """Evaluate the exported best adapter on the splits that did not pick it."""
@@ -263,10 +277,27 @@ class Run:
             )
         allow = self.setup.config.allow_other_base
         check_base(notes["fingerprint"], self.setup.fingerprint, allow, str(self.setup.path))
-        self.data.set_state(notes["data"])
         self.notes = Notes(**notes["run"])
+        self._go_on(notes, int(state.step), int(state.skipped))
         self._earlier, self._length = notes["seconds"], notes["record_bytes"]
         return state
+
+    def _go_on(self, notes: dict[str, Any], step: int, skipped: int) -> None:
+        """Move the data to its position, and note which settings have changed since."""
+        saved, config = notes["config"], self.setup.config
+        batches = continuation.batches_before(saved, config, step + self.notes.shift)
+        if batches is None:
+            self.data.set_state(notes["data"])
+        else:
+            self.notes.shift = batches - step
+            for _ in range(batches):
+                next(self.data)
+        if changed := changes(saved, config):
+            self.notes.history.append({"step": step, "changed": changed})
+            rates = continuation.rates(saved, config, step - skipped)
+            self.changed = f"Changed after step {step:,}:\n{listed(changed, 20)}\n{rates}"
+            if self.is_over:
+                self.notes.without_best = 0
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._record is not None:
@@ -292,6 +323,10 @@ class Run:
     def _is_better(self, numbers: dict[str, float]) -> bool:
         name = self.setup.workload.select
         check_select(name, numbers)
-        sign = 1 if self.setup.workload.better == "higher" else -1
-        best = -math.inf if self.notes.best is None else sign * self.notes.best[name]
-        return sign * numbers[name] > best  # false for a NaN
+        sign, best = (1 if self.setup.workload.better == "higher" else -1), self.notes.best
+        # The loss breaks ties: the first step with an accuracy of 1 is not the best for ever.
+        rank = lambda scores: (sign * scores[name], -scores["loss"])  # noqa: E731
+        found: tuple[float, float] = rank(numbers)
+        if best is None:
+            return found[0] > -math.inf  # false for a NaN
+        return found > rank(best)

@@ -70,6 +70,8 @@ def summarise(
         "better": run.setup.workload.better,
         "best_step": None if notes.best is None else notes.best["step"],
         "last_validation": notes.last,
+        "stopped_early": run.is_over,
+        "history": notes.history,
         "merged_difference": difference,
         "compile_seconds": spent.get("compile", 0.0),
         "train_seconds": spent.get("train", 0.0),
@@ -99,7 +101,7 @@ def opening(run: Run, state: State) -> str:
     more = f", and {len(whole) - 1} more weights" if len(whole) > 1 else ""
     dequantised = f"Dequantised: {whole[0].path}, {whole[0].reason}{more}" if whole else ""
     going_on = f"Continuing from the checkpoint of step {run.start}." if run.start else ""
-    return "\n".join(filter(None, (facts, text, dequantised, going_on)))
+    return "\n".join(filter(None, (facts, text, dequantised, going_on, run.changed)))
 
 
 def sizes(run: Run, state: State) -> dict[str, int]:
@@ -138,6 +140,9 @@ def show(summary: Summary, console: Console) -> None:
 def rows(summary: Summary) -> list[tuple[str, str]]:
     """Return the name and the text of each line of the table."""
     found = costs(summary)
+    if (step := summary["best_step"]) is not None:
+        early = ", after which it stopped early" if summary.get("stopped_early") else ""
+        found.append(("best", f"step {step:,}, by validation {summary['select']}{early}"))
     for split, before in summary["before"].items():
         after = summary["after"].get(split, {})
         for name, value in before.items():
