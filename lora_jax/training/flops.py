@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
 RECOMPUTED = "rematted_computation"  # the scope in which JAX puts what it computes again
 
 
@@ -60,7 +62,7 @@ def _bodies(params: dict[str, Any]) -> Iterator[Any]:
     """Yield the jaxprs among the parameters of an equation."""
     for value in params.values():
         for body in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(getattr(body, "jaxpr", body), "eqns"):
+            if isinstance(body, Jaxpr | ClosedJaxpr):
                 yield body
 
 
