@@ -66,7 +66,7 @@ def _bodies(params: dict[str, Any]) -> Iterator[Any]:
                 yield body
 
 
-class Speed:
+class Throughput:
     """The FLOPs a second of the last ten steps."""
 
     def __init__(self) -> None:

@@ -121,7 +121,7 @@ class Run:
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
-        self._speed = flops.Speed()
+        self._speed = flops.Throughput()
 
     def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
