@@ -2,6 +2,7 @@
 
 config.json      the config that the run was started with
 metrics.jsonl    see `lora_jax.training.metrics`, with events.* for TensorBoard
+wandb.id         the id of the run for the logger, so that it goes on there (also mlflow.id)
 checkpoints/     see `lora_jax.training.checkpoints`
 adapters/        best and last, which `lora_jax.restore` reads
 summary.json     written last; a run with this file is finished
@@ -106,7 +107,7 @@ def _clear(path: pathlib.Path) -> None:
 
 def _ours(path: pathlib.Path) -> bool:
     names = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters", "summary.json"}
-    names |= {"curves.png", "error.txt", "report", profiler.FOLDER}
+    names |= {"curves.png", "error.txt", "report", "wandb.id", "mlflow.id", profiler.FOLDER}
     written = ("events.out.tfevents.", whole_files.TEMPORARY)
     return path.name in names or path.name.startswith(written)
 

@@ -10,9 +10,9 @@ import optax
 
 from lora_jax.system.console import Console
 from lora_jax.training import metrics
+from lora_jax.training.open_run import BatchLoss, Run
 from lora_jax.training.profiler import Profiler
 from lora_jax.training.progress import Display
-from lora_jax.training.run import BatchLoss, Run
 from lora_jax.training.state import State, Trained
 from lora_jax.training.step import Compiled, compilation, evaluation_step, train_step
 

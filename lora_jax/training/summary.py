@@ -16,7 +16,7 @@ from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
 from lora_jax.training.evaluation import first_batch
-from lora_jax.training.run import BatchLoss, Run
+from lora_jax.training.open_run import BatchLoss, Run
 from lora_jax.training.sizes import in_units, is_quantised, on_each_device, parameters
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch

@@ -9,8 +9,9 @@ import pytest
 
 from lora_jax.cli import train as command_line
 from lora_jax.planner import measure
+from lora_jax.primitives import flops
 from lora_jax.system import devices
-from lora_jax.training import flops, metrics
+from lora_jax.training import metrics
 from tests.planner.test_hlo import grid
 from tests.planner.test_plan import GPT, H100, SIZES
 from tests.training.runs import OWN, ROOT, SMALL, run

@@ -20,13 +20,14 @@ import numpy as np
 from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
-from lora_jax.training import continuation, directory, export, flops, metrics, optimizer, processes
+from lora_jax.training import continuation, directory, export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.config_json import changes, to_dict
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
+from lora_jax.training.throughput import Throughput
 from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload, check_select
 
 Tree = Any  # a pytree
@@ -51,6 +52,7 @@ class Setup:
     frozen: the base parameters, with None in place of trained ones (`lora_jax.frozen.split`).
     fingerprint: that of `frozen`; adapters and checkpoints contain it.
     began: `time.monotonic()` when this process started the run.
+    evaluated: called with step, split and scores after each evaluation.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class Setup:
     fingerprint: Fingerprint
     path: pathlib.Path
     began: float
+    evaluated: Callable[[int, str, dict[str, float]], object] = lambda step, split, scores: None
 
 
 @dataclasses.dataclass
@@ -121,7 +124,7 @@ class Run:
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
-        self._speed = flops.Throughput()
+        self._speed = Throughput()
 
     def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
@@ -134,7 +137,9 @@ class Run:
         """Open metrics.jsonl, cut to where the run continues, and show its lines on `screen`."""
         self._screen = screen
         if processes.first():
-            self._record = metrics.Record(self.setup.path, self._length, self.start)
+            config, path = self.setup.config, self.setup.path
+            settings = to_dict(config)
+            self._record = metrics.Record(path, self._length, self.start, config.log_to, settings)
 
     def close(self) -> None:
         """Flush metrics.jsonl to disk and close it."""
@@ -187,6 +192,7 @@ class Run:
         self._write(line)
         if self._screen is not None:
             self._screen.evaluation(line, note)
+        self.setup.evaluated(step, split, numbers)
         return numbers
 
     def evaluate_before(

@@ -1,14 +1,12 @@
-"""The model FLOPs utilisation of a run: its products, over what the devices could do in that time.
+"""The FLOPs of the products of a traced program.
 
-The products are counted in the traced step and not in the compiled program, whose custom kernels
-hide theirs. Every multiply-add counts as 2. What rematerialisation computes again does not count,
+They are not counted in the compiled program, whose custom kernels hide theirs. Every multiply-add counts as 2. What rematerialisation computes again does not count,
 as is usual for this number. Of the branches for several platforms the largest counts, which is the
 plain form of attention.
 """
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -64,17 +62,3 @@ def _bodies(params: dict[str, Any]) -> Iterator[Any]:
         for body in value if isinstance(value, tuple | list) else (value,):
             if isinstance(body, Jaxpr | ClosedJaxpr):
                 yield body
-
-
-class Throughput:
-    """The FLOPs a second of the last ten steps."""
-
-    def __init__(self) -> None:
-        self._recent = collections.deque[tuple[float, float]](maxlen=11)
-
-    def add(self, flops: float, seconds: float) -> float:
-        """Take the FLOPs and the seconds of all steps so far; return the speed, NaN at first."""
-        self._recent.append((flops, seconds))
-        flops_then, seconds_then = self._recent[0]
-        spent = seconds - seconds_then
-        return (flops - flops_then) / spent if spent > 0 else math.nan
