@@ -1,8 +1,9 @@
 """The FLOPs of the products of a traced program.
 
-They are not counted in the compiled program, whose custom kernels hide theirs. Every multiply-add counts as 2. What rematerialisation computes again does not count,
-as is usual for this number. Of the branches for several platforms the largest counts, which is the
-plain form of attention.
+They are not counted in the compiled program, whose custom kernels hide theirs. Every multiply-add
+counts as 2. What rematerialisation computes again does not count, as is usual for the model FLOPs
+utilisation. Of the branches for several platforms the largest counts, which is the plain form of
+attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run shows of itself: its devices, a trace of some steps, and the share of the peak."""
+"""A run shows its devices, a trace of some steps, and the share of the peak that it reaches."""
 
 from __future__ import annotations
 
