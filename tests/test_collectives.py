@@ -147,6 +147,7 @@ def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
         assert {s for i in gathered for s in sizes_of(i)} & whole_weights(name)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("sizes", [TENSOR, ALL])
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_add_collectives_of_their_rank_alone(

@@ -111,7 +111,7 @@ def apply_of(
         if chunk is not None:
             inputs |= {"targets": batch["targets"], "chunk": chunk, "smoothing": smoothed}
             inputs |= {"method": model.loss}
-        inputs |= pretrained.dropout(model.config, train, key)
+        inputs |= pretrained.dropout(model.config, train, key, model.config.neftune)
         outputs = method.apply(model, params, batch["input_ids"], **inputs)
         if chunk is not None or not smoothed:
             return outputs

@@ -23,6 +23,7 @@ from lora_jax.training.workload import Workload
 from lora_jax.updates.kind import kind_named
 
 INCIDENTAL = {"incidental": True}
+NEWER = {"newer": True}  # None is the earlier behaviour, and does not change the name of a run
 CHANGEABLE = {"changeable": True}  # a run may go on with another value
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
@@ -253,7 +254,7 @@ class Config(Checked):
     """Seed of the adapters, the new head, dropout and the order of the data."""
     evaluate_every: int = changeable(100)
     """Steps between evaluations on the validation split, which also pick the best adapter."""
-    patience: int | None = changeable(None, newer=True)
+    patience: int | None = changeable(None, **NEWER)
     """Stop after this many evaluations on the validation split without a new best adapter. None:
     take all the steps."""
     checkpoint_every: int = incidental(100)

@@ -98,6 +98,7 @@ def test_a_run_without_factors_is_no_adapter(
     assert "--format hf" in capsys.readouterr().err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("labels", [("a", "b"), ()])
 def test_a_base_that_pools_otherwise(
     labels: tuple[str, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]

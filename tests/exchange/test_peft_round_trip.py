@@ -111,6 +111,7 @@ def test_a_tied_embedding(tmp_path: Path) -> None:
     assert_same(model, adapter, tmp_path / "a")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_convolutions(kind: str, tmp_path: Path) -> None:
     model = toy()

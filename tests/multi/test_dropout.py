@@ -85,6 +85,7 @@ def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
     assert_close(both(fast), both(by_hand))
 
 
+@pytest.mark.few(5)
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str) -> None:

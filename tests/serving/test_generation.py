@@ -91,6 +91,7 @@ FORMS = {"unrolled": CONFIG, "scanned": SCANNED} | {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
     """Prefill and one step through `adapt` equal the merged weights without a cache."""
