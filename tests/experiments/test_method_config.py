@@ -136,6 +136,7 @@ def pair(folder: pathlib.Path, one: MethodConfig, two: MethodConfig) -> GroupCon
     return GroupConfig(members=tuple(Member(n, c) for n, c in zip("ab", configs, strict=True)))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("one", "two", "says"),
     [
