@@ -4,12 +4,13 @@
     python train.py --config configs/smollm2_definitions.py
     python train.py --steps 50 --lora.rank 4               set fields of the config
     python train.py --help                                 list all fields
+    python train.py --dry-run                              take one step, and leave nothing
     python train.py --plan                                 plan the run without running it
     python train.py --from runs/earlier                    start a new run with an earlier adapter
 
 If a run was stopped, the same command continues it. If the command is started on many machines at
-once, they train one run together (docs/pods.md). LoRA itself is in `lora_jax`, and the parts of a
-run are in `lora_jax.training`.
+once, they train one run together (docs/pods.md). LoRA itself is in `lora_jax`; one run, read top to
+bottom, is `lora_jax/training/one_run.py`.
 
 Exit status: 0 finished, 1 an error that was printed, 2 a command line that cannot be read,
 130 stopped by Ctrl-C, 143 preempted (SIGTERM): the current step was finished and saved.
@@ -19,12 +20,10 @@ from __future__ import annotations
 
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 
 import jax
 
-import lora_jax
 from lora_jax.system import extras
 
 if __name__ == "__main__" and (missing := extras.missing("train", "train.py")):
@@ -38,21 +37,8 @@ from lora_jax.sweeps import results
 from lora_jax.sweeps.config import GroupConfig
 from lora_jax.system import host_memory, program_cache, whole_files
 from lora_jax.system.console import USER_ERRORS, Console, note, out_of_memory, quiet_storage, say
-from lora_jax.training import (
-    config_file,
-    directory,
-    initial,
-    mesh,
-    optimizer,
-    processes,
-    step,
-    summary,
-)
-from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training import directory, dry_run, mesh, one_run, processes, summary
 from lora_jax.training.config import Config
-from lora_jax.training.evaluation import merged_difference
-from lora_jax.training.loop import Loop
-from lora_jax.training.run import Run, Setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEFAULT = "configs/minilm_reviews.py"
@@ -83,15 +69,10 @@ def run(arguments: Sequence[str], program: str) -> int:
         processes.check_same(config)
         program_cache.enable(note)
         console = Console(quiet=not processes.first())
-        with directory.enter(name, config) as path:
-            finished = processes.by_first(lambda: directory.summary(path))
-            if finished is not None:
-                say(console, f"{path} is finished; --fresh deletes it and starts again.")
-            else:
-                grid = mesh.make(config.mesh)
-                with jax.set_mesh(grid):
-                    finished = train(config, grid, path, console)
-        summary.show(finished, console)
+        if planning.dry_run:
+            dry_run.run(config, console)
+        else:
+            summary.show(one_run.run(name, config, console), console)
     except processes.ElsewhereError:
         return 1
     except USER_ERRORS as error:
@@ -110,66 +91,6 @@ def run(arguments: Sequence[str], program: str) -> int:
         say(Console(stderr=True, style="red"), f"error: {processes.name()}{lack}")
         return 1
     return 0
-
-
-def train(
-    config: Config, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
-) -> summary.Summary:
-    """Train one run in the directory `path`, from the beginning or from its last checkpoint."""
-    began = time.monotonic()
-    say(console, mesh.described(grid))
-
-    # ---- the model and the data, and their placement
-    workload = config_file.workload_of(config)
-    data = workload.train(mesh.shard_of(grid))
-    position = data.get_state()
-    example = next(data)
-    data.set_state(position)
-    place = mesh.place(workload, config.mesh, grid, example)
-    rows = max((round(len(x) / place.shard.share) for x in example.values() if x.ndim), default=0)
-    if rows:
-        say(console, mesh.divided(rows, config.accumulate, place))
-    params = workload.arrays(place.params)
-
-    # ---- the trained parameters: adapters of the targets, and a few base parameters in full
-    key = jax.random.key(config.seed)
-    first = initial.initial(config, workload, params, place, example, key)
-    workload, layout, base, frozen, adapters, earlier = first
-    tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
-    weights, init = step.adapted_weights(layout, frozen), config.adaptation.init
-    state = step.create(layout, base, tx, key, place, init, weights, adapters)
-    identity = lora_jax.fingerprint(frozen)
-    setup = Setup(config, workload, place, layout, frozen, identity, path, began)
-    del params, first, base, weights, adapters  # `state` and `frozen` have what is needed
-
-    # ---- the run
-    with (
-        processes.Preemption() as preemption,
-        Checkpoints(path / "checkpoints", report=lambda text: say(console, text)) as checkpoints,
-        Loop(Run(setup, data, checkpoints), state, tx, console) as loop,
-    ):
-        say(console, summary.opening(loop.run, loop.state))
-        if earlier:
-            say(console, earlier)
-        if loop.run.start == 0:
-            loop.evaluate_before()
-        for n in loop.steps():
-            loop.take(n)
-            if n % config.evaluate_every == 0 or n == config.steps:
-                loop.validate(n)
-            stop, over = preemption.asked(n), loop.run.is_over
-            if stop or over or n % config.checkpoint_every == 0 or n == config.steps:
-                loop.checkpoint(n)
-            if stop:
-                raise processes.Preempted(f"step {n}")
-            if over:
-                break
-
-        # ---- the results
-        loop.settle()
-        compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
-        difference = lambda best, batch: float(compare(best, frozen, batch))  # noqa: E731
-        return summary.conclude(loop.run, loop.state, loop.batch_loss, difference, example)
 
 
 def train_group(name: str, config: GroupConfig) -> int:

@@ -33,7 +33,7 @@ from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.loop import Loop
-from lora_jax.training.run import Run, Setup
+from lora_jax.training.open_run import Run, Setup
 
 CONFIGS = ("configs/minilm_reviews.py", "configs/smollm2_definitions.py")
 ROOT = commands.ROOT

@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import train
 from benchmarks import common
 from configs import own_model
 from lora_jax.checkpoint import storage
 from lora_jax.system.console import Console, quiet_storage
-from lora_jax.training import mesh
+from lora_jax.training import mesh, one_run
 from lora_jax.training.checkpoints import steps_in
 from lora_jax.training.config import MeshConfig, OptimizerConfig
 from lora_jax.training.workload import Workload
@@ -101,7 +100,7 @@ def soak(steps: int, checkpoint_every: int, path: pathlib.Path) -> Readings:
     Watched.readings = readings = Readings()
     grid = mesh.make(MeshConfig(), jax.devices()[:1])
     with quiet_storage(), jax.set_mesh(grid):
-        train.train(config, grid, path, Console())
+        one_run.train(config, grid, path, Console())
     return readings  # not read at the end, where matplotlib is loaded to draw the curves
 
 

@@ -34,6 +34,8 @@ NAMES = {
     "lora_jax.primitives.table": ("register",),
     "lora_jax.primitives.kernel": ("product",),
     "lora_jax.primitives.views": ("of_one",),
+    "lora_jax.training": ("run",),
+    "lora_jax.training.finished_run": ("FinishedRun",),
     "lora_jax.training.config": (
         "Config",
         "LoraConfig",

@@ -127,6 +127,24 @@ MUTANTS = (  # name, where, old, new, test
         "damaged = manifest.damaged(loaded)", "list[str]()",
         "tests/checkpoint/test_adapter.py::test_an_array_of_another_adapter_is_named"),
     # ---- training
+    Mutant("ties-for-ever", "training/open_run.py:_is_better",
+        '-scores["loss"]', "0.0",
+        "tests/training/test_continuation.py::test_equal_scores_are_told_apart_by_the_loss"),
+    Mutant("finished-run-starts-over", "training/continuation.py",
+        "finished and not step", "False",
+        "tests/training/test_continuation.py"
+        "::test_a_finished_run_without_checkpoints_does_not_start_over"),
+    Mutant("rank-changes-on-the-way", "training/continuation.py",
+        "changes(stored, config, FIXED)", "list[str]()",
+        "tests/training/test_continuation.py"
+        "::test_a_change_that_cannot_be_names_the_setting_and_the_cure"),
+    Mutant("patience-without-end", "training/open_run.py:is_over",
+        "self.notes.without_best >= patience", "False",
+        "tests/training/test_continuation.py"
+        "::test_a_run_without_a_better_step_stops_and_more_patience_goes_on"),
+    Mutant("logger-starts-a-new-run", "training/loggers.py:_remembered",
+        "not file.exists()", "True",
+        "tests/training/test_loggers.py::test_a_logger_gets_the_lines_and_goes_on_in_its_run"),
     Mutant("parts-share-a-key", "training/step.py",
         "jax.random.fold_in(key, index)", "key",
         "tests/training/test_step.py::test_each_part_draws_from_a_key_of_its_own"),

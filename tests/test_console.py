@@ -16,6 +16,7 @@ import train
 from lora_jax.errors import LoraError
 from lora_jax.serving import jsonl
 from lora_jax.system import console
+from lora_jax.training import one_run
 from tests.training.runs import OWN
 
 
@@ -73,7 +74,7 @@ def test_a_lack_of_memory_is_an_error_with_a_cure(
     said = capsys.readouterr().err
     assert "error: there is not enough memory: RESOURCE_EXHAUSTED" in said
     assert "--batch-size" in said and "Traceback" not in said
-    monkeypatch.setattr(train, "train", large)
+    monkeypatch.setattr(one_run, "train", large)
     assert train.main(["--config", OWN, "--run-dir", str(tmp_path)]) == 1
     assert "--accumulate" in capsys.readouterr().err
 

@@ -148,7 +148,7 @@ def _orbax(run: Served, options: ExportOptions, out: pathlib.Path, console: Cons
 
 
 # The notes of training about an adapter that `lora-jax import` needs.
-_KEPT = ("model", "labels", "text_fields", "lengths", "prompt", "eos")
+_KEPT = ("model", "labels", "text_fields", "lengths", "prompt", "eos", "chat", "template")
 _WRITE = {"hf": _hf, "peft": _peft, "gguf": _gguf, "mlx": _mlx, "orbax": _orbax}
 
 

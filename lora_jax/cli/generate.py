@@ -69,6 +69,9 @@ class GenerateOptions(AdapterOptions):
     """A text of one token that ends the generated text, in addition to the usual end tokens."""
     batch_size: int = 8
     """Prompts that are continued at the same time."""
+    chat: bool = True
+    """Put a prompt into the chat template, as a user's message: for adapters that were trained on
+    conversations, and for the base alone if it has a template."""
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
@@ -85,7 +88,7 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
     served = options.served(models.DecoderConfig, aside)
     decoder = _decoder(served)
-    asked = Prompts(served, options.stop, options.base_too)
+    asked = Prompts(served, options.stop, options.base_too, options.chat)
     requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
     faults = [request.error for request in requests if request.error]
     if requests and len(faults) == len(requests):
@@ -157,10 +160,13 @@ def _sink(
 
 def _opening(served: Served, asked: Prompts) -> str:
     if not served.names:
-        return f"{served.reference} alone, no adapter"
+        said = ", prompts in its chat template (--no-chat: as they are)" if asked.chats else ""
+        return f"{served.reference} alone, no adapter{said}"
     each = [
         f"{name}: trained on prompts like {asked.templates[name].text!r}"
         if name in asked.templates
+        else f"{name}: trained on conversations"
+        if name in asked.chats
         else name
         for name in served.names
     ]

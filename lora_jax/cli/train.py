@@ -76,8 +76,9 @@ def parse(
             check_start(before, after)
     if not isinstance(run, GroupOptions):
         return name, run, given.plan
-    if given.plan.plan:
-        raise ConfigError("--plan is for one run: give it with the config of one member")
+    for option, asked in (("--plan", given.plan.plan), ("--dry-run", given.plan.dry_run)):
+        if asked:
+            raise ConfigError(f"{option} is for one run: give it with the config of one member")
     return name, run.expand(), given.plan
 
 

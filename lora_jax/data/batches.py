@@ -60,6 +60,7 @@ class TextFacts(Facts):
         text, lost = super().__str__(), self.truncation
         if lost.examples:
             text += f"; max_length cut {lost.tokens:,} tokens off {lost.examples:,} examples"
+            text += f", of which {lost.learned:,} were to be learned" if lost.learned else ""
         if lost.dropped:
             text += f"; {lost.dropped:,} left out, with nothing to learn in them"
         return "; ".join([text, *lost.remarks(self.examples + lost.dropped)])

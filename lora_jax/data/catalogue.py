@@ -6,13 +6,16 @@ import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from lora_jax.data.builders import FORMAT, Builder, folder
+from lora_jax.data.config import ExamplesConfig
 from lora_jax.data.files import SUFFIXES, Files
 from lora_jax.data.reviews import NOTE as REVIEWS_NOTE
 from lora_jax.data.reviews import MovieReviews
+from lora_jax.data.set_apart import SetApart
 from lora_jax.data.source import DataSource
 from lora_jax.data.topics import CORPORA, Topics
 from lora_jax.data.wordnet import NOTE as WORDNET_NOTE
@@ -55,9 +58,29 @@ def open_source(name: str, data_dir: str | None = None) -> DataSource:
         return Files(name)
     raise DataError(
         f"no data source {name!r}.\n  nearest: {', '.join(nearest(name, _OURS, 1))}\n"
-        f"There are: {', '.join(_OURS)}; tfds:name/config:version; and files that end in .jsonl or "
-        ".csv, as data/{split}.jsonl or train=a.csv,validation=b.csv"
+        f"There are: {', '.join(_OURS)}; tfds:name/config:version; and files that end in "
+        f"{', '.join(SUFFIXES)}, as data/{{split}}.jsonl or train=a.csv,validation=b.csv"
     )
+
+
+def open_data(config: ExamplesConfig, set_apart: bool = False) -> DataSource:
+    """Open the source of a config. `DataError`: see `open_source`.
+
+    With `set_apart`, files without a validation split give up a share of the training examples.
+    """
+    source = open_source(config.source, config.data_dir)
+    if not isinstance(source, Files):
+        return source
+    names = config.train_split, config.eval_split
+    return _files(config.source, source.stamps, *names, config.eval_share if set_apart else None)
+
+
+@functools.lru_cache(maxsize=4)  # the splits of a run share one source, and read a file once
+def _files(name: str, stamps: Any, train: str, validation: str, share: float | None) -> DataSource:
+    source = Files(name)
+    if share is None or validation in source.splits or train not in source.splits:
+        return source
+    return SetApart(source, train, validation, share)
 
 
 def _tfds(name: str, data_dir: Path) -> DataSource:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lora_jax.data.batches import Batches, TextFacts
-from lora_jax.data.catalogue import open_source
+from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
 from lora_jax.data.epochs import Epochs, EpochTable
 from lora_jax.data.labels import Labels, labels_of
@@ -42,6 +42,7 @@ def classification(
     shuffle: bool = False,
     seed: int = 0,
     epochs: int | None = 1,
+    set_apart: bool = False,
     vocabulary: int | None = None,
 ) -> Batches:
     """Make batches of tokenised texts with their labels.
@@ -69,6 +70,8 @@ def classification(
         batches go from short to long texts.
       seed: the seed of the order.
       epochs: the number of epochs. None: without end.
+      set_apart: whether files without a validation split give up a share of the training examples
+        for one (`config.eval_share`).
       vocabulary: rows of the model's embedding; a token beyond them is an error.
 
     Returns:
@@ -77,7 +80,7 @@ def classification(
     Raises:
       DataError: the source, a field or a label is not as the config says.
     """
-    source = open_source(config.source, config.data_dir)
+    source = open_data(config, set_apart)
     labels = labels_of(config, source)
     examples = read(source, split, config.limit(split))
     truncation = TextTruncation()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from lora_jax.errors import DataError
 from lora_jax.system.checked import Checked
+
+# The names in `lora_jax.data.forms.FORMS`, which says what each means.
+FormName = Literal[
+    "auto", "messages", "conversations", "preference", "judged", "completion", "instruction", "text"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,9 @@ class ExamplesConfig(Checked):
     """The split for the evaluations that pick the best adapter."""
     test_split: str = "test"
     """The split that is evaluated before training and with the best adapter."""
+    eval_share: float = 0.1
+    """The share of the training examples that is set apart, at most 1,000 of them, as the
+    validation split of files that have none."""
     train_limit: int | None = None
     """Use only this many training examples, the first ones. None: all."""
     eval_limit: int | None = None
@@ -51,6 +59,7 @@ class ExamplesConfig(Checked):
         for name in ("train_limit", "eval_limit", "test_limit"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "at least 1, or None for all")
+        self._require("eval_share", 0 < self.eval_share < 1, "above 0 and below 1")
         if self.regression and self.label_names:
             raise DataError("data.regression and data.label_names exclude each other: drop one")
 
@@ -79,17 +88,27 @@ class DataConfig(ExamplesConfig):
     or train=a.csv,validation=b.csv."""
     text_fields: tuple[str, ...] = ("text",)
     """Classification: the field with the text, or the two fields of a pair of texts."""
-    prompt: str = "{text}"
-    """Language modelling: the text before the answer, with fields of an example in braces."""
+    form: FormName = "auto"
+    """Language modelling: the form of the examples. auto: found by the keys of the first one."""
+    prompt: str | None = None
+    """Language modelling: the text before the answer, with fields of an example in braces. None:
+    the examples have one of the forms."""
     answer: str = ""
     """Language modelling: the text to learn, with fields in braces. Empty: every token of the
     prompt is learned."""
     eos: str | None = None
-    """Language modelling: the token that ends an example, as in the tokenizer's vocabulary; "" for
-    none. It must be given."""
+    """Language modelling: the token that ends a text, as in the tokenizer's vocabulary; "" for
+    none. None: the model's own. A chat template ends its turns by itself."""
+    template: str | None = None
+    """Conversations: a file with the Jinja text of a chat template. None: the model's own."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Language modelling: learn every answer, the last answer of each conversation, or every token
+    of all messages."""
     max_length: int = 128
     """Longest example in tokens, and in language modelling the length of a row. Longer examples are
-    cut, counted and reported."""
+    counted and reported."""
+    overlong: Literal["cut", "drop"] = "cut"
+    """Language modelling: cut longer examples at their end, or leave them out."""
     pack: bool = True
     """Language modelling: put as many examples into a row as fit. False: one example in a row, so
     that batch_size counts examples."""

@@ -1,23 +1,33 @@
-"""JSONL and CSV files as a source. (The standard library reads both; errors name the line.)"""
+"""JSONL, JSON, CSV and Parquet files as a source; errors name the line."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import os
 import re
-from collections.abc import Iterator, Sequence
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any, cast
 
+import numpy as np
+
+from lora_jax.data import status
 from lora_jax.data.source import DataSource, no_split
 from lora_jax.errors import DataError, nearest
 from lora_jax.models.text.example import Example, FileRow, shown
 from lora_jax.system import json_file, regular_files
 
-SUFFIXES = (".jsonl", ".csv")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet", ".json")
+_MOST_UNPACKED = 2**32  # bytes
+_MOST_JSON = 2**30  # bytes
 
 
 class Files(DataSource):
-    """JSONL or CSV files, one for each split.
+    """JSONL, CSV or Parquet files, one for each split.
 
     The name of the source is a path that contains `{split}`, or parts `split=path` with commas
     between them, or a single path, which is the train split.
@@ -28,19 +38,28 @@ class Files(DataSource):
         self.name = name
         self._paths = _paths(name)
         self.splits = tuple(self._paths)
+        self._read: dict[Path, Sequence[Example]] = {}
+
+    @property
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """Split, time of the last change and size of each file."""
+        found = ((split, path.stat()) for split, path in self._paths.items())
+        return tuple((split, stat.st_mtime_ns, stat.st_size) for split, stat in found)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """See `DataSource.examples`. The whole file is read."""
+        """See `DataSource.examples`. A file is read once."""
         if split not in self._paths:
             raise DataError(
                 f"{no_split(self, split)}\n"
                 "Name a file for each split: data/{split}.jsonl, or train=a.csv,validation=b.csv"
             )
         path = self._paths[split]
-        rows = _jsonl(path) if path.suffix == ".jsonl" else _csv(path)
-        if not rows:
-            raise DataError(f"{path}: no examples in it")
-        return rows
+        if path not in self._read:
+            rows = _READERS[_suffix(path)](path)
+            if not rows:
+                raise DataError(f"{path}: no examples in it")
+            self._read[path] = rows
+        return self._read[path]
 
 
 def _paths(name: str) -> dict[str, Path]:
@@ -52,16 +71,20 @@ def _paths(name: str) -> dict[str, Path]:
     else:
         paths = {"train": Path(name).expanduser()}
     for split, path in paths.items():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path} ({split}): expected a file that ends in .jsonl or .csv")
+        if not _suffix(path):
+            raise DataError(f"{path} ({split}): expected a file that ends in {', '.join(SUFFIXES)}")
         if not path.is_file():
-            neighbours = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES]
+            neighbours = [p.name for p in path.parent.glob("*") if _suffix(p)]
             what = "a symbolic link to no file" if path.is_symlink() else "no such file"
             raise DataError(
                 f"{path} ({split}): {what}.\n"
                 f"  nearest: {', '.join(nearest(path.name, neighbours)) or 'none in that folder'}"
             )
     return paths
+
+
+def _suffix(path: Path) -> str:
+    return next((s for s in SUFFIXES if path.name.endswith(s)), "")
 
 
 def _globbed(name: str) -> dict[str, Path]:
@@ -79,18 +102,88 @@ def _globbed(name: str) -> dict[str, Path]:
     return paths
 
 
-def _jsonl(path: Path) -> list[Example]:
+class JsonLines(Sequence[Example]):
+    """The rows of a JSONL file. Every line is checked first; later a row is read when it is needed,
+    so that a million lines take 16 MB."""
+
+    def __init__(self, path: Path) -> None:
+        """Check every line, and note where each begins."""
+        self._path, self._file = path, regular_files.opened(path, DataError, given=True)
+        weakref.finalize(self, self._file.close)
+        size, place = os.fstat(self._file.fileno()).st_size, 0
+        found: list[tuple[int, int]] = []  # the start and the number of each line
+        with status.bytes_read(f"reading {path.name}", size) as read:
+            for number, line in regular_files.lines(self._file, path, DataError):
+                if line.strip():
+                    _object(line, path, number)
+                    found.append((place, number))
+                place += len(line)
+                read(place)
+        self._lines = np.array(found, np.int64).reshape(-1, 2)
+        self._ends = np.append(self._lines[1:, 0], place)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends an iteration over the sequence
+        start, number = self._lines[index].tolist()
+        line = os.pread(self._file.fileno(), int(self._ends[index]) - start, start)
+        return _object(line, self._path, number)
+
+
+def _object(line: bytes, path: Path, number: int) -> FileRow:
+    row = json_file.parse(line.strip(), f"{path}:{number}", DataError)
+    if not isinstance(row, dict):
+        got = type(row).__name__
+        raise DataError(f"{path}:{number}: expected an object {{...}}, got a {got}")
+    return FileRow(row, path, number)
+
+
+def _packed_jsonl(path: Path) -> list[Example]:
+    """Read a JSONL file that gzip has packed, into memory."""
     rows: list[Example] = []
-    with regular_files.opened(path, DataError, given=True) as file:
-        for number, line in regular_files.lines(file, path, DataError):
-            if not line.strip():
-                continue
-            row = json_file.parse(line, f"{path}:{number}", DataError)
-            if not isinstance(row, dict):
-                got = type(row).__name__
-                raise DataError(f"{path}:{number}: expected an object {{...}}, got a {got}")
-            rows.append(FileRow(row, path, number))
+    with regular_files.opened(path, DataError, given=True) as packed, gzip.open(packed) as file:
+        try:
+            lines = regular_files.lines(cast(IO[bytes], file), path, DataError)
+            for number, line in lines:
+                if file.tell() > _MOST_UNPACKED:
+                    raise DataError(
+                        f"{path}: more than {_MOST_UNPACKED:,} bytes when unpacked; unpack it first"
+                    )
+                if line.strip():
+                    rows.append(_object(line, path, number))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} is not whole, or not packed by gzip: {error}") from None
     return rows
+
+
+def _json(path: Path) -> list[Example]:
+    """Read a JSON file with a list of objects; the line of an example is its place in the list."""
+    data = regular_files.read(path, DataError, most=_MOST_JSON, given=True)
+    rows = json_file.parse(data, str(path), DataError)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(
+            f"{path}: expected a list of objects [{{...}}, ...]; with an object on each line, the "
+            "name of a file ends in .jsonl"
+        )
+    return [FileRow(row, path, number) for number, row in enumerate(rows, 1)]
+
+
+def _parquet(path: Path) -> list[Example]:
+    regular_files.check(path, DataError)
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise DataError(f"{path}: Parquet files need pyarrow (pip install pyarrow)") from None
+    try:
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {str(error)[:300]}") from None
+    return [FileRow(row, path, number) for number, row in enumerate(rows, 1)]
 
 
 def _csv(path: Path) -> list[Example]:
@@ -126,3 +219,8 @@ def _lines(path: Path) -> Iterator[str]:
                     f"{path}:{number} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
                 ) from None
             yield from io.StringIO(text, newline="")  # a line may end with a carriage return
+
+
+_READERS: Mapping[str, Callable[[Path], Sequence[Example]]] = dict(
+    zip(SUFFIXES, (JsonLines, _packed_jsonl, _csv, _parquet, _json), strict=True)
+)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax.data.batches import Batches, Facts
-from lora_jax.data.catalogue import open_source
+from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import ImageDataConfig
 from lora_jax.data.epochs import Epochs, EpochTable
 from lora_jax.data.images import NO_AUGMENTATION, Augmentation, decode, pixels
@@ -29,6 +29,7 @@ def image_classification(
     shuffle: bool = False,
     seed: int = 0,
     epochs: int | None = 1,
+    set_apart: bool = False,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Batches:
     """Make batches of images with their labels; see `lora_jax.data.classification` for the
@@ -46,7 +47,7 @@ def image_classification(
     rows of a batch, in threads, a few batches ahead. The augmentation is drawn for each image in
     each epoch.
     """
-    source = open_source(config.source, config.data_dir)
+    source = open_data(config, set_apart)
     examples, limit = source.examples(split), config.limit(split)
     size = len(examples) if limit is None else min(limit, len(examples))
     table = ImageTable(

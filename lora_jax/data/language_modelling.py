@@ -13,18 +13,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lora_jax.data.batches import Batches, ShardBatches, TextFacts
-from lora_jax.data.catalogue import open_source
+from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
+from lora_jax.data.example_reader import Reader, Words, form_of
+from lora_jax.data.forms import Form
 from lora_jax.data.packing import Packing, Streams
 from lora_jax.data.process_slice import Shard
 from lora_jax.data.source import DataSource
 from lora_jax.data.status import tracked
-from lora_jax.errors import DataError, nearest
 from lora_jax.models.text.example import Example
-from lora_jax.models.text.templates import Template
 from lora_jax.models.text.tokens import (
     CHUNK,
-    Encoder,
     TextTruncation,
     TokenRow,
     Tokens,
@@ -32,21 +31,21 @@ from lora_jax.models.text.tokens import (
     padding_id,
 )
 
-AHEAD = 1_000_000  # with more examples than this, rows are tokenised when they are read
+AHEAD = 200_000  # with more examples than this, rows are tokenised when they are read
 
 _SAMPLE = 2_000  # the number of examples from which facts are estimated
 
 
 def language_modelling(
     config: DataConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Words,
     split: str,
     batch_size: int,
     *,
     shuffle: bool = False,
     seed: int = 0,
     epochs: int | None = 1,
-    vocabulary: int | None = None,
+    set_apart: bool = False,
 ) -> Batches:
     """Make batches of packed rows of T = `config.max_length` tokens.
 
@@ -72,14 +71,16 @@ def language_modelling(
 
     Args:
       config: the config of the data.
-      tokenizer: makes the tokens. Special tokens that its post-processor puts before a text are
-        kept, those after it are not: `config.eos` is the token that ends an example.
+      tokenizer: makes the tokens; `Words` also has the chat template, the token that ends a text
+        and the number of embeddings. Special tokens that the tokenizer's post-processor puts
+        before a text are kept, those after it are not.
       split: the name of a split.
       batch_size: rows of a batch.
       shuffle: whether each stream has its own order in each epoch, drawn from `seed`.
       seed: the seed of the orders.
       epochs: the number of epochs. None: without end.
-      vocabulary: rows of the model's embedding; a token beyond them is an error.
+      set_apart: whether files without a validation split give up a share of the training examples
+        for one (`config.eval_share`).
 
     Returns:
       The batches.
@@ -87,16 +88,19 @@ def language_modelling(
     Raises:
       DataError: the source or a field is not as the config says, or `config.eos` is not given.
     """
-    source = open_source(config.source, config.data_dir)
+    words = tokenizer if isinstance(tokenizer, Words) else Words(tokenizer)
+    source = open_data(config, set_apart)
     examples = source.examples(split)
     count = min(len(examples), config.limit(split) or len(examples))
     where = f"{source.name}, split {split!r}"
-    reader = Reader(config, tokenizer, where, vocabulary)
-    list(reader.rows(examples[:1], TextTruncation()))  # a wrong field should be found early
+    first = examples[:1]
+    form = form_of(config, first[0], where)
+    reader = Reader(config, words, form, where)
+    list(reader.rows(first, TextTruncation()))  # a wrong field should be found early
     packing = Packing(
         batch_size=batch_size,
         length=config.max_length,
-        pad=padding_id(tokenizer),
+        pad=padding_id(words.tokenizer),
         seed=seed if shuffle else None,
         epochs=epochs,
         together=config.pack,
@@ -109,72 +113,21 @@ def language_modelling(
         rows = _read(reader, examples, dealt, truncation, split)
         streams = Streams(rows, packing, shard, where)
         measured = _measure(rows, truncation, count)
-        return streams.begin, _facts(source, split, measured, streams, packing, shard)
+        notes = (*source.notes, *_said(config, form, source))
+        return streams.begin, _facts(source.name, split, measured, streams, packing, shard, notes)
 
     return Batches(functools.cache(part))
 
 
-class Reader:
-    """Turns examples into tokens and marks; the mark is 1 on a token that is to be learned."""
-
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, where: str, vocabulary: int | None = None
-    ) -> None:
-        """Check the templates and the end token."""
-        self.where = where
-        self._prompt = Template(config.prompt, "prompt")
-        self._answer = Template(config.answer, "answer")
-        self._end = _end(config, tokenizer)
-        # A row has `max_length` inputs, and the last token of an example is only a target.
-        self._encoder = Encoder(tokenizer, config.max_length + 1, vocabulary)
-        self._encoder.check([self._encoder.start, self._end])
-
-    def rows(self, examples: Sequence[Example], truncation: TextTruncation) -> Iterator[TokenRow]:
-        """Yield a row for each example, which is empty if there is nothing to learn.
-
-        Counts of cut and dropped examples are added to `truncation`.
-        """
-        start = self._encoder.start
-        asked = [self._prompt.fill(e, self.where) for e in examples]
-        prompts = self._encoder.plain(asked)
-        replies = [self._answer.fill(e, self.where) for e in examples]
-        answers = self._encoder.plain(replies)
-        truncation.see(list(zip(asked, replies, strict=True)))
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids = np.array([*start, *prompt, *answer, *self._end], np.int32)
-            marks = np.ones(len(ids), np.uint8)
-            marks[: len(start) + (len(prompt) if self._answer.text else 0)] = 0
-            yield self._within((ids, marks), truncation)
-
-    def _within(self, row: TokenRow, truncation: TextTruncation) -> TokenRow:
-        ids, marks = row
-        limit = self._encoder.max_length
-        if len(ids) > limit:
-            truncation.examples += 1
-            truncation.tokens += len(ids) - limit
-            ids, marks = ids[:limit], marks[:limit]
-        if not marks[1:].any():  # the first token is never a target
-            truncation.dropped += 1
-            return ids[:0], marks[:0]
-        return ids, marks
-
-
-def _end(config: DataConfig, tokenizer: Tokenizer) -> list[int]:
-    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-    if config.eos is None:
-        raise DataError(
-            "data.eos must name the token that ends an example, or be empty for none.\n"
-            f"  this tokenizer's special tokens: {', '.join(special[:20])}"
-        )
-    if not config.eos:
-        return []
-    found = tokenizer.token_to_id(config.eos)
-    if found is None:
-        raise DataError(
-            f"data.eos {config.eos!r} is not in the tokenizer's vocabulary.\n"
-            f"  nearest: {', '.join(nearest(config.eos, special or tokenizer.get_vocab()))}"
-        )
-    return [found]
+def _said(config: DataConfig, form: Form, source: DataSource) -> tuple[str, ...]:
+    """Tell what was found by itself."""
+    if config.prompt is not None or config.form != "auto":
+        return ()
+    learned = {"last": "the last answer of each", "all": "every token"}.get(config.train_on)
+    return (
+        f"the fields {', '.join(form.keys)} are the form {form.name!r} (data.form); learned is "
+        f"{learned or form.learned} (data.train_on)",
+    )
 
 
 def _read(
@@ -239,12 +192,13 @@ def _lengths(rows: Sequence[TokenRow], sample: int) -> NDArray[np.int64]:
 
 
 def _facts(
-    source: DataSource,
+    source: str,
     split: str,
     measured: tuple[int, int, TextTruncation],
     streams: Streams,
     packing: Packing,
     shard: Shard,
+    notes: tuple[str, ...],
 ) -> TextFacts:
     examples, tokens, truncation = measured
     places = packing.batch_size * packing.length
@@ -254,13 +208,12 @@ def _facts(
     else:
         batches = -(-streams.longest // packing.epochs)
         padding = 1 - tokens / max(1, batches * places)
-    notes = source.notes
     if shard.share < 1:
         notes += (
             f"{split}: counted on {shard.share:.3g} of the examples, one process's, and scaled up",
         )
     return TextFacts(
-        source=source.name,
+        source=source,
         split=split,
         examples=examples,
         batches=batches,

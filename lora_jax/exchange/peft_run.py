@@ -96,8 +96,10 @@ def _decoder(
         return model.apply({"params": params}, ids)
 
     adapter = peft.load(folder, models.hf_names(config), apply, params, _EXAMPLE)
-    texts = {name: found.about.get(name) for name in ("prompt", "eos")}
-    about = {name: text for name, text in texts.items() if isinstance(text, str)}
+    texts = {name: found.about.get(name) for name in ("prompt", "eos", "template")}
+    about: dict[str, Any] = {k: text for k, text in texts.items() if isinstance(text, str)}
+    if found.about.get("chat") is True:
+        about["chat"] = True
     return adapter, params, about, ()
 
 

@@ -24,6 +24,7 @@ from lora_jax.models.layers import (
     dense,
     head_product,
     kept_weights,
+    noisy,
     norm,
     stack,
     tensor_axis,
@@ -125,6 +126,7 @@ class _Embeddings(nn.Module):
     def __call__(self, input_ids: Array, positions: Array, token_types: Array | None) -> Array:
         config = self.config
         x = Embed(config, config.vocab_size, tensor_axis(config), name="word")(input_ids)
+        x = noisy(self, config, x, self.deterministic)
         if config.absolute_positions:
             rows = config.max_positions + config.position_offset
             x = x + Embed(config, rows, 1, name="position")(positions + config.position_offset)

@@ -113,6 +113,7 @@ class TextModelConfig(LayersConfig):
       vocab_size: the number of tokens.
       max_positions: the largest number of tokens of a text.
       pad_id, bos_id, eos_id: the ids of padding, begin and end.
+      neftune: alpha of the noise that is added to the embeddings where dropout is applied.
     """
 
     vocab_size: int
@@ -120,6 +121,7 @@ class TextModelConfig(LayersConfig):
     pad_id: int | None = None
     bos_id: int | None = None
     eos_id: int | None = None
+    neftune: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from lora_jax.models.layers import (
     dense,
     heads,
     kept_weights,
+    noisy,
     norm,
     stack,
     tensor_axis,
@@ -230,7 +231,7 @@ class DecoderModel(nn.Module):
             config = dataclasses.replace(config, remat="none")  # there is no backward pass
             fresh = Fresh.start(config, input_ids)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
-        x = embed(input_ids)
+        x = noisy(self, config, embed(input_ids), deterministic)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.positions == "learned":

@@ -191,6 +191,18 @@ class Embed(nn.Module):
         return jnp.take(table, index, axis=0).astype(self.config.dtype)
 
 
+def noisy(module: nn.Module, config: TextModelConfig, x: Array, deterministic: bool) -> Array:
+    """Add the noise of NEFTune (arXiv 2310.05914) to the embeddings x [B, T, D] of tokens.
+
+    It is uniform within alpha / sqrt(T D) of zero, where T is the length of the rows, and has the
+    rng named "dropout".
+    """
+    if deterministic or config.neftune == 0:
+        return x
+    most = config.neftune / math.sqrt(x.shape[1] * x.shape[2])
+    return x + jax.random.uniform(module.make_rng("dropout"), x.shape, x.dtype, -most, most)
+
+
 def tensor_axis(config: TextModelConfig) -> int:
     """Return the axis of the token embedding that `tensor` shards: 0 if 64 divides the rows."""
     return 0 if config.vocab_size % 64 == 0 else 1

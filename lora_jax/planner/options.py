@@ -1,11 +1,11 @@
-"""The options of `--plan`."""
+"""The options of `--plan`, and `--dry-run`."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
-from lora_jax.planner.devices import DEVICES
+from lora_jax.system.devices import DEVICES
 from lora_jax.training.config import require
 
 
@@ -13,6 +13,8 @@ from lora_jax.training.config import require
 class PlanOptions:
     """The options of a plan, which replaces the run."""
 
+    dry_run: bool = False
+    """Take one step on the first batch, print its shapes, memory and time, and leave no file."""
     plan: bool = False
     """Plan the run instead of running it: compile its step for the devices of `mesh`, which need
     not exist here, and print the memory, time and network traffic that it needs. No weight is

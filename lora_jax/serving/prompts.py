@@ -11,8 +11,11 @@ from tokenizers import Tokenizer
 
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import DataError, LoraError, nearest
+from lora_jax.models.text.chat_template import ChatTemplate, end_of_turn
+from lora_jax.models.text.conversation import conversation, escaped
 from lora_jax.models.text.templates import Template
 from lora_jax.models.text.tokens import Encoder
+from lora_jax.models.weights import chat_files
 from lora_jax.multi.stack import BASE
 from lora_jax.serving import jsonl
 from lora_jax.serving.generation import Prompt
@@ -72,12 +75,21 @@ class Prompts:
     """Turns texts and lines into requests.
 
     templates: name -> prompt template of each adapter that was trained on one with fields.
+    chats: name -> chat template of each adapter that was trained on conversations, and of the base
+        if it has one.
     """
 
-    def __init__(self, served: Served, stop: Sequence[str] = (), base_too: bool = False) -> None:
+    def __init__(
+        self,
+        served: Served,
+        stop: Sequence[str] = (),
+        base_too: bool = False,
+        chat: bool = True,
+    ) -> None:
         """Find the stop tokens of each adapter: its `eos` of training, the model's, and `stop`.
 
         Each text in `stop` is one token. With `base_too`, a plain text is also for the base.
+        Without `chat`, no prompt is put into a chat template.
         """
         tokenizer = served.source.tokenizer()
         self._served, self._room = served, served.config.max_positions
@@ -86,8 +98,15 @@ class Prompts:
         if served.config.eos_id is not None:
             common.add(served.config.eos_id)
         self.templates = {m.name: t for m in served.members if (t := _template(m)) is not None}
+        self.chats = _chats(served, chat)
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._control = tuple(token.content for token in added if token.special)
         self._stops = {m.name: common | _end_ids(tokenizer, m) for m in served.members}
         self._stops[BASE_NAME] = common
+        for name, template in self.chats.items():
+            end = end_of_turn(template, [token.content for token in added])
+            found = None if end is None else tokenizer.token_to_id(end)
+            self._stops[name] = self._stops[name] | (set() if found is None else {found})
         self._plain = (*served.names, *([BASE_NAME] if base_too or not served.members else []))
 
     def all(
@@ -121,8 +140,25 @@ class Prompts:
             raise line.fault
         number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
         name = BASE_NAME if number == BASE else self._served.names[number]
+        if "messages" in line.value:
+            text = self._conversation(line, name)
+            return self._request(name, text, line.value, line.where, line.size, rendered=True)
         text = self._text_of(line, name)
         return self._request(name, text, line.value, line.where, line.size)
+
+    def _conversation(self, line: JsonLine, name: str) -> str:
+        """Return the text of a line's messages, by the chat template."""
+        if name not in self.chats:
+            raise LineError(
+                f"{line.where} has messages, and {name!r} was not trained on conversations; give "
+                f"it a text as {FIELD!r}"
+            )
+        try:
+            found = conversation(line.value["messages"], line.where, line.value.get("tools"))
+            found, _ = escaped(found, self._control)
+            return self.chats[name].prompt(found.messages, found.tools, line.where)
+        except DataError as error:
+            raise LineError(str(error)) from error
 
     def _text_of(self, line: JsonLine, name: str) -> str:
         """Fill in the prompt that the adapter was trained on, or return the prompt of the line."""
@@ -139,10 +175,22 @@ class Prompts:
         return template.fill(line.value, line.where)
 
     def _request(
-        self, name: str, text: str, fields: Mapping[str, Any], where: str, size: int = 0
+        self,
+        name: str,
+        text: str,
+        fields: Mapping[str, Any],
+        where: str,
+        size: int = 0,
+        rendered: bool = False,
     ) -> Request:
         try:
-            tokens = [*self._encoder.start, *self._encoder.plain([text])[0]]
+            if text and not rendered and name in self.chats and name not in self.templates:
+                asked, _ = escaped(
+                    conversation([{"role": "user", "content": text}], where), self._control
+                )
+                text, rendered = self.chats[name].prompt(asked.messages, None, where), True
+            start = () if rendered else self._encoder.start
+            tokens = [*start, *self._encoder.plain([text])[0]]
         except DataError as error:
             raise LineError(f"{where}: {error}") from error
         if not tokens:
@@ -169,6 +217,24 @@ def _template(member: SavedAdapter) -> Template | None:
         raise LoraError(f"{member.folder} says that its prompt is {str(said)[:80]!r}")
     template = Template(said, "prompt")
     return template if template.fields else None
+
+
+def _chats(served: Served, wanted: bool) -> dict[str, ChatTemplate]:
+    """Return the chat templates by the name of the adapter, and for the base."""
+    if not wanted:
+        return {}
+    source = served.source
+    base = chat_files.open_template(source) if source.chat_template is not None else None
+    found = {} if base is None else {BASE_NAME: base}
+    for member in served.members:
+        if member.about.get("chat") is not True:
+            continue
+        own = member.about.get("template")
+        if isinstance(own, str):
+            found[member.name] = ChatTemplate(own, source.special_tokens, str(member.folder))
+        else:
+            found[member.name] = base or chat_files.open_template(source)
+    return found
 
 
 def _end_ids(tokenizer: Tokenizer, member: SavedAdapter) -> set[int]:

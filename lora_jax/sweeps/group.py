@@ -28,7 +28,7 @@ from lora_jax.sweeps.padded_state import HostState, only_trained, unstack
 from lora_jax.sweeps.step import CPU_MEMBERS
 from lora_jax.training.config import MeshConfig
 from lora_jax.training.metrics import DelayedMetrics
-from lora_jax.training.run import BatchLoss, NonFiniteError
+from lora_jax.training.open_run import BatchLoss, NonFiniteError
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Loss
 

@@ -27,7 +27,7 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig
 from lora_jax.training.config_file import workload_of
 from lora_jax.training.config_json import to_dict
-from lora_jax.training.run import Run, Setup
+from lora_jax.training.open_run import Run, Setup
 from lora_jax.training.workload import Batch, Workload
 
 Tree = Any  # a pytree

@@ -8,12 +8,14 @@ import importlib.util
 
 # Extra -> the import names of the modules that it installs.
 EXTRAS = {
-    "train": ("array_record", "filelock", "grain", "matplotlib", "rich", "tensorboardX")
-    + ("safetensors", "tensorflow_datasets", "tokenizers", "tyro"),
+    "train": ("array_record", "filelock", "grain", "jinja2", "matplotlib", "rich")
+    + ("safetensors", "tensorboardX", "tensorflow_datasets", "tokenizers", "tyro"),
     "images": ("PIL",),
     "report": ("jinja2", "matplotlib"),
     "gguf": ("gguf",),
     "hub": ("huggingface_hub",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "plan-tpu": ("libtpu",),
     "plan-cuda": ("jax_cuda12_plugin", "nvidia"),
 }

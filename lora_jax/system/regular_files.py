@@ -12,7 +12,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 AnyPath = str | os.PathLike[str]
 MakeError = Callable[[str], Exception]
@@ -61,7 +61,7 @@ def read(path: AnyPath, error: MakeError, *, most: int = MOST_BYTES, given: bool
     return data
 
 
-def lines(file: BinaryIO, where: object, error: MakeError) -> Iterator[tuple[int, bytes]]:
+def lines(file: IO[bytes], where: object, error: MakeError) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line) of an open file; numbers begin at 1, and a line keeps its end."""
     number = 0
     while line := file.readline(MOST_BYTES + 1):

@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import models
+from lora_jax.data.catalogue import open_data
+from lora_jax.data.example_reader import Words, form_of
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models.cross_entropy import cross_entropy
+from lora_jax.models.text.conversation import Conversation
+from lora_jax.models.weights import chat_files
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.method import LORA, Method
-from lora_jax.training.pretrained import Pretrained
+from lora_jax.training.pretrained import Pretrained, RunBatches
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Loss, Workload, check_select
 
@@ -30,7 +34,7 @@ def causal_lm(config: TextConfig) -> Workload:
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
     text.check_positions(config, source.config)
-    data = functools.partial(text.open_text, config, batches_of, source)
+    data = functools.partial(_open_data, config, source)
     model_config = config.model.apply_to(source.config)
     method = config.method_for(model_config, config.data.max_length)
 
@@ -41,7 +45,7 @@ def causal_lm(config: TextConfig) -> Workload:
         config,
         Pretrained(source, model_config, method=method),
         data,
-        text.about(config, method, prompt=config.data.prompt, eos=config.data.eos),
+        text.about(config, method, **_about(config)),
         functools.partial(method.fresh, config.seed),
         apply=apply_of(model, config.model.loss_chunk, method, config.label_smoothing),
         loss=token_loss,
@@ -52,6 +56,34 @@ def causal_lm(config: TextConfig) -> Workload:
         size=real_tokens,
         unit="tokens",
     )
+
+
+def words_of(source: models.Source, template: str | None = None) -> Words:
+    """Return what a decoder makes of text, with the template of a file or its own."""
+    return Words(
+        source.tokenizer(),
+        source.config.vocab_size,  # type: ignore[union-attr]  # `open_model` checks it
+        functools.partial(chat_files.open_template, source, template),
+        source.special_tokens.get("eos_token"),
+    )
+
+
+def _open_data(config: TextConfig, source: models.Source) -> RunBatches:
+    words = words_of(source, config.data.template)
+    return pretrained.open_batches(config, functools.partial(batches_of, config.data, words))
+
+
+def _about(config: TextConfig) -> dict[str, Any]:
+    """Return what generation needs to ask as the examples do: see `lora_jax.serving.prompts`."""
+    data = config.data
+    if data.prompt is not None:
+        return {"prompt": data.prompt, "eos": data.eos}
+    source = open_data(data, set_apart=True)
+    first = source.examples(data.train_split)[0]
+    said = form_of(data, first, source.name).of(first, source.name)
+    template = None if data.template is None else chat_files.read_text(data.template)
+    chat = isinstance(said, Conversation)
+    return {"prompt": None, "eos": data.eos, "chat": chat, "template": template}
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -79,7 +111,7 @@ def apply_of(
         if chunk is not None:
             inputs |= {"targets": batch["targets"], "chunk": chunk, "smoothing": smoothed}
             inputs |= {"method": model.loss}
-        inputs |= pretrained.dropout(model.config, train, key)
+        inputs |= pretrained.dropout(model.config, train, key, model.config.neftune)
         outputs = method.apply(model, params, batch["input_ids"], **inputs)
         if chunk is not None or not smoothed:
             return outputs

@@ -111,7 +111,8 @@ def apply_of(model: models.BertClassifier, method: Method = LORA) -> Any:
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
         inputs = (batch["input_ids"], batch["mask"], batch.get("token_types"))
-        dropping = pretrained.dropout(model.config, train, key, model.config.head_dropout)
+        more = model.config.head_dropout, model.config.neftune
+        dropping = pretrained.dropout(model.config, train, key, *more)
         return method.apply(model, params, *inputs, **dropping)
 
     return apply

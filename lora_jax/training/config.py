@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from lora_jax.spec import LoraSpec, Rule
+from lora_jax.system import extras
 from lora_jax.system.checked import Checked
 from lora_jax.system.checked import ConfigError as ConfigError
 from lora_jax.system.checked import require as require
@@ -22,6 +23,7 @@ from lora_jax.training.workload import Workload
 from lora_jax.updates.kind import kind_named
 
 INCIDENTAL = {"incidental": True}
+NEWER = {"newer": True}  # None is the earlier behaviour, and does not change the name of a run
 CHANGEABLE = {"changeable": True}  # a run may go on with another value
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
@@ -237,7 +239,7 @@ class Config(Checked):
     _bounds: ClassVar = {
         "at least 1": ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every")
         + ("patience",),
-        "at least 0": ("seed",),
+        "at least 0": ("seed", "profile"),
     }
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]
@@ -252,13 +254,19 @@ class Config(Checked):
     """Seed of the adapters, the new head, dropout and the order of the data."""
     evaluate_every: int = changeable(100)
     """Steps between evaluations on the validation split, which also pick the best adapter."""
-    patience: int | None = changeable(None, newer=True)
+    patience: int | None = changeable(None, **NEWER)
     """Stop after this many evaluations on the validation split without a new best adapter. None:
     take all the steps."""
     checkpoint_every: int = incidental(100)
     """Steps between checkpoints. A run that was killed continues from the last one."""
     log_every: int = incidental(10)
     """Steps between printed lines if there is no terminal for the progress bar."""
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = incidental(("tensorboard",))
+    """The loggers that get the numbers of metrics.jsonl: TensorBoard's events in the run directory,
+    Weights & Biases (WANDB_PROJECT, WANDB_MODE) and MLflow (MLFLOW_TRACKING_URI)."""
+    profile: int = incidental(0)
+    """Steps that JAX's profiler traces into the folder `profile` of the run directory, from the
+    first one whose program is compiled already. 0: none."""
     on_nonfinite: Literal["stop", "skip"] = incidental("stop")
     """If a loss or gradient is not finite: stop and name the step, or skip and count the step."""
     run_dir: str | None = incidental(None)
@@ -283,6 +291,9 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.log_to:
+            if name != "tensorboard":
+                extras.require(name, f"--log-to {name}")
         if self.start_from is None:
             kinds = [str(rule.kind) for rule in self.lora.spec.rules]
             check_loraplus(self.optimizer.loraplus_lr_ratio, kinds)

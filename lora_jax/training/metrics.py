@@ -1,8 +1,8 @@
-"""The metrics of a run: one JSON line per step and per evaluation, and TensorBoard events.
+"""The metrics of a run: one JSON line per step and per evaluation, and the same in its loggers.
 
-`metrics.jsonl` is the source, the events are a copy. A checkpoint holds the length of the file at
-its step. A run that continues truncates the file to that length first, so that no line is missing
-and none is there twice.
+`metrics.jsonl` is the source, the loggers (`lora_jax.training.loggers`) have copies. A checkpoint
+holds the length of the file at its step. A run that continues truncates the file to that length
+first, so that no line is missing and none is there twice.
 """
 
 from __future__ import annotations
@@ -12,23 +12,18 @@ import json
 import math
 import os
 import pathlib
-import platform
-import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 
 from lora_jax.errors import LoraError, cure
 from lora_jax.system import json_file, regular_files, whole_files
+from lora_jax.training import loggers
 
 Line = dict[str, Any]
-_FLUSH_SECONDS = 60
 
 
 class DelayedMetrics:
@@ -59,15 +54,26 @@ class DelayedMetrics:
 
 
 class Record:
-    """`metrics.jsonl` and `events.*` in a run directory."""
+    """`metrics.jsonl` in a run directory, and its loggers."""
 
-    def __init__(self, directory: pathlib.Path, length: int = 0, step: int = 0) -> None:
-        """Open the files; cut metrics.jsonl to `length` bytes, and purge events after `step`."""
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        length: int = 0,
+        step: int = 0,
+        log_to: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the files; cut metrics.jsonl to `length` bytes, and purge events after `step`.
+
+        `settings` are the config's, for loggers that show them.
+        """
         self._directory = directory
         with self._named():
             self._file = whole_files.append(directory / "metrics.jsonl")
             self._file.truncate(min(length, self._file.tell()))  # truncate could also extend it
-            self._events = Events(directory, step + 1 if step else 0)
+            make = (loggers.KINDS[name] for name in log_to)
+            self._loggers = [kind(directory, step, settings or {}) for kind in make]
 
     def write(self, line: Line) -> None:
         """Append a line. It has a "step" and, for an evaluation, a "split"."""
@@ -75,16 +81,17 @@ class Record:
         group = line.get("split", "train")
         with self._named():
             self._file.write(json.dumps(line).encode() + b"\n")
-            for name, value in line.items():
-                if name not in ("step", "split") and value is not None:
-                    self._events.add(f"{group}/{name}", value, line["step"])
+            known = {n: x for n, x in line.items() if n not in ("step", "split") and x is not None}
+            for logger in self._loggers:
+                logger.add({f"{group}/{name}": x for name, x in known.items()}, line["step"])
 
     def sync(self) -> int:
         """Flush everything to disk, and return the length of metrics.jsonl in bytes."""
         with self._named():
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._events.flush()
+            for logger in self._loggers:
+                logger.flush()
             return self._file.tell()
 
     @contextlib.contextmanager
@@ -103,52 +110,9 @@ class Record:
         try:
             self.sync()
         finally:
-            for file in (self._file, self._events):
+            for close in (self._file.close, *(logger.close for logger in self._loggers)):
                 with contextlib.suppress(OSError):  # `sync` has raised it already
-                    file.close()
-
-
-class Events:
-    """A file of TensorBoard events that the calling thread writes.
-
-    `tensorboardX.SummaryWriter` writes in another thread. On a full disk that thread dies, and the
-    caller that adds the twelfth event afterwards waits for ever.
-    """
-
-    def __init__(self, directory: pathlib.Path, purge: int) -> None:
-        """Start a file in `directory`; events of step `purge` and later are void."""
-        host, number = platform.node() or "localhost", _next_number(directory)
-        self._writer = RecordWriter(str(directory / f"events.out.tfevents.{number}.{host}"))
-        self._flushed = time.monotonic()
-        self._write(file_version="brain.Event:2")
-        self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
-
-    def add(self, name: str, value: float, step: int) -> None:
-        """Append a number, and flush to disk if a minute has passed since the last flush."""
-        self._write(step=step, summary=scalar(name, value))
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self.flush()
-
-    def _write(self, **fields: Any) -> None:
-        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
-
-    def flush(self) -> None:
-        """Flush everything to disk."""
-        self._writer.flush()
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Flush everything to disk and close."""
-        self._writer.close()
-
-
-def _next_number(directory: pathlib.Path) -> int:
-    """Return the time in seconds, but more than in the name of any file of events there is.
-
-    TensorBoard reads the files by their names, and the clock may have been set back.
-    """
-    names = [path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*.*")]
-    return max([int(time.time()), *(int(name) + 1 for name in names if name.isdecimal())])
+                    close()
 
 
 def _json(value: Any) -> Any:

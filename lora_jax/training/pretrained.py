@@ -16,7 +16,7 @@ from lora_jax import models, paths
 from lora_jax.base import is_base
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.batches import Batches, describe
-from lora_jax.data.catalogue import open_source
+from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import ExamplesConfig
 from lora_jax.data.process_slice import Shard
 from lora_jax.models import placement
@@ -129,7 +129,7 @@ def open_batches(
 ) -> RunBatches:
     """Make the batches of a run with `pipeline(split, batch_size, ...)` of `lora_jax.data`."""
     data = config.data
-    there = open_source(data.source, data.data_dir).splits
+    there = open_data(data, set_apart=True).splits
     named = {"validation": data.eval_split, "test": data.test_split}
     return RunBatches(
         train=pipeline(
@@ -138,10 +138,11 @@ def open_batches(
             shuffle=True,
             seed=config.seed,
             epochs=None,
+            set_apart=True,
             **training,
         ),
         evaluation={
-            name: pipeline(split, data.eval_batch_size)
+            name: pipeline(split, data.eval_batch_size, set_apart=True)
             for name, split in named.items()
             if split in there or name == "validation"
         },

@@ -12,7 +12,7 @@ from lora_jax.data.batches import Batches
 from lora_jax.data.config import DataConfig
 from lora_jax.models.config import BuiltInConfig
 from lora_jax.training import pretrained
-from lora_jax.training.config import require
+from lora_jax.training.config import NEWER, require
 from lora_jax.training.method import LORA, Method
 from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, RunBatches
 
@@ -21,7 +21,11 @@ from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig
 class ModelConfig(PretrainedModelConfig):
     """The pretrained model."""
 
-    _bounds: ClassVar = {"at least 1": ("loss_chunk",), "in [0, 1)": ("head_dropout",)}
+    _bounds: ClassVar = {
+        "at least 1": ("loss_chunk",),
+        "in [0, 1)": ("head_dropout",),
+        "above 0": ("neftune",),
+    }
 
     pooling: Literal["mean", "cls", "roberta_head"] = "mean"
     """Classification: the input of the head, which is the mean of the tokens, the first token
@@ -33,9 +37,14 @@ class ModelConfig(PretrainedModelConfig):
     head_dropout: float | None = None
     """Dropout rate before an encoder's head. None: the same as `dropout`."""
 
+    neftune: float | None = dataclasses.field(default=None, metadata=NEWER)
+    """Noise on the embeddings in training (NEFTune, arXiv 2310.05914): uniform within
+    neftune / sqrt(length of a row x width of the model). The paper takes 5 to 15. None: none."""
+
     def apply_to(self, config: Any) -> Any:
         """Return the model's own config with these settings."""
         config, head, chunk = super().apply_to(config), self.head_dropout, self.loss_chunk
+        config = dataclasses.replace(config, neftune=self.neftune or 0.0)
         if not isinstance(config, models.BertConfig):
             require(head is None, "model.head_dropout", head, "None for a decoder")
             return config

@@ -114,7 +114,7 @@ def test_one_file_has_no_validation_split(tmp_path: Path) -> None:
         source.examples("validation")
 
 
-@pytest.mark.parametrize("name", ["revievs", "glue/sst2", "data.parquet", ""])
+@pytest.mark.parametrize("name", ["revievs", "glue/sst2", "data.arrow", ""])
 def test_unknown_sources(name: str) -> None:
     with pytest.raises(DataError, match=r"(?s)no data source.*nearest.*tfds:"):
         open_source(name)

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 import lora_jax
-import train
 from lora_jax.data.config import DataConfig
 from lora_jax.data.process_slice import Shard
-from lora_jax.training import export, mesh
+from lora_jax.system.console import Console
+from lora_jax.training import export, mesh, one_run
 from lora_jax.training.classification import classification
 from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig
@@ -63,7 +63,7 @@ def train_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
     path.mkdir(parents=True)
     grid = mesh.make(config.mesh, jax.devices()[:1])
     with jax.set_mesh(grid):
-        train.train(config, grid, path, train.Console(quiet=True))
+        one_run.train(config, grid, path, Console(quiet=True))
     return path
 
 

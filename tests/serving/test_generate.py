@@ -23,6 +23,8 @@ from lora_jax.serving.prompts import Request
 from tests.training import tiny
 
 NEW = 6
+TEMPLATE = "{% for m in messages %}word5 {{ m.content }} {% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}word6{% endif %}"
 EOS = "word14"
 
 
@@ -38,7 +40,8 @@ class Setup(NamedTuple):
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    """A base, and two adapters of unequal rank; `one` stores its prompt and its end."""
+    """A base, and adapters of unequal rank; `one` stores its prompt and its end, `talks` a chat
+    template."""
     folder = tmp_path_factory.mktemp("generate")
     base = tiny.write_model(folder / "base", tiny.LLAMA)
     source = models.open(str(base))
@@ -49,7 +52,12 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     about: dict[str, Any] = {"model": {"reference": str(base)}}
-    for name, rank, more in (("one", 1, {"prompt": "{word} word2", "eos": EOS}), ("two", 3, {})):
+    chat = {"chat": True, "template": TEMPLATE}
+    for name, rank, more in (
+        ("one", 1, {"prompt": "{word} word2", "eos": EOS}),
+        ("two", 3, {}),
+        ("talks", 3, chat),
+    ):
         spec = lora_jax.LoraSpec(rank, 2.0 * rank, targets=("layers_*/attention/*/kernel",))
         layout = lora_jax.resolve(spec, apply, params, ids)
         random = np.random.default_rng(rank)
@@ -73,6 +81,21 @@ def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str
     files = ("--file", str(source), "--out", str(out))
     assert generate.main([*files, "--max-new-tokens", str(NEW), *arguments]) == 0
     return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_prompt_is_put_into_the_chat_template(
+    setup: Setup, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def texts(rows: list[Any], *more: str) -> list[str]:
+        return [row["text"] for row in answers(tmp_path, rows, *setup.given("talks"), *more)]
+
+    (expected,) = texts(["word5 word1 word6"], "--no-chat")
+    messages = [{"role": "user", "content": "word1"}]
+    assert texts(["word1"]) == texts([{"messages": messages}]) == [expected]
+    source = tmp_path / "messages.jsonl"
+    source.write_text(json.dumps({"messages": messages}))
+    assert generate.main([*setup.given("two"), "--file", str(source)]) == 1
+    assert "was not trained on conversations" in capsys.readouterr().err
 
 
 def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> None:
@@ -176,6 +199,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

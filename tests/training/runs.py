@@ -14,7 +14,7 @@ import train
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.sweeps import loop
 from lora_jax.sweeps.config import GroupConfig
-from lora_jax.training import export, mesh
+from lora_jax.training import export, mesh, one_run
 from lora_jax.training.config import Config
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -34,7 +34,7 @@ def train_in(path: pathlib.Path, config: Config, devices: Any = None) -> dict[st
     path.mkdir(parents=True, exist_ok=True)
     grid = mesh.make(config.mesh, devices)
     with jax.set_mesh(grid):
-        return train.train(config, grid, path, train.Console(quiet=True))
+        return one_run.train(config, grid, path, train.Console(quiet=True))
 
 
 def train_group(path: pathlib.Path, config: GroupConfig, devices: Any = None) -> list[Any]:

@@ -47,7 +47,7 @@ def events(file: pathlib.Path) -> list[Event]:
     return found
 
 
-@pytest.mark.parametrize("which", ["_file", "_events"])
+@pytest.mark.parametrize("which", ["_file", "events"])
 def test_a_full_disk_is_one_error_that_names_the_folder(
     which: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,8 +58,8 @@ def test_a_full_disk_is_one_error_that_names_the_folder(
         record._file.close()
         record._file = full
     else:
-        record._events._writer._writer.close()
-        record._events._writer._writer = full
+        record._loggers[0]._writer._writer.close()
+        record._loggers[0]._writer._writer = full
     line = {"step": 1, **{f"loss{i}": 1.0 for i in range(1000)}}
     with pytest.raises(LoraError, match=rf"{tmp_path.name}: .* No space left .* Make room"):
         record.write(line)

@@ -15,7 +15,7 @@ import pytest
 import lora_jax
 import train
 from lora_jax.checkpoint.storage import orbax
-from lora_jax.training import directory, export, metrics
+from lora_jax.training import directory, export, metrics, open_run
 from tests.training.runs import OWN, SMALL, assert_same_run, run
 
 RUN = (*SMALL, "--checkpoint-every", "4", "--lora.targets", "first/kernel", "second/kernel")
@@ -35,7 +35,7 @@ def whole(
 ) -> Finished:
     path = tmp_path_factory.mktemp("finished") / "run"
     seen: dict[str, Any] = {}
-    original = train.Run.__init__
+    original = open_run.Run.__init__
 
     def spy(self: Any, setup: Any, *rest: Any) -> None:
         seen["frozen"], seen["before"] = setup.frozen, jax.tree.map(np.array, setup.frozen)
@@ -43,7 +43,7 @@ def whole(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directory.curves, "draw", draw_curves)
-        patch.setattr(train.Run, "__init__", spy)
+        patch.setattr(open_run.Run, "__init__", spy)
         run(path, *RUN)
     return Finished(path, seen["before"], seen["frozen"])
 
@@ -118,6 +118,17 @@ def test_a_finished_run_says_so_and_is_not_run_again(
     assert "is finished; --fresh deletes it" in text
     assert "adapter parameters" in text
     assert (finished / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_dry_run_takes_a_step_and_leaves_nothing(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    assert train.main(["--config", OWN, "--run-dir", str(path), *RUN, "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("batch: x float32[32, 2]", "100 numbers for 2 parameters", "memory of the step"):
+        assert part in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_fresh_starts_again(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -217,6 +228,7 @@ def test_best_is_kept_when_later_steps_are_worse(tmp_path: pathlib.Path) -> None
     assert not np.array_equal(best["base"]["head/kernel"], last["base"]["head/kernel"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("more", "numbers"), [((), 17), (("--lora.trainable", "**"), 337)])
 def test_without_targets_the_head_or_everything_is_trained(
     more: tuple[str, ...], numbers: int, tmp_path: pathlib.Path

@@ -17,7 +17,7 @@ from lora_jax.sweeps.group_checkpoints import GroupCheckpoint, GroupCheckpoints
 from lora_jax.system import whole_files
 from lora_jax.training import directory, metrics
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.training.run import Run, Setup
+from lora_jax.training.open_run import Run, Setup
 
 BROKEN = [
     (b'{"steps": 3', "is not JSON"),

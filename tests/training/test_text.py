@@ -24,7 +24,7 @@ from lora_jax.training import scores, text
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
-from lora_jax.training.run import Run
+from lora_jax.training.open_run import Run
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.serving import tiny as small
 from tests.training import tiny
@@ -73,12 +73,9 @@ def test_glue_is_set_as_in_the_paper(name: str) -> None:
     assert config.data.source == f"tfds:glue/{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "label", "outputs"),
-    [
-        pytest.param("mnli", int, 3, marks=pytest.mark.slow),
-        ("stsb", lambda kind: kind / 2, 1),
-    ],
+    ("name", "label", "outputs"), [("mnli", int, 3), ("stsb", lambda kind: kind / 2, 1)]
 )
 def test_glue_runs_on_stand_ins(
     name: str, label: Any, outputs: int, roberta: pathlib.Path, tmp_path: pathlib.Path
@@ -143,7 +140,8 @@ def test_a_score_that_there_is_not_is_an_error_at_once() -> None:
         assert scores.names(of) == names
     workload: Any = types.SimpleNamespace(evaluation={"validation": None}, select="acuracy")
     config: Any = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
-    setup: Any = types.SimpleNamespace(config=config, workload=workload)
+    nothing_done = lambda *_: None  # noqa: E731
+    setup: Any = types.SimpleNamespace(config=config, workload=workload, evaluated=nothing_done)
     nothing: Any = None
     with pytest.raises(lora_jax.LoraError, match=r"nearest: 'accuracy'.*--select"):
         Run(setup, nothing, nothing).evaluate_before(

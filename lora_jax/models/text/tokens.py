@@ -31,6 +31,14 @@ class TextTruncation:
     """Examples that were longer than the limit."""
     tokens: int = 0
     """Tokens that were cut off these examples."""
+    learned: int = 0
+    """How many of these tokens were to be learned."""
+    overlong: int = 0
+    """Examples that were left out because they were longer than the limit."""
+    escaped: int = 0
+    """Control tokens in what people wrote, which are read as text."""
+    open_ended: int = 0
+    """Answers without a token that ends them, so that it is not learned when to stop."""
     dropped: int = 0
     """Examples that were dropped because nothing to learn was left."""
     empty: int = 0
@@ -46,7 +54,15 @@ class TextTruncation:
     def remarks(self, count: int) -> list[str]:
         """Return what a reader of the results should know about `count` texts."""
         found = {"are empty": self.empty, "hold NUL characters": self.nul}
-        return [f"{n:,} of {count:,} texts {what}" for what, n in found.items() if n]
+        said = [f"{n:,} of {count:,} texts {what}" for what, n in found.items() if n]
+        others = {
+            "examples longer than max_length left out": self.overlong,
+            "control tokens in messages read as text": self.escaped,
+            "answers end without a token that ends a turn, so when to stop is not learned": (
+                self.open_ended
+            ),
+        }
+        return [*said, *(f"{n:,} {what}" for what, n in others.items() if n)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +141,24 @@ class Encoder:
         self.check(found)
         return found
 
-    def _encoded(self, texts: Sequence[TextOrPair], **options: bool) -> list[Encoding]:
+    def with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
+        """Tokenise texts as `plain` does, with the characters that each token stands for."""
+        found = self._encoded(texts, self._whole.encode_batch, add_special_tokens=False)
+        self.check(encoding.ids for encoding in found)
+        return found
+
+    def _encoded(
+        self,
+        texts: Sequence[TextOrPair],
+        encode: Callable[..., list[Encoding]] | None = None,
+        **options: bool,
+    ) -> list[Encoding]:
+        encode = self._whole.encode_batch_fast if encode is None else encode
         size = sum(
             len(one) for text in texts for one in ((text,) if isinstance(text, str) else text)
         )
         try:
-            found: list[Encoding] = _in_time(
-                lambda: self._whole.encode_batch_fast(list(texts), **options), size
-            )
+            found: list[Encoding] = _in_time(lambda: encode(list(texts), **options), size)
         except DataError:
             raise
         except BaseException as error:

@@ -43,9 +43,19 @@ class Source(abc.ABC):
         """The config that is stored with the weights."""
 
     @property
-    @abc.abstractmethod
     def chat_template(self) -> str | None:
         """The Jinja text that turns a conversation into a prompt; None if there is none."""
+        return self.chat_templates.get("default")
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The chat templates by name: `default`, perhaps `tool_use` and others."""
+        return {}
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The special tokens that a chat template may name, such as `eos_token` -> its text."""
+        return {}
 
     @abc.abstractmethod
     def tokenizer(self) -> tokenizers.Tokenizer:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_jax.errors import (
     shown,
 )
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.weights import bitsandbytes_tensors, tokenizer_limits
+from lora_jax.models.weights import bitsandbytes_tensors, chat_files, tokenizer_limits
 from lora_jax.models.weights.assemble import Source
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
 from lora_jax.models.weights.disk_arrays import Index
@@ -74,29 +74,14 @@ class Folder(Source):
         return tokenizer
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja text that turns a conversation into a prompt; None if there is none."""
-        alone = self.path / "chat_template.jinja"
-        if os.path.lexists(alone):
-            try:
-                return regular_files.read(alone, TokenizerError).decode()
-            except UnicodeDecodeError as error:
-                raise TokenizerError(f"{alone} is not UTF-8 ({error.reason})") from None
-        settings = self.path / "tokenizer_config.json"
-        if not os.path.lexists(settings):
-            return None
-        found = _object(settings, TokenizerError).get("chat_template")
-        entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
-        try:
-            template = {entry["name"]: entry["template"] for entry in entries}.get("default")
-        except (TypeError, KeyError):
-            template = found
-        if template is not None and not isinstance(template, str):
-            raise TokenizerError(
-                f"{settings}: chat_template is {shown(found)}, expected a text, or a list of "
-                "objects with name and template"
-            )
-        return template
+    def chat_templates(self) -> Mapping[str, str]:
+        """See `Source`."""
+        return chat_files.templates(self.path)
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """See `Source`."""
+        return chat_files.special_tokens(self.path)
 
     def stored(self, config: StoredConfig | None = None) -> Stored:
         """Return the tensors of the folder without reading them; they do not depend on `config`."""

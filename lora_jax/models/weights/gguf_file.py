@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,21 @@ class GgufFile(Source):
         return gguf_tokenizer.build(self._header.fields, str(self.path))
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja text that turns a conversation into a prompt; None if there is none."""
-        return self._header.fields.get("tokenizer.chat_template")
+    def chat_templates(self) -> Mapping[str, str]:
+        """See `Source`. The metadata has `tokenizer.chat_template`, and others by their name."""
+        start, fields = "tokenizer.chat_template", self._header.fields
+        found = {name.removeprefix(start): name for name in fields if name.startswith(start)}
+        named = {key.removeprefix(".") or "default": fields[name] for key, name in found.items()}
+        return {name: text for name, text in named.items() if isinstance(text, str)}
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """See `Source`."""
+        fields = self._header.fields
+        tokens = fields.get("tokenizer.ggml.tokens", ())
+        ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        there = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
+        return {f"{name}_token": tokens[i] for name, i in there.items()}
 
     def stored(self, config: StoredConfig | None = None) -> Stored:
         """Return the tensors of the file without reading them; `config` gives the heads."""

@@ -69,11 +69,6 @@ class KnownShape(Source):
         fields = dict(zip(_FIELDS, sizes, strict=True))
         return parse({**published, **fields}, f"shape:{self.path}")
 
-    @property
-    def chat_template(self) -> str | None:
-        """There is none."""
-        return None
-
     def tokenizer(self) -> NoReturn:
         """Raise `ModelReferenceError`."""
         raise ModelReferenceError(

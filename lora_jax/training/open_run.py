@@ -27,6 +27,7 @@ from lora_jax.training.config_json import changes, to_dict
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
+from lora_jax.training.throughput import Throughput
 from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload, check_select
 
 Tree = Any  # a pytree
@@ -51,6 +52,7 @@ class Setup:
     frozen: the base parameters, with None in place of trained ones (`lora_jax.frozen.split`).
     fingerprint: that of `frozen`; adapters and checkpoints contain it.
     began: `time.monotonic()` when this process started the run.
+    evaluated: called with step, split and scores after each evaluation.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class Setup:
     fingerprint: Fingerprint
     path: pathlib.Path
     began: float
+    evaluated: Callable[[int, str, dict[str, float]], object] = lambda step, split, scores: None
 
 
 @dataclasses.dataclass
@@ -73,6 +76,7 @@ class Notes:
     without_best: evaluations on the validation split since the best one.
     units: the sum of `Workload.size` over the batches so far.
     seconds: activity -> seconds spent on it so far.
+    flops: of the products of the steps so far; 0 if the peak of the devices is not known.
     history: the settings that were changed on the way, each time with the step before them.
     shift: batches of the data before the first of this batch size, minus the steps before it.
     """
@@ -83,6 +87,7 @@ class Notes:
     without_best: int = 0
     units: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    flops: float = 0.0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     shift: int = 0
 
@@ -119,6 +124,7 @@ class Run:
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
+        self._speed = Throughput()
 
     def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
@@ -131,7 +137,9 @@ class Run:
         """Open metrics.jsonl, cut to where the run continues, and show its lines on `screen`."""
         self._screen = screen
         if processes.first():
-            self._record = metrics.Record(self.setup.path, self._length, self.start)
+            config, path = self.setup.config, self.setup.path
+            settings = to_dict(config)
+            self._record = metrics.Record(path, self._length, self.start, config.log_to, settings)
 
     def close(self) -> None:
         """Flush metrics.jsonl to disk and close it."""
@@ -152,6 +160,10 @@ class Run:
 
     def report(self, values: dict[str, Any]) -> None:
         """Write and show one step. Stop at a step that is not finite."""
+        self.notes.flops += (done := values.pop("flops", 0.0))
+        if done:
+            spent = self.notes.seconds.get("train", 0.0)
+            values["mfu"] = self._speed.add(self.notes.flops, spent) / self.setup.place.peak
         applied = values["step"] - 1 - self._skipped
         self._skipped += not values["finite"]
         rate = float(optimizer.rate(self._hyper, applied, np))
@@ -180,6 +192,7 @@ class Run:
         self._write(line)
         if self._screen is not None:
             self._screen.evaluation(line, note)
+        self.setup.evaluated(step, split, numbers)
         return numbers
 
     def evaluate_before(
