@@ -203,10 +203,10 @@ def _step(case: Case, place: mesh.Placement) -> _Step:
     across = place.named(P(None, mesh.BATCH[0]) if case.what == "experts" else mesh.BATCH)
     call = lora_jax.adapt(layout, f)
     if case.what == "merge":
-        take = functools.partial(lora_jax.merge, layout)
-        return _Step(take, None, (where, own), (params, adapters))
+        merge = functools.partial(lora_jax.merge, layout)
+        return _Step(merge, None, (where, own), (params, adapters))
     if case.what in ("mixed", "decode"):
-        members = [(layout, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters))]
+        members: Any = [(layout, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters))]
         members *= case.adapters
         layout, adapters = lora_jax.multi.stack(members)
         own = jax.tree.map(lambda _: place.whole, adapters)
@@ -229,7 +229,8 @@ def _step(case: Case, place: mesh.Placement) -> _Step:
         updates, moments = tx.update(jax.grad(loss)(adapters, params, x), moments)
         return optax.apply_updates(adapters, updates), moments
 
-    take, state = step, (adapters, jax.eval_shape(tx.init, adapters))
+    take: Any = step
+    state = (adapters, jax.eval_shape(tx.init, adapters))
     followed = place.following(state, adapters, own)
     if case.what == "sweep":
         take = jax.vmap(step, in_axes=(0, None, None))
