@@ -1,4 +1,4 @@
-"""See how far rounding in the first step's gradient spreads in 200 steps.
+"""Measure the spread of rounding errors in the first step's gradient over 200 steps.
 
     python -m benchmarks.first_step
 
@@ -132,7 +132,7 @@ def row(start: str, name: str, kind: str, one: Curve, two: Curve) -> tuple[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How far the rounding of a first step spreads.")
+    parser = argparse.ArgumentParser(description="The spread of a first step's rounding errors.")
     parser.add_argument("--steps", type=int, default=200)
     asked = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
