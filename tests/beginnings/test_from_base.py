@@ -37,7 +37,7 @@ def matrices_of(target: Target, array: Any) -> np.ndarray:
     return np.asarray(array, np.float64).transpose(order).reshape(-1, target.fan_in, target.fan_out)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_first_step_is_the_base(method: Any, kind: str) -> None:

@@ -42,6 +42,7 @@ def opened(run: GoldenRun, folder: pathlib.Path, name: str, labels: int) -> Any:
     return lora_jax.adapt(layout, run.f)(params, adapters, run.inputs)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_head_that_transformers_does_not_have_is_refused(

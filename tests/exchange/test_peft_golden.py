@@ -44,7 +44,7 @@ def expected(name: str) -> tuple[Any, np.ndarray]:
     return jnp.asarray(x, jnp.int32 if x.dtype == np.int64 else x.dtype), out
 
 
-@pytest.mark.few(14)
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("base", "name", "scan"), CASES)
 def test_logits_are_those_of_peft(base: str, name: str, scan: bool) -> None:
     model = built_in(base, scan)

@@ -97,6 +97,7 @@ def test_memory(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
     assert found["lora"].total < found["full"].total
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", TINY)
 def test_steps_and_checkpoints(
     name: str, made: dict[str, dict[str, TrainingSide]], tmp_path: pathlib.Path

@@ -104,6 +104,7 @@ def shapes(text: str) -> list[str]:
     return re.findall(r"f32\[([\d,]+)\]", text)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
     model = models.DecoderModel(CONFIG)

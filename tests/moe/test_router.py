@@ -100,6 +100,7 @@ def test_one_hot_weights_are_select(name: str) -> None:
     assert_close(got, want, 2e-5)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_fixed_weights_are_the_combination(name: str) -> None:
     """Fixed weights give the outputs of `combine` and `merge`."""
@@ -164,6 +165,7 @@ def test_the_base_product_is_done_once() -> None:
 # --- a router per token -------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", BY_TOKEN)
 def test_a_router_without_preference_is_the_mean(name: str) -> None:
     """A router of zeros gives the mean of the adapters, through every rule and loop."""

@@ -49,7 +49,7 @@ def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> l
     return [adapter(layout, seed) for seed, layout in enumerate(resolved)]
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", cases.ONE_OF_EACH)
 def test_one_of_a_stack_is_that_adapter(name: str) -> None:
     case = cases.REGISTRY[name]()

@@ -188,6 +188,7 @@ def test_a_row_draws_as_it_would_alone(decoder: Decoder) -> None:
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [
