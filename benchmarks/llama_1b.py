@@ -32,19 +32,13 @@ from benchmarks import common
 from lora_jax import models
 from lora_jax.data.process_slice import Shard
 from lora_jax.models import placement
-from lora_jax.planner.devices import DEVICES
+from lora_jax.system.devices import DEVICES, KINDS
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.causal_lm import apply_of, batch_shapes, token_loss
 from lora_jax.training.config import Config, LoraConfig
 from lora_jax.training.workload import Batch, Workload
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-KNOWN = {  # JAX's name of a device -> its name in the plan's table
-    "H100": "h100-80gb", "H200": "h200-141gb", "A100-SXM4-80GB": "a100-80gb", "B200": "b200-180gb",
-    "A100-SXM4-40GB": "a100-40gb", "L4": "l4-24gb", "RTX 4090": "rtx4090-24gb",
-    "TPU v4": "tpu-v4", "TPU v5 lite": "tpu-v5e", "TPU v5": "tpu-v5p", "TPU v6": "tpu-v6e",
-    "TPU7x": "tpu-v7x",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +213,7 @@ def main() -> None:
     repeats = args.pop("repeats")
     chosen = dataclasses.replace(config, **args)
     kind, count = jax.devices()[0].device_kind, jax.device_count()
-    name = next((plain for text, plain in KNOWN.items() if text in kind), "h100-80gb")
+    name = KINDS.get(kind, "h100-80gb")
     flags = [part for key, value in args.items() for part in (f"--{key}", str(value))]
     planned = plan(flags, name, count)
     found = measure(chosen, repeats)

@@ -63,6 +63,9 @@ if jax.__version_info__[:2] == (0, 10):
     FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
     FLAGS += ("--xla_cpu_parallel_codegen_split_count=1",)  # for one core, not for 32
     os.environ["XLA_FLAGS"] = " ".join(FLAGS)  # read when the backend starts
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all source files
+sys.dont_write_bytecode = False
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no test reads a program's source lines
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # other processes read it; here JAX is imported
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_platforms", "cpu")
@@ -100,14 +103,15 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark most of each matrix as slow, and put the longest files first."""
-    matrices = collections.defaultdict[str, list[pytest.Item]](list)
+    """Mark most of each matrix and of each long table as slow, and put the longest files first."""
+    tables = collections.defaultdict[str, list[pytest.Item]](list)
     for item in items:
-        if item.get_closest_marker("matrix"):
-            matrices[item.nodeid.partition("[")[0]].append(item)
-    for matrix in matrices.values():
-        quick = quick_part(matrix)
-        for item in matrix:
+        if item.get_closest_marker("matrix") or item.get_closest_marker("few"):
+            tables[item.nodeid.partition("[")[0]].append(item)
+    for table in tables.values():
+        few = table[0].get_closest_marker("few")
+        quick = spread(table, *few.args) if few else quick_part(table)
+        for item in table:
             if item.nodeid not in quick:
                 item.add_marker(pytest.mark.slow)
     places = {name: place for place, name in enumerate(LONGEST)}
@@ -120,6 +124,16 @@ def names_of(mark: pytest.Mark) -> list[str]:
     """Return the parameters that a mark sets together."""
     names = mark.args[0]
     return [name.strip() for name in names.split(",")] if isinstance(names, str) else [*names]
+
+
+def spread(table: list[pytest.Item], count: int) -> set[str]:
+    """Return the names of `count` tests of a table, at equal distances from its first to its last.
+
+    Tests that are slow in any case are not counted.
+    """
+    names = [item.nodeid for item in table if not item.get_closest_marker("slow")]
+    last = max(count - 1, 1)
+    return {names[place * (len(names) - 1) // last] for place in range(min(count, len(names)))}
 
 
 def quick_part(matrix: list[pytest.Item]) -> set[str]:

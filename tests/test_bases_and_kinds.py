@@ -46,6 +46,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.few(28)
 @pytest.mark.parametrize(("name", "kind", "scheme"), TABLE)
 def test_the_law(name: str, kind: str, scheme: str | None) -> None:
     law = Law(cases.REGISTRY[name](), kind, scheme)

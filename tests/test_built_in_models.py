@@ -66,6 +66,7 @@ def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
     return (lambda p, *a: module.apply({"params": p}, *a)), params, args
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("config", "scan_layers", "remat"),
     [
@@ -88,6 +89,7 @@ def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> No
     assert_close(got, jax.jit(jax.grad(slow, 1))(params, adapters), tolerance=5e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS, "vit"])
 def test_families_adapted_equal_merged(family: str) -> None:
     encoder = family in ENCODERS

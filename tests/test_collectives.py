@@ -136,6 +136,7 @@ def whole_weights(name: str) -> set[int]:
     return {math.prod(shape) for shape in slices if len(shape) > 1}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
     found = collectives(gradient(name, TENSOR, RANKS[0]))
@@ -147,6 +148,7 @@ def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
         assert {s for i in gathered for s in sizes_of(i)} & whole_weights(name)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("sizes", [TENSOR, ALL])
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_add_collectives_of_their_rank_alone(

@@ -92,6 +92,7 @@ def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
     assert_law(law)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("base", [None, "ternary", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 def test_a_kernel_with_a_gradient_rule_of_its_own(kind: str, base: str | None) -> None:

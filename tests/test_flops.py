@@ -18,6 +18,7 @@ SETUPS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", SETUPS)
 def test_gradient_flops(name: str) -> None:

@@ -55,6 +55,7 @@ def test_a_pattern_that_matches_nothing() -> None:
         frozen.trained_mask(PARAMS, ("hed/*",))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tx", [optax.adamw(1e-2, weight_decay=0.1), optax.adafactor(1e-2)])
 def test_training_adapters_and_head_leaves_w0_bit_identical(tx: Any) -> None:
     before = np.array(PARAMS["body"]["w"])

@@ -45,8 +45,8 @@ ARROWS: dict[str, set[str]] = {
     "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
     | {"layout", "models", "multi", "paths", "system", "transform"},
     "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
-    | {"errors", "frozen", "layout", "models", "multi", "paths", "resolve"}
-    | {"sharding", "spec", "system", "transform", "updates"},
+    | {"errors", "frozen", "layout", "models", "multi", "paths", "primitives"}
+    | {"resolve", "sharding", "spec", "system", "transform", "updates"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
     | {"spec", "system", "updates"},

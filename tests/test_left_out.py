@@ -238,6 +238,7 @@ def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
         laws.assert_adapt_equals_merge(layout, f, params, X)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", sorted({*REGISTRY} - NO_REVERSE))
 def test_a_named_kernel_can_be_adapted_by_the_cure(name: str) -> None:
     f, params = program(name, last=False)

@@ -216,6 +216,7 @@ def batch_statistics() -> Any:
     return f, params, (state, X), {"head/kernel"}
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_the_head_is_left_out_by_name_and_nothing_else_is(name: str) -> None:
     f, params, args, heads = REGISTRY[name]()

@@ -24,7 +24,7 @@ X = normal(1, 3, 6)
 IDS = jnp.array([2, 0, 3])
 
 
-def law(f: Any, params: Any, *args: Any, targets: Any = "all-linear", **kwargs: Any) -> Any:
+def assert_law(f: Any, params: Any, *args: Any, targets: Any = "all-linear", **kwargs: Any) -> Any:
     layout = lora_jax.resolve(LoraSpec(2, 4.0, targets, **kwargs), f, params, *args)
     laws.assert_adapt_equals_merge(layout, f, params, *args)
     return layout
@@ -52,6 +52,7 @@ MIXTURE = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("target", ["head", "first", "experts", "router"])
 def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
     """An example in a mixed batch gets the same result as alone with its adapter merged."""
@@ -98,7 +99,7 @@ def test_a_custom_jvp_with_an_integer_output(fold: Any) -> None:
         y, best = routed(x, p["w"])
         return y * best[:, None].astype(y.dtype)
 
-    law(f, {"w": normal(0, 6, 8)}, X, targets="w", fold=fold)
+    assert_law(f, {"w": normal(0, 6, 8)}, X, targets="w", fold=fold)
 
 
 def test_a_custom_jvp_with_an_integer_input() -> None:
@@ -112,7 +113,7 @@ def test_a_custom_jvp_with_an_integer_input() -> None:
         return row(w, i, x), (x @ dw + dx @ w) * i.astype(x.dtype)
 
     f = lambda p, x, i: (row(p["w"], i, x), jnp.argmax(row(p["w"], i, x)))  # noqa: E731
-    law(f, {"w": normal(0, 6, 8)}, X, jnp.int32(3), targets="w")
+    assert_law(f, {"w": normal(0, 6, 8)}, X, jnp.int32(3), targets="w")
 
 
 # --- lookups ------------------------------------------------------------------------------------
@@ -120,19 +121,19 @@ def test_a_custom_jvp_with_an_integer_input() -> None:
 
 def test_rows_looked_up_by_a_batched_scalar_index() -> None:
     f = lambda p, ids: jax.vmap(lambda i: p["table"][i])(ids)  # noqa: E731
-    layout = law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
+    layout = assert_law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
     assert (layout["table"].inputs, layout["table"].outputs) == ((0,), (1,))
 
 
 def test_a_table_of_matrices_looked_up_by_a_batched_scalar_index() -> None:
     f = lambda p, ids: jax.vmap(jax.vmap(lambda i: p["table"][i]))(ids[None])  # noqa: E731
-    layout = law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
+    layout = assert_law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
     assert (layout["table"].inputs, layout["table"].outputs) == ((0,), (1,))
 
 
 def test_an_expert_for_each_token_by_a_batched_scalar_index() -> None:
     f = lambda p, x, ids: jax.vmap(lambda x, i: x @ p["experts"][i])(x, ids)  # noqa: E731
-    layout = law(f, {"experts": normal(0, 4, 6, 8)}, X, IDS, targets="experts")
+    layout = assert_law(f, {"experts": normal(0, 4, 6, 8)}, X, IDS, targets="experts")
     assert layout["experts"].stack == (0,)
 
 
@@ -142,7 +143,7 @@ def test_two_experts_for_each_token_by_batched_indices() -> None:
         return jax.vmap(one)(x, ids)
 
     ids = jnp.stack([IDS, (IDS + 1) % 4], axis=1)
-    layout = law(f, {"experts": normal(0, 4, 6, 8)}, X, ids, targets="experts")
+    layout = assert_law(f, {"experts": normal(0, 4, 6, 8)}, X, ids, targets="experts")
     assert layout["experts"].stack == (0,)
 
 
@@ -162,7 +163,7 @@ def depthwise(p: Any, x: Any) -> Any:
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_a_depthwise_kernel_that_is_reshaped(multiplier: int) -> None:
     params, x = {"w": normal(0, 3, 3, 4, multiplier)}, normal(1, 2, 5, 5, 4)
-    layout = law(depthwise, params, x, targets="w")
+    layout = assert_law(depthwise, params, x, targets="w")
     target = layout["w"]
     assert sorted((*target.stack, *target.inputs, *target.outputs)) == [0, 1, 2, 3]
     assert set(target.inputs) >= {0, 1} and 2 in target.outputs
@@ -188,7 +189,7 @@ class _Stack(nnx.Module):
 @pytest.mark.standard_promotion
 def test_nnx_remat_inside_nnx_scan() -> None:
     f, params, state = lora_jax.from_nnx(_Stack())
-    layout = law(lambda p, x: f(p, state, x)[0], params, X, targets="layers/kernel")
+    layout = assert_law(lambda p, x: f(p, state, x)[0], params, X, targets="layers/kernel")
     assert layout["layers/kernel"].stack == (0,)
 
 
@@ -198,7 +199,7 @@ def test_a_scan_that_hands_out_weights_that_nobody_reads() -> None:
         h, (_, norms) = lax.scan(jax.checkpoint(step), x, p["w"])
         return h, norms
 
-    law(f, {"w": normal(0, 2, 6, 6)}, X, targets="w")
+    assert_law(f, {"w": normal(0, 2, 6, 6)}, X, targets="w")
 
 
 def on_each_platform(p: Any, x: Any) -> Any:
@@ -228,7 +229,7 @@ def test_branches_by_platform_stay_branches_by_platform() -> None:
 
 def test_the_columns_picked_by_indices_are_outputs() -> None:
     f = lambda p, x, ids: x @ p["w"][:, ids]  # noqa: E731
-    layout = law(f, {"w": normal(0, 6, 8)}, X, IDS, targets="w")
+    layout = assert_law(f, {"w": normal(0, 6, 8)}, X, IDS, targets="w")
     assert (layout["w"].inputs, layout["w"].outputs) == ((0,), (1,))
 
 
@@ -240,7 +241,7 @@ def test_spectral_normalisation_is_no_use_of_the_weight() -> None:
         u = lax.stop_gradient(u / jnp.linalg.norm(u))
         return x @ (p["w"] / (v @ p["w"] @ u.T)[0, 0])
 
-    layout = law(f, {"w": normal(0, 6, 8)}, normal(2, 1, 8), X, targets="w")
+    layout = assert_law(f, {"w": normal(0, 6, 8)}, normal(2, 1, 8), X, targets="w")
     assert (layout["w"].inputs, layout["w"].outputs) == ((0,), (1,))
 
 
@@ -290,6 +291,6 @@ def test_operations_are_reported_at_the_line_of_the_user(change: Any) -> None:
 
     refused = refusal(f)
     if refused is None:
-        law(f, {"w": normal(0, 6, 8)}, X, targets="w")
+        assert_law(f, {"w": normal(0, 6, 8)}, X, targets="w")
     else:
         assert "unknown line" not in refused and "test_rules.py" in refused

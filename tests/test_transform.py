@@ -152,6 +152,7 @@ def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
     assert made(law.slow) & (sizes | stacked)
 
 
+@pytest.mark.few(20)
 def test_composes_with_outer_transformations(law: Law) -> None:
     """The adapted function works eagerly, in `eval_shape`, and in `vmap` over its adapters."""
     params, adapters = law.case.params, law.adapters

@@ -1,7 +1,10 @@
-"""Show the parameters of a model as a tree, and which of them patterns match, before training.
+"""Show the parameters of a model as a tree, and which of them patterns match, before training; or
+the examples that a decoder is trained on, with what is learned of them (--config, --data).
 
     lora-jax show hub:org/name
     lora-jax show models/llama --targets all-linear
+    lora-jax show --config configs/smollm2_conversations.py
+    lora-jax show model.gguf --data chats.jsonl
     lora-jax show model.gguf --targets "**/attention/{q,v}/kernel" "**/mlp/*/kernel@rank=4"
 
 MODEL is a reference as in --model.reference of train.py: a folder, file.gguf, hub:org/name, or
@@ -23,29 +26,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import textwrap
 from collections.abc import Container, Sequence
 from typing import Annotated
 
 import tyro
 
+from lora_jax import models
+from lora_jax.cli import shown_examples, train
 from lora_jax.cli.parameter_tree import Leaf, draw, tree
 from lora_jax.cli.shaped_model import ShapedModel, open_shaped
+from lora_jax.data.config import DataConfig
 from lora_jax.errors import LoraError
 from lora_jax.primitives.adapted_weight import Use
 from lora_jax.resolve import Trace, trace
 from lora_jax.spec import LoraSpec, check_rank
 from lora_jax.system import table
 from lora_jax.system.console import Console, command, say
+from lora_jax.training import causal_lm, pretrained
 from lora_jax.training.config import LoraConfig
+from lora_jax.training.text import TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ShowOptions:
     """The options of `lora-jax show`."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
     """A folder, file.gguf, hub:org/name or pypi:name==version/path."""
+    data: str | None = None
+    """A source of examples, as in --data.source of train.py: show them as MODEL, a decoder, learns
+    them, and not the model."""
+    config: str | None = None
+    """A config file of a decoder: show the examples that it trains on."""
+    count: int = 3
+    """The number of examples to show."""
     targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]")] = ()
     """Patterns as in --lora.targets of train.py; parameters that match are marked. Quote them."""
     ranks: Annotated[tuple[int, ...], tyro.conf.arg(metavar="RANK [RANK ...]")] = (1, 4, 8, 16, 64)
@@ -56,6 +72,13 @@ class ShowOptions:
 
 def run(options: ShowOptions, console: Console, aside: Console) -> None:
     """Open the model by shape, trace it, and print the tree to `console`."""
+    if options.config is not None or options.data is not None:
+        _show_examples(options, console, aside)
+        return
+    if not options.model:
+        raise LoraError(
+            f"no model: give its folder or reference, such as\n  lora-jax show {models.SMOLLM2}"
+        )
     for rank in options.ranks:  # these errors come before the model is opened
         check_rank(rank, "--ranks")
     spec = LoraConfig(rank=1, targets=options.targets).spec
@@ -81,6 +104,26 @@ def run(options: ShowOptions, console: Console, aside: Console) -> None:
     left = [(x.path, "x".join(map(str, x.shape)), x.reason) for x in layout.left_out]
     lines += table.remarks("left out:", left, console.width)
     say(console, "\n".join(lines))
+
+
+def _show_examples(options: ShowOptions, console: Console, aside: Console) -> None:
+    """Show the examples of a config file, or of a source for the model."""
+    reference = options.model
+    if options.config is None:
+        assert options.data is not None
+        data = DataConfig(options.data, max_length=1024)
+    else:
+        _, config = train.load(options.config, pathlib.Path())
+        if not isinstance(config, TextConfig):
+            raise LoraError(f"{options.config} is not the config of a language model")
+        reference = reference or config.model.reference
+        data = dataclasses.replace(config.data, source=options.data or config.data.source)
+    with aside.status("opening the model's tokenizer ..."):
+        source = pretrained.open_model(
+            reference or models.SMOLLM2, models.DecoderConfig, "only a decoder learns texts"
+        )
+        words = causal_lm.words_of(source, data.template)
+    shown_examples.show(data, words, options.count, console)
 
 
 def _leaves(model: ShapedModel, found: Trace, adapted: Container[str]) -> dict[str, Leaf]:

@@ -1,4 +1,4 @@
-"""JSONL, CSV and Parquet files as a source; errors name the line."""
+"""JSONL, JSON, CSV and Parquet files as a source; errors name the line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from lora_jax.errors import DataError, nearest
 from lora_jax.models.text.example import Example, FileRow, shown
 from lora_jax.system import json_file, regular_files
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet", ".json")
 _MOST_UNPACKED = 2**32  # bytes
+_MOST_JSON = 2**30  # bytes
 
 
 class Files(DataSource):
@@ -160,6 +161,18 @@ def _packed_jsonl(path: Path) -> list[Example]:
     return rows
 
 
+def _json(path: Path) -> list[Example]:
+    """Read a JSON file with a list of objects; the line of an example is its place in the list."""
+    data = regular_files.read(path, DataError, most=_MOST_JSON, given=True)
+    rows = json_file.parse(data, str(path), DataError)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(
+            f"{path}: expected a list of objects [{{...}}, ...]; with an object on each line, the "
+            "name of a file ends in .jsonl"
+        )
+    return [FileRow(row, path, number) for number, row in enumerate(rows, 1)]
+
+
 def _parquet(path: Path) -> list[Example]:
     regular_files.check(path, DataError)
     try:
@@ -209,5 +222,5 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 _READERS: Mapping[str, Callable[[Path], Sequence[Example]]] = dict(
-    zip(SUFFIXES, (JsonLines, _packed_jsonl, _csv, _parquet), strict=True)
+    zip(SUFFIXES, (JsonLines, _packed_jsonl, _csv, _parquet, _json), strict=True)
 )

@@ -2,10 +2,11 @@
 
 | form           | keys                                    | what is learned                      |
 |----------------|-----------------------------------------|--------------------------------------|
+| preference     | chosen, rejected (+ prompt)             | chosen rather than rejected          |
 | messages       | messages (+ tools)                      | the assistant's messages             |
 | conversations  | conversations (+ system, tools)         | what gpt says (ShareGPT)             |
-| preference     | chosen, rejected (+ prompt)             | chosen rather than rejected          |
-| judged         | prompt, completion, label               | completions with a true label (KTO)  |
+| judged         | prompt, completion, label; or messages, | what has a true label rather than    |
+|                | and label as true or false              | what has a false one (KTO)           |
 | completion     | prompt, completion                      | the completion                       |
 | instruction    | instruction, output (+ input, history)  | the output (Alpaca)                  |
 | text           | text                                    | the whole text                       |
@@ -70,7 +71,8 @@ class Form:
     def of(self, example: Example, where: str) -> Any:
         """Return what an example says; `DataError`, with its place, if it is not of this form."""
         place = place_of(example, where)
-        missing = [key for key in self.keys if key not in example]
+        judged = self.name == "judged" and _messages_judged(example)
+        missing = [] if judged else [key for key in self.keys if key not in example]
         if missing:
             names = ", ".join(map(shown, list(example)[:20])) or "none"
             raise DataError(
@@ -108,18 +110,23 @@ def _completion(row: Example, where: str) -> Said:
     return _continued(row["prompt"], row["completion"], where, row.get("tools"))
 
 
+def _messages_judged(row: Example) -> bool:
+    return "messages" in row and isinstance(row.get("label"), bool)
+
+
 def _judged(row: Example, where: str) -> Judged:
     label = row["label"]
     known = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
     good = known.get(str(label).lower())
     if good is None:
         raise DataError(f"{where}: the label is {shown(label)}, expected true or false")
-    return Judged(_completion(row, where), good)
+    read = _messages if _messages_judged(row) else _completion
+    return Judged(read(row, where), good)
 
 
 def _preference(row: Example, where: str) -> Preference:
     chosen, rejected = row["chosen"], row["rejected"]
-    prompt = row.get("prompt")
+    prompt = row.get("prompt", row.get("conversations"))
     if prompt is None:
         if isinstance(chosen, str) and isinstance(rejected, str):
             raise DataError(f"{where} has no 'prompt', which texts in chosen and rejected need")
@@ -157,7 +164,7 @@ def _continued(prompt: Any, answer: Any, where: str, tools: Any = None) -> Said:
             f"{where}: the prompt is {shown(prompt)} and the completion {shown(answer)}; expected "
             "two texts, or two lists of messages"
         )
-    whole = conversation([*asked, *said], where, tools)
+    whole = of_turns([*asked, *said], where, tools=tools)
     learned = [own and i >= len(asked) for i, own in enumerate(whole.learned)]
     return dataclasses.replace(whole, learned=tuple(learned))
 
@@ -178,9 +185,9 @@ def _text(row: Example, key: str, where: str) -> str:
 FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (
+        Form("preference", ("chosen", "rejected"), _preference),
         Form("messages", ("messages",), _messages),
         Form("conversations", ("conversations",), _turns),
-        Form("preference", ("chosen", "rejected"), _preference),
         Form("judged", ("prompt", "completion", "label"), _judged),
         Form("completion", ("prompt", "completion"), _completion),
         Form("instruction", ("instruction", "output"), _instruction),
@@ -191,6 +198,8 @@ FORMS: Mapping[str, Form] = {
 
 def form_of(example: Example, where: str) -> Form:
     """Return the form of an example, found by its keys; `DataError` names the forms."""
+    if _messages_judged(example):
+        return FORMS["judged"]
     for form in FORMS.values():
         if all(key in example for key in form.keys):
             return form

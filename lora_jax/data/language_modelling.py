@@ -31,7 +31,7 @@ from lora_jax.models.text.tokens import (
     padding_id,
 )
 
-AHEAD = 1_000_000  # with more examples than this, rows are tokenised when they are read
+AHEAD = 200_000  # with more examples than this, rows are tokenised when they are read
 
 _SAMPLE = 2_000  # the number of examples from which facts are estimated
 

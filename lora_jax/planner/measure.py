@@ -16,10 +16,10 @@ from lora_jax.data.process_slice import Shard
 from lora_jax.frozen import split
 from lora_jax.planner import bf16_lowering, collectives, hlo, program, residuals
 from lora_jax.planner.collectives import Cause, Collective
-from lora_jax.planner.devices import Device
 from lora_jax.planner.program import CompiledProgram
 from lora_jax.planner.real_compiler import RealDevices
 from lora_jax.planner.weights import WeightBytes, weight_bytes
+from lora_jax.system.devices import Device
 from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.config import Config
 from lora_jax.training.sizes import on_each_device, parameters
@@ -264,7 +264,7 @@ def _traffic(arrays: tuple[Collective, ...], device: Device) -> tuple[Traffic, .
 def seconds(kind: str, operand: int, group: tuple[int, ...], device: Device) -> float:
     """Return the time of one collective done as a ring.
 
-    >>> from lora_jax.planner.devices import DEVICES
+    >>> from lora_jax.system.devices import DEVICES
     >>> seconds("all-gather", 450_000_000, tuple(range(4)), DEVICES["h100-80gb"])
     0.003
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lora_jax.planner.devices import DEVICES
+from lora_jax.system.devices import DEVICES
 from lora_jax.training.config import require
 
 

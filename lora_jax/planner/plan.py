@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from lora_jax.planner import measure, real_compiler
-from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.options import PlanOptions
 from lora_jax.planner.real_compiler import RealDevices
+from lora_jax.system.devices import DEVICES
 from lora_jax.training import mesh
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.config_file import workload_of

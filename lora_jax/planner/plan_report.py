@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_jax.planner.collectives import Collective
-from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts, Traffic
 from lora_jax.planner.plan import FULL, LORA, Plan
 from lora_jax.planner.weights import FLOATS, by_part
+from lora_jax.system.devices import DEVICES
 from lora_jax.system.table import aligned
 from lora_jax.system.whole_files import write_json
 from lora_jax.training import mesh

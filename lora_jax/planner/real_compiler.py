@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from lora_jax.planner.devices import DEVICES
 from lora_jax.system import extras
+from lora_jax.system.devices import DEVICES
 from lora_jax.training.config import ConfigError
 
 # Name in DEVICES -> libtpu's name, dimensions of its network, devices that JAX shows for a chip.

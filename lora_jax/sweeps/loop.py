@@ -88,9 +88,11 @@ def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
     found = {}
     for member in config.members:
         own = member.config
-        if own.start_from is not None:
+        alone = {"--from": own.start_from is not None, "--profile": own.profile > 0}
+        for option in (option for option, given in alone.items() if given):
             raise ConfigError(
-                f"--from is for one run, and {member.name!r} is a member of a group: train it alone"
+                f"{option} is for one run, and {member.name!r} is a member of a group: train it "
+                "alone"
             )
         plain = own.run_dir is None and own.mesh == MeshConfig() and not own.fresh
         if not plain:

@@ -58,13 +58,18 @@ def causal_lm(config: TextConfig) -> Workload:
     )
 
 
-def _open_data(config: TextConfig, source: models.Source) -> RunBatches:
-    words = Words(
+def words_of(source: models.Source, template: str | None = None) -> Words:
+    """Return what a decoder makes of text, with the template of a file or its own."""
+    return Words(
         source.tokenizer(),
         source.config.vocab_size,  # type: ignore[union-attr]  # `open_model` checks it
-        functools.partial(chat_files.open_template, source, config.data.template),
+        functools.partial(chat_files.open_template, source, template),
         source.special_tokens.get("eos_token"),
     )
+
+
+def _open_data(config: TextConfig, source: models.Source) -> RunBatches:
+    words = words_of(source, config.data.template)
     return pretrained.open_batches(config, functools.partial(batches_of, config.data, words))
 
 

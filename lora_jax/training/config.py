@@ -239,7 +239,7 @@ class Config(Checked):
     _bounds: ClassVar = {
         "at least 1": ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every")
         + ("patience",),
-        "at least 0": ("seed",),
+        "at least 0": ("seed", "profile"),
     }
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]
@@ -264,6 +264,9 @@ class Config(Checked):
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = incidental(("tensorboard",))
     """The loggers that get the numbers of metrics.jsonl: TensorBoard's events in the run directory,
     Weights & Biases (WANDB_PROJECT, WANDB_MODE) and MLflow (MLFLOW_TRACKING_URI)."""
+    profile: int = incidental(0)
+    """Steps that JAX's profiler traces into the folder `profile` of the run directory, from the
+    first one whose program is compiled already. 0: none."""
     on_nonfinite: Literal["stop", "skip"] = incidental("stop")
     """If a loss or gradient is not finite: stop and name the step, or skip and count the step."""
     run_dir: str | None = incidental(None)

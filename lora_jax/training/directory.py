@@ -8,6 +8,7 @@ adapters/        best and last, which `lora_jax.restore` reads
 summary.json     written last; a run with this file is finished
 curves.png       loss and scores
 error.txt        the error that stopped a member of a group, if there was one
+profile/         a trace of JAX's profiler, with --profile
 report/          the report, if `lora-jax report` was run
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import listed, writing
 from lora_jax.system import run_lock, whole_files
-from lora_jax.training import continuation, curves, processes
+from lora_jax.training import continuation, curves, processes, profiler
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import identity, short_hash, to_dict
 from lora_jax.training.saved_files import read_config, read_summary
@@ -106,7 +107,7 @@ def _clear(path: pathlib.Path) -> None:
 
 def _ours(path: pathlib.Path) -> bool:
     names = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters", "summary.json"}
-    names |= {"curves.png", "error.txt", "report", "wandb.id", "mlflow.id"}
+    names |= {"curves.png", "error.txt", "report", "wandb.id", "mlflow.id", profiler.FOLDER}
     written = ("events.out.tfevents.", whole_files.TEMPORARY)
     return path.name in names or path.name.startswith(written)
 

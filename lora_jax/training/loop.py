@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax
 import optax
 
 from lora_jax.system.console import Console
 from lora_jax.training import metrics
 from lora_jax.training.open_run import BatchLoss, Run
+from lora_jax.training.profiler import Profiler
 from lora_jax.training.progress import Display
 from lora_jax.training.state import State, Trained
 from lora_jax.training.step import Compiled, compilation, evaluation_step, train_step
@@ -27,6 +29,7 @@ class Loop:
         config, workload, layout = setup.config, setup.workload, setup.layout
         self._display = Display(console, config.steps, run.start, config.log_every, workload.unit)
         run.open(self._display)
+        self._profiler = Profiler(setup.path, config.profile, self._display.say)
         rate = config.adaptation.dropout
         step = train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
         batch_loss, notes, place = evaluation_step(workload, layout), run.notes, setup.place
@@ -42,6 +45,7 @@ class Loop:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._profiler.close()
         self._display.__exit__(*error)
         self.run.close()
 
@@ -56,9 +60,15 @@ class Loop:
         with run.notes.clock("train"):
             rows = next(run.data)
             batch = run.setup.place.batch(rows)
-            self.state, values = self._step(self.state, run.setup.frozen, batch)
-            for line in self._delayed.push({"step": step, "units": run.count(rows)}, values):
+            arguments = (self.state, run.setup.frozen, batch)
+            counted = {"flops": self._step.flops(*arguments)} if run.setup.place.peak else {}
+            self._profiler.begin(step, self._step.knows(batch), self._settle)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                self.state, values = self._step(*arguments)
+            taken = {"step": step, "units": run.count(rows), **counted}
+            for line in self._delayed.push(taken, values):
                 run.report(line)
+        self._profiler.end(step, self.state)
 
     def evaluate_before(self) -> None:
         """Evaluate every split before the first step."""
@@ -82,5 +92,8 @@ class Loop:
     def settle(self) -> None:
         """Report every step taken so far. This waits for the device."""
         with self.run.notes.clock("train"):
-            for line in self._delayed.flush():
-                self.run.report(line)
+            self._settle()
+
+    def _settle(self) -> None:
+        for line in self._delayed.flush():
+            self.run.report(line)

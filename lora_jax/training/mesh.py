@@ -23,6 +23,7 @@ from lora_jax import sharding
 from lora_jax.data.process_slice import Shard
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
+from lora_jax.system import devices
 from lora_jax.training.config import ConfigError, MeshConfig, require
 from lora_jax.training.workload import Batch, Workload
 
@@ -168,6 +169,12 @@ class Placement:
     def parts(self) -> int:
         """The number of parts that the rows of a batch are divided into."""
         return self.mesh.shape["fsdp"] * self.mesh.shape["data"]
+
+    @property
+    def peak(self) -> float:
+        """The peak FLOPs a second of all devices; 0 if the table of devices does not have them."""
+        known = devices.known(self.mesh.devices.flat[0].device_kind)
+        return 0.0 if known is None else known.flops * self.mesh.size
 
     @property
     def shard(self) -> Shard:

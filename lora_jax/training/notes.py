@@ -19,6 +19,7 @@ class Notes:
     without_best: evaluations on the validation split since the best one.
     units: the sum of `Workload.size` over the batches so far.
     seconds: activity -> seconds spent on it so far.
+    flops: of the products of the steps so far; 0 if the peak of the devices is not known.
     history: the settings that were changed on the way, each time with the step before them.
     shift: batches of the data before the first of this batch size, minus the steps before it.
     """
@@ -29,6 +30,7 @@ class Notes:
     without_best: int = 0
     units: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    flops: float = 0.0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     shift: int = 0
 

@@ -27,6 +27,7 @@ from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
 from lora_jax.training.notes import Notes
 from lora_jax.training.state import State, Trained
+from lora_jax.training.throughput import Throughput
 from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload, check_select
 
 Tree = Any  # a pytree
@@ -82,6 +83,7 @@ class Run:
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
+        self._speed = Throughput()
 
     def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
@@ -117,6 +119,10 @@ class Run:
 
     def report(self, values: dict[str, Any]) -> None:
         """Write and show one step. Stop at a step that is not finite."""
+        self.notes.flops += (done := values.pop("flops", 0.0))
+        if done:
+            spent = self.notes.seconds.get("train", 0.0)
+            values["mfu"] = self._speed.add(self.notes.flops, spent) / self.setup.place.peak
         applied = values["step"] - 1 - self._skipped
         self._skipped += not values["finite"]
         rate = float(optimizer.rate(self._hyper, applied, np))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -88,6 +89,8 @@ class Display(CurveBar):
             "rate": f"{line['learning_rate']:.2e}",
             "speed": f"{(units - from_units) / elapsed:,.0f} {self._unit}/s",
         }
+        if line.get("mfu", math.nan) >= 0:
+            numbers["speed"] += f"  MFU {line['mfu']:.1%}"
         self.curve.add(step / self._steps, line["loss"])
         self.bar.update(self.task, completed=step, **numbers)
         due = step % self.every == 0 or step == self._steps

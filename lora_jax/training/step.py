@@ -21,6 +21,7 @@ from lora_jax.frozen import join
 from lora_jax.layout import Layout
 from lora_jax.multi.dropout import dropout
 from lora_jax.multi.stack import Scaled
+from lora_jax.primitives.flops import of_products
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
@@ -242,11 +243,11 @@ class Compiled:
         returns for the shape of the batch's largest array, such as "32 x 48".
         """
         self._call, self._report, self._around = jax.jit(function, **options), report, around
-        self._seen = set[Any]()
+        self._seen, self._flops = set[Any](), dict[Any, float]()
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function; its last argument is the batch."""
-        shapes = tuple((name, value.shape) for name, value in sorted(arguments[-1].items()))
+        shapes = self._shapes(arguments[-1])
         if shapes in self._seen:
             return self._call(*arguments)
         self._seen.add(shapes)
@@ -256,3 +257,18 @@ class Compiled:
             out = self._call(*arguments)
         self._report(time.monotonic() - start)
         return out
+
+    def flops(self, *arguments: Any) -> float:
+        """Return the FLOPs of the products of a call, which JAX traces here if it has not yet."""
+        shapes = self._shapes(arguments[-1])
+        if shapes not in self._flops:
+            self._flops[shapes] = of_products(self._call.trace(*arguments).jaxpr)
+        return self._flops[shapes]
+
+    def knows(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether the function is compiled for the shapes of a batch."""
+        return self._shapes(batch) in self._seen
+
+    @staticmethod
+    def _shapes(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return tuple((name, value.shape) for name, value in sorted(batch.items()))

@@ -51,7 +51,7 @@ def summarise(
     run: Run, state: State, tested: dict[str, dict[str, float]], difference: float | None
 ) -> Summary:
     """Return the values of summary.json."""
-    notes, path = run.notes, run.setup.path
+    notes, path, peak = run.notes, run.setup.path, run.setup.place.peak
     spent = {name: round(value, 3) for name, value in notes.seconds.items()}
     train = max(notes.seconds.get("train", 0.0), 1e-9)
     best = {k: v for k, v in (notes.best or {}).items() if k != "step"}
@@ -63,6 +63,7 @@ def summarise(
         **sizes(run.setup, state),
         "steps_per_second": round(int(state.step) / train, 4),
         f"{run.setup.workload.unit}_per_second": round(notes.units / train, 2),
+        "mfu": round(notes.flops / train / peak, 4) if peak else None,
         "before": notes.before,
         "after": {**after, **tested},
         "select": run.setup.workload.select,
@@ -156,6 +157,7 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
     trained, difference = adapters + summary["trainable_parameters"], summary["merged_difference"]
     speed = next(name for name in summary if name.endswith("_per_second") and name[:6] != "steps_")
     unit = speed.removesuffix("_per_second")
+    mfu = summary.get("mfu")  # not in the summaries of earlier versions
     return [
         ("steps", f"{summary['steps']:,} ({summary['skipped_steps']} skipped)"),
         ("base parameters", f"{base:,}"),
@@ -168,6 +170,7 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
         ("optimizer state", in_units(summary["optimizer_bytes"])),
         ("peak memory", in_units(summary["peak_memory_bytes"])),
         ("speed", f"{summary['steps_per_second']:.2f} steps/s, {summary[speed]:,.0f} {unit}/s"),
+        *([] if mfu is None else [("model FLOPs utilisation", f"{mfu:.1%}")]),
         ("merged - unmerged", "-" if difference is None else f"{difference:.1e}"),
         ("seconds", f"{summary['total_seconds']:.0f}, of them compiling "
                     f"{summary['compile_seconds']:.0f}"),

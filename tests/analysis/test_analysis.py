@@ -78,6 +78,7 @@ def trained() -> tuple[Any, Any, list[Any]]:
     return f, {"w": w}, pairs
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("of", analysis.subspaces.SIDES)
 def test_phi_is_what_full_matrices_give(of: Any) -> None:
     small, large = trained()[2]

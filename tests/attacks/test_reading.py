@@ -67,5 +67,6 @@ def test_the_cache_of_the_model_hub_is_read(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", INPUTS)
 def test_good_inputs_are_read(name: str, tmp_path: pathlib.Path) -> None:
     """The inputs can be read as they are, so that the attacks are what is refused."""
-    kind.write(tmp_path / "input", INPUTS[name].files())
+    kind.write(tmp_path / "input", files := INPUTS[name].files())
     INPUTS[name].read(tmp_path / "input")
+    assert kind.stored(tmp_path / "input") == files, "reading changed a file"

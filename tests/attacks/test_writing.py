@@ -47,6 +47,7 @@ CASES = [
 ]
 
 
+@pytest.mark.few(8)
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize(("name", "entry"), CASES)
 def test_no_command_writes_through_a_link(

@@ -51,6 +51,7 @@ def test_a_record_is_as_long_as_a_block_of_the_file(kind: str) -> None:
     assert (FORMATS[kind].size, FORMATS[kind].record.itemsize) == (size, length)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_stack_is_its_layers(kind: str) -> None:
     layers = [base(blocks(kind, seed), kind, "bfloat16") for seed in range(3)]

@@ -54,6 +54,7 @@ def compiled(name: str, scheme: str) -> Any:
     return jax.jit(jax.grad(loss)).lower(adapters, params, x).compile()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned"])
 def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: str) -> None:
@@ -61,6 +62,7 @@ def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: 
     assert temporary < 0.5 * LAYERS * DENSE
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned", "experts"])
 def test_residuals_are_x_and_codes(name: str, scheme: str) -> None:

@@ -45,6 +45,7 @@ def test_bytes_of_bitsandbytes(case: str) -> None:
         np.testing.assert_array_equal(np.ravel(scales), want["absmax"])
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("case", CASES)
 def test_dense_is_what_bitsandbytes_dequantises(case: str) -> None:
     base, want, state = quantised(case)

@@ -76,6 +76,7 @@ def test_dense_has_the_shape_and_dtype_that_the_base_says(how: dict[str, Any]) -
     assert error < 0.2 * jnp.linalg.norm(w.astype(jnp.float32))
 
 
+@pytest.mark.few(4)
 @every_scheme
 def test_a_slice_of_a_stack_is_the_quantised_slice(how: dict[str, Any]) -> None:
     w = normal(3, 128, 6) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
@@ -95,6 +96,7 @@ def test_a_slice_of_a_stack_is_the_quantised_slice(how: dict[str, Any]) -> None:
     np.testing.assert_array_equal(restacked.dense(), stack.dense())
 
 
+@pytest.mark.few(4)
 @every_scheme
 def test_quantising_what_was_dequantised_changes_no_code(how: dict[str, Any]) -> None:
     first = quantised(normal(128, 12), how)
@@ -106,6 +108,7 @@ def test_quantising_what_was_dequantised_changes_no_code(how: dict[str, Any]) ->
     np.testing.assert_allclose(again.scales, first.scales, rtol=2e-7)
 
 
+@pytest.mark.few(4)
 @every_scheme
 def test_axes_of_the_layout_are_one_matrix(how: dict[str, Any]) -> None:
     """[heads, dim, model] with inputs (heads, dim) is [heads * dim, model], for any axis order."""

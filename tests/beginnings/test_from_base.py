@@ -37,6 +37,7 @@ def matrices_of(target: Target, array: Any) -> np.ndarray:
     return np.asarray(array, np.float64).transpose(order).reshape(-1, target.fan_in, target.fan_out)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_first_step_is_the_base(method: Any, kind: str) -> None:
@@ -94,6 +95,7 @@ def test_a_bfloat16_base_loses_its_rounding_alone() -> None:
         assert 0 < start.errors[t.path].start < 4e-3
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
 def test_loftq_is_nearer_than_quantising_alone(scheme: str, scaling: str) -> None:

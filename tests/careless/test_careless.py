@@ -53,6 +53,7 @@ def run(words: list[str]) -> int:
         return end.code if isinstance(end.code, int) else 1
 
 
+@pytest.mark.few(40)
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_careless_command(

@@ -60,6 +60,7 @@ def kept() -> Iterator[None]:
     sys.modules |= {n: m for n, m in before.items() if n.partition(".")[0] in ("lora_jax", "train")}
 
 
+@pytest.mark.few(8)
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize(
     ("module", "extra", "words"),

@@ -111,7 +111,7 @@ def program(seed: int) -> tuple[Callable[..., Any], dict[str, Any], set[str]]:
     return f, params | ends, reach | {*ends}
 
 
-def check(seed: int) -> None:
+def assert_targets_or_named(seed: int) -> None:
     """Check that every matrix is a target or named, and that `adapt` equals `merge`."""
     f, params, reach = program(seed)
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, X)
@@ -137,4 +137,4 @@ def _compare(f: Any, params: Any, layout: Any, adapters: Any, seed: int) -> None
 
 if __name__ == "__main__":
     for number in range(int(sys.argv[1])):
-        check(number)
+        assert_targets_or_named(number)

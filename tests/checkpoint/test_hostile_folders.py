@@ -293,6 +293,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.few(18)
 @pytest.mark.parametrize("name", CASES)
 def test_it_ends_in_an_error(ends: dict[str, Any], name: str) -> None:
     assert name in ends, ends["died"]

@@ -56,6 +56,7 @@ def grow(part: Path, name: str, numbers: int) -> None:
     metadata.write_text(metadata.read_text().replace(f"[{CHUNK}]", f"[{numbers}]"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("numbers", [2**28, 10**13])
 def test_an_array_beside_the_manifest_takes_no_memory(tmp_path: Path, numbers: int) -> None:
     """An array that the manifest does not list takes no memory."""

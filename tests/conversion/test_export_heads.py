@@ -42,6 +42,7 @@ def opened(run: GoldenRun, folder: pathlib.Path, name: str, labels: int) -> Any:
     return lora_jax.adapt(layout, run.f)(params, adapters, run.inputs)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_head_that_transformers_does_not_have_is_refused(
@@ -98,6 +99,7 @@ def test_a_run_without_factors_is_no_adapter(
     assert "--format hf" in capsys.readouterr().err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("labels", [("a", "b"), ()])
 def test_a_base_that_pools_otherwise(
     labels: tuple[str, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]

@@ -2,20 +2,24 @@
 
 import functools
 import gzip
+import io
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 
+from lora_jax.cli import shown_examples
 from lora_jax.data import DataConfig, DataError, language_modelling
 from lora_jax.data.catalogue import open_data, open_source
 from lora_jax.data.config import FormName
 from lora_jax.data.example_reader import Reader, Words, form_of
-from lora_jax.data.forms import FORMS, Continued, Preference
+from lora_jax.data.forms import FORMS, Continued, Judged, Preference
 from lora_jax.models.text.chat_template import ChatTemplate
 from lora_jax.models.text.conversation import Conversation
 from lora_jax.models.text.tokens import TextTruncation
@@ -176,6 +180,9 @@ CHAT = Conversation((ASKED, SAID), None, (False, True))
         ("instruction", {"instruction": "a", "input": "", "output": "b"}, CHAT),
         ("completion", {"prompt": [ASKED], "completion": [SAID]}, CHAT),
         ("completion", {"prompt": "a", "completion": "b"}, Continued("a", "b")),
+        ("judged", {"messages": [ASKED, SAID], "label": False}, Judged(CHAT, False)),
+        ("judged", {"prompt": "a", "completion": "b", "label": "1"},
+         Judged(Continued("a", "b"), True)),
         ("text", {"text": "a"}, Continued("", "a")),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"},
          Preference(Continued("a", "b"), Continued("a", "c"))),
@@ -274,6 +281,7 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path: pathlib.Path) -> None:
     lines = "".join(json.dumps(row) + "\n\n" for row in rows)
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "d.json").write_text(json.dumps(rows))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     for path in tmp_path.iterdir():
         found = open_source(str(path)).examples("train")
@@ -303,3 +311,17 @@ def test_a_validation_split_is_set_apart(jsonl: Callable[..., str]) -> None:
     jsonl(train=[rows[0]])
     with pytest.raises(DataError, match=r"none can be set apart"):
         texts("train")
+
+
+def test_examples_are_shown_with_what_is_learned(
+    jsonl: Callable[..., str], tokenizer: Tokenizer
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80, color_system=None)
+    data = DataConfig(jsonl(train=[{"messages": [ASKED, SAID]}] * 9 + [{"messages": [ASKED]}]))
+    shown_examples.show(data, words(tokenizer, "chatml"), 1, console)
+    text = file.getvalue()
+    assert "10 examples of the form 'messages'" in text or "9 examples" in text
+    assert "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n" in text
+    assert text.count("-- example") == 1
+    assert re.search(r"tokens +examples\n\d+ to \d+ +\d+  #+\n", text)

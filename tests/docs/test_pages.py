@@ -43,14 +43,14 @@ def test_a_page_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     with jax.numpy_rank_promotion("allow"):  # JAX's default; Keras adds biases by promotion
-        pages.run(name)
+        assert pages.run(name)  # the names that the page defines
 
 
 @pytest.mark.parametrize("name", pages.names())
 def test_python_that_is_only_shown_is_python(name: str) -> None:
     for block in pages.blocks(name):
         if block.language.startswith("{code-block} python"):
-            ast.parse(re.sub(r"^:.*\n", "", block.code, flags=re.M))
+            assert ast.parse(re.sub(r"^:.*\n", "", block.code, flags=re.M)).body
 
 
 # Commands of other people that pages may call.

@@ -78,6 +78,7 @@ KEYS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_a_slow_pattern_is_an_error(

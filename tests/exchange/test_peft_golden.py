@@ -44,6 +44,7 @@ def expected(name: str) -> tuple[Any, np.ndarray]:
     return jnp.asarray(x, jnp.int32 if x.dtype == np.int64 else x.dtype), out
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("base", "name", "scan"), CASES)
 def test_logits_are_those_of_peft(base: str, name: str, scan: bool) -> None:
     model = built_in(base, scan)
@@ -55,6 +56,7 @@ def test_logits_are_those_of_peft(base: str, name: str, scan: bool) -> None:
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["toy", "toy_dora"])
 def test_convolutions_and_gpt2s_product(name: str) -> None:
     model = toy()

@@ -137,6 +137,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.few(18)
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_named(name: str, good: Path, tmp_path: Path) -> None:
     change, file, key = WRONG[name]

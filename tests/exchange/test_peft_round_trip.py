@@ -54,6 +54,7 @@ def test_every_kind(kind: str, tmp_path: Path) -> None:
     assert_same(model, drawn(model, LoraSpec(2, 3.0, kind=kind, targets="**")), tmp_path / "a")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_a_decoder(scan: bool, tmp_path: Path) -> None:
     model = built_in("llama", scan)
@@ -86,6 +87,7 @@ def test_ranks_alphas_and_scalings(tmp_path: Path) -> None:
     assert_same(model, adapter, tmp_path / "b", profile="portable")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_heads_norms_and_tables(kind: str, tmp_path: Path) -> None:
     model = built_in("llama")
@@ -111,6 +113,7 @@ def test_a_tied_embedding(tmp_path: Path) -> None:
     assert_same(model, adapter, tmp_path / "a")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_convolutions(kind: str, tmp_path: Path) -> None:
     model = toy()
@@ -157,6 +160,7 @@ def outputs(model: Model, adapter: lora_jax.Adapter) -> np.ndarray:
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["whole", "q_v", "ranks", "dora"])
 @pytest.mark.parametrize(
@@ -308,6 +312,7 @@ def test_names_of_the_built_in_models(name: str) -> None:
     assert {path for path, _ in found} == set(shapes) - no_module
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 def test_experts_of_the_built_in_models(name: str, tmp_path: Path) -> None:
     model = built_in(name)

@@ -64,6 +64,7 @@ def on_disk(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", TINY)
 def test_what_is_trained(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
     full, lora = made[name].values()
@@ -96,6 +97,7 @@ def test_memory(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
     assert found["lora"].total < found["full"].total
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", TINY)
 def test_steps_and_checkpoints(
     name: str, made: dict[str, dict[str, TrainingSide]], tmp_path: pathlib.Path

@@ -22,7 +22,6 @@ from lora_jax.training.config import ConfigError, LoraConfig
 from lora_jax.training.config_json import changes, identity, to_dict
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.experiments.test_method_runs import config_of, train_in
-from tests.training import tiny
 from tests.training.runs import ROOT, train_group
 
 # Orbax warns that it takes the sharding from the file; one CPU array has no other.
@@ -30,15 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 LORA = MethodTextConfig.like(minilm_reviews.config)
 BITFIT = dataclasses.replace(LORA, method=MethodConfig("bitfit"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("methods")
-    tiny.write_model(path / "roberta", tiny.ROBERTA)
-    tiny.write_model(path / "llama", tiny.LLAMA)
-    tiny.write_examples(path / "data", ("text",), int)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -146,6 +136,7 @@ def pair(folder: pathlib.Path, one: MethodConfig, two: MethodConfig) -> GroupCon
     return GroupConfig(members=tuple(Member(n, c) for n, c in zip("ab", configs, strict=True)))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("one", "two", "says"),
     [

@@ -27,7 +27,7 @@ from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from lora_jax.training.workload import Workload
-from tests.training import runs, tiny
+from tests.training import runs
 
 # Orbax warns that it takes the sharding from the file; one CPU array has no other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -65,15 +65,6 @@ CASES = {
     "lin": Case({"size": R}, extra, counts.adapter(D, R, L, norms=L)),
     "prefix_layer": Case({"prefix": 3, "infix": 2}, extra, counts.prefix_layer(D, 5, L)),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("methods")
-    tiny.write_model(path / "roberta", tiny.ROBERTA)
-    tiny.write_model(path / "llama", tiny.LLAMA)
-    tiny.write_examples(path / "data", ("text",), int)
-    return path
 
 
 def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> MethodTextConfig:

@@ -21,6 +21,7 @@ ROBERTA = dataclasses.replace(BERT, position_offset=2, num_token_types=1)
 LP, LI = 3, 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("before", "behind"), [(3, 2), (0, 2), (3, 0)])
 def test_places_are_those_of_a_loop(before: int, behind: int) -> None:
     lengths = [4, 2, 0]
@@ -51,6 +52,7 @@ def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
     return np.stack(rows) @ out["kernel"] + out["bias"][None]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
 def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> None:
     model, params = model_of(config)

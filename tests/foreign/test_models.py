@@ -25,6 +25,7 @@ def resolved(name: str) -> tuple[lora_jax.Layout, tuple[Any, ...]]:
     return lora_jax.resolve(lora_jax.LoraSpec(1, 2.0), f, params, *args), (f, params, *args)
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("name", list(models.REGISTRY))
 def test_every_kernel_is_a_target_or_named(name: str) -> None:
     layout, call = resolved(name)
@@ -35,6 +36,7 @@ def test_every_kernel_is_a_target_or_named(name: str) -> None:
 LARGE = {"keras_mobile_net_v2"}  # it takes half a minute to compile; another model has its layers
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", [n for n in models.REGISTRY if n not in LARGE])
 def test_adapt_equals_merge(name: str) -> None:
     layout, call = resolved(name)

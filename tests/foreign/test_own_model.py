@@ -148,6 +148,7 @@ BY_HAND: dict[str, tuple[tuple[str, ...], Callable[[Arrays, Arrays], None]]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("title", BY_HAND)
 def test_the_folder_holds_the_merged_weights(
     title: str, run: Callable[[str], Ran], tmp_path: pathlib.Path

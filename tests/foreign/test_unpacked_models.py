@@ -56,6 +56,7 @@ def check(f: Any, params: Any, *args: Any) -> lora_jax.Layout:
     return layout
 
 
+@pytest.mark.slow
 def test_a_linen_mixture_of_experts(imported: Any) -> None:
     """The model has experts in a list, top-k routing, and an auxiliary loss next to the logits."""
     nano_moe = imported("nano-moe-jax", "0.1.0", "nano_moe")

@@ -142,6 +142,7 @@ def test_a_classifier_predicts(folder: pathlib.Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_report_is_written(folder: pathlib.Path) -> None:
     tiny.write_model(folder / "model", tiny.ROBERTA)
     for run in ("runs/text", f"runs/{NAME}", f"runs/{SWEEP_NAME}"):

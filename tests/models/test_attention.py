@@ -72,6 +72,7 @@ def results(length: int, dtype: Any, option: dict[str, Any]) -> Any:
     return step(given["bias"], *inputs(length, dtype))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("length", [64, 67])
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
 def test_blocks_are_the_whole(

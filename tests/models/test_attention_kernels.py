@@ -57,6 +57,7 @@ splash = functools.partial(attention_kernels.splash, interpret=True)
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("options", SIGHTS.values(), ids=SIGHTS)
 def test_splash_is_the_whole(options: dict[str, Any]) -> None:
     sight = visible(LENGTH, **options)
@@ -64,6 +65,7 @@ def test_splash_is_the_whole(options: dict[str, Any]) -> None:
     assert_close(results(splash, sight, cap), results(attention.attend, sight, cap))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 2, 4)], ids=str)
 def test_splash_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     """Rows or heads that do not divide are computed by every device."""

@@ -70,6 +70,7 @@ def padded(tokens: list[np.ndarray], length: int, side: str, fill: int) -> tuple
     return jnp.asarray(ids), jnp.asarray(mask)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("form", "side"), [*((form, "left") for form in FORMS), ("window", "right")]
 )

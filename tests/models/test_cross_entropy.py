@@ -61,6 +61,7 @@ def parts(
     return layout, adapters, params, loss
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("tied", "scan", "targets", "chunk"),
     [
@@ -103,6 +104,7 @@ def shapes(text: str) -> list[str]:
     return re.findall(r"f32\[([\d,]+)\]", text)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
     model = models.DecoderModel(CONFIG)
@@ -130,6 +132,7 @@ def test_label_smoothing_is_optax(chunk: int | None) -> None:
     np.testing.assert_allclose(*still(params), rtol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("chunk", "scan", "remat"), [(None, False, "none"), (3, True, "full")])
 def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None:
     """With one key, adapted equals merged: in outputs, and in the gradients of the adapters."""

@@ -63,6 +63,7 @@ def test_scanned_is_unrolled(config: Config, ids: jax.Array) -> None:
     np.testing.assert_allclose(scanned, plain, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("remat", "scan"), [("full", True), ("dots", False)], ids=["full, scanned", "dots, unrolled"]
 )
@@ -97,16 +98,15 @@ def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
         assert np.abs(apply(ids)[1, :5] - one[1, :5]).max() > 1e-2
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_packed(llama_config: models.DecoderConfig, ids: jax.Array, family: str) -> None:
-    test_packed_segments_are_separate_rows(
-        dataclasses.replace(llama_config, **FAMILIES[family]), ids, given=False
-    )
+    assert_packed_are_rows(dataclasses.replace(llama_config, **FAMILIES[family]), ids)
 
 
 def test_modernbert_packed_and_scanned(bert_config: models.BertConfig, ids: jax.Array) -> None:
     config = dataclasses.replace(bert_config, **MODERNBERT)
-    test_packed_segments_are_separate_rows(config, ids, given=False)
+    assert_packed_are_rows(config, ids)
     params, scan = random_params(config), dataclasses.replace(config, scan_layers=True)
     # A stack has a norm for every layer; that of the first layer is not used.
     layer = params["encoder"]["layer_0"]
@@ -119,7 +119,7 @@ def test_modernbert_packed_and_scanned(bert_config: models.BertConfig, ids: jax.
 
 def test_relative_positions_packed(bert_config: models.BertConfig, ids: jax.Array) -> None:
     config = dataclasses.replace(bert_config, **DEBERTA_UNSHARED)
-    test_packed_segments_are_separate_rows(config, ids, given=False)
+    assert_packed_are_rows(config, ids)
     with pytest.raises(ValueError, match="convolution of this model reaches into neighbours"):
         _apply(dataclasses.replace(bert_config, **DEBERTA))(ids, segment_ids=ids)
 
@@ -137,6 +137,11 @@ def test_experts_are_those_of_the_router(llama_config: models.DecoderConfig) -> 
 
 @pytest.mark.parametrize("given", [False, True], ids=["positions counted", "positions given"])
 def test_packed_segments_are_separate_rows(config: Config, ids: jax.Array, given: bool) -> None:
+    assert_packed_are_rows(config, ids, given)
+
+
+def assert_packed_are_rows(config: Config, ids: jax.Array, given: bool = False) -> None:
+    """Compare the segments of packed rows with rows of their own; `given`: with positions."""
     apply = _apply(config)
     segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2, 2, 0]])
     positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1, 2, 0]])
@@ -177,6 +182,7 @@ def test_bfloat16_is_near_and_its_logits_are_float32(
     assert 0 < np.abs(logits - near).max() < 0.1 * np.abs(near).max()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("only", ["dropout", "attention_dropout"])
 def test_dropout_only_where_asked(config: Config, ids: jax.Array, only: str) -> None:
     params = random_params(config)

@@ -53,6 +53,7 @@ def scanned(tree: dict[str, Any], axis: int) -> dict[str, Any]:
     return {path: jax.tree.map(put, *values) for path, values in slices.items()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
 def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
     """Scanned layers with full remat have the outputs, loads and gradients of unrolled ones."""

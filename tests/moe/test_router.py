@@ -81,6 +81,7 @@ def by_hand(x: Any, w: Any, factors: Factors, scales: Any, gates: Any) -> Any:
 # --- given weights ------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_one_hot_weights_are_select(name: str) -> None:
     """One-hot weights give the outputs and gradients of `select`."""
@@ -99,6 +100,7 @@ def test_one_hot_weights_are_select(name: str) -> None:
     assert_close(got, want, 2e-5)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_fixed_weights_are_the_combination(name: str) -> None:
     """Fixed weights give the outputs of `combine` and `merge`."""
@@ -163,6 +165,7 @@ def test_the_base_product_is_done_once() -> None:
 # --- a router per token -------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", BY_TOKEN)
 def test_a_router_without_preference_is_the_mean(name: str) -> None:
     """A router of zeros gives the mean of the adapters, through every rule and loop."""
@@ -202,6 +205,7 @@ def f_by_hand(p: Any, stacked: Any, router: Any, top: int | None, x: Any) -> tup
     return x, {path: jax.tree.map(lambda *z: jnp.stack(z), *each) for path, each in loads.items()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("top", [None, 1, 2])
 def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     """Outputs, loads and gradients of a scan with remat equal a sum over experts by hand."""
@@ -254,6 +258,7 @@ def test_the_balance_is_of_shares_and_gates() -> None:
     assert float(lora_jax.moe.balance(layers)) == pytest.approx((1.0 + 2 * 0.7) / 2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
     """Half an input is refused: softmax is not linear, so the router would route wrongly."""

@@ -97,6 +97,7 @@ def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> Non
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("members", "rank"), [(MEMBERS, 1), (MEMBERS, 3), (MEMBERS[2:], 2)])
 def test_truncation_is_the_nearest_and_reports_what_it_cut(members: list[Any], rank: int) -> None:
     """Truncation is Eckart-Young on every slice, and reports the error that it makes."""
@@ -157,6 +158,7 @@ def test_bfloat16_members_are_combined_in_float32() -> None:
     assert kept["matrix"].a.dtype == jnp.bfloat16
 
 
+@pytest.mark.few(1)
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["bare_scan", "linen_conv_grouped", "linen_embed_tied"])
 def test_the_result_is_an_ordinary_adapter(name: str, tmp_path: Any) -> None:

@@ -85,6 +85,7 @@ def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
     assert_close(both(fast), both(by_hand))
 
 
+@pytest.mark.few(4)
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str) -> None:
@@ -156,6 +157,7 @@ def test_rate_zero_is_no_dropout_and_the_mean_is_the_output_without(kind: str) -
     assert float(error.max()) < 5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("examples", [4, 40])
 def test_in_a_mixed_batch_every_example_has_its_own_mask(examples: int) -> None:
     """In a mixed batch, each example equals the example alone with the folded key."""

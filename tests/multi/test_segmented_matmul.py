@@ -31,6 +31,7 @@ def looped(x: jax.Array, a: jax.Array, b: jax.Array, gain: jax.Array, ids: jax.A
     return jnp.stack(each)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("adapters", [1, 3, 64])
 def test_outputs_and_gradients_equal_a_loop(adapters: int) -> None:
     x, a, b, gain, ids = operands(adapters)

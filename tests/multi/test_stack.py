@@ -49,6 +49,7 @@ def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> l
     return [adapter(layout, seed) for seed, layout in enumerate(resolved)]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", cases.ONE_OF_EACH)
 def test_one_of_a_stack_is_that_adapter(name: str) -> None:
     case = cases.REGISTRY[name]()
@@ -111,6 +112,7 @@ MIXED: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], Any]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", MIXED)
 def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
     """A mixed batch, with the base in it, equals its examples one at a time."""

@@ -28,6 +28,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", _SHAPES)
 def test_a_known_shape_has_the_parameters_of_its_model(name: str) -> None:
     config = dataclasses.replace(models.open(f"shape:{name}").config, scan_layers=True)

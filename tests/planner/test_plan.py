@@ -24,8 +24,8 @@ from lora_jax.planner import (
     plan,
     plan_report,
 )
-from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.options import PlanOptions
+from lora_jax.system.devices import DEVICES
 from lora_jax.training import directory
 from lora_jax.training.config import ConfigError
 from tests.planner.test_hlo import grid

@@ -13,9 +13,9 @@ import pytest
 import train
 from configs import llama3_70b
 from lora_jax.planner import measure, plan, plan_report
-from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.options import PlanOptions
 from lora_jax.planner.weights import by_part
+from lora_jax.system.devices import DEVICES
 from lora_jax.training.config import MeshConfig
 from tests.training.runs import ROOT
 

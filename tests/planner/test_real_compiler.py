@@ -11,8 +11,8 @@ import pytest
 
 from lora_jax.cli import train as command_line
 from lora_jax.planner import collectives, hlo, plan, plan_report, program, real_compiler
-from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.options import PlanOptions
+from lora_jax.system.devices import DEVICES
 from lora_jax.training import mesh
 from lora_jax.training.config import ConfigError, MeshConfig
 from tests.training.runs import OWN, ROOT

@@ -91,6 +91,7 @@ FORMS = {"unrolled": CONFIG, "scanned": SCANNED} | {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
     """Prefill and one step through `adapt` equal the merged weights without a cache."""
@@ -187,6 +188,7 @@ def test_a_row_draws_as_it_would_alone(decoder: Decoder) -> None:
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [

@@ -88,7 +88,7 @@ def predicted(
     return [json.loads(row) for row in out.read_text().splitlines()]
 
 
-def close(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_near(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     if isinstance(one["prediction"], float):
         assert one["prediction"] == pytest.approx(other["prediction"], abs=2e-5)
@@ -147,7 +147,7 @@ def test_mixed_is_each_alone(
         moved = shutil.copytree(trained.folder / name / "adapters/best", tmp_path / name)
         alone = predicted(tmp_path, bare, "--adapter", str(moved))
         for one, other in zip(alone, [a for a in answers if a["adapter"] == name], strict=True):
-            close(one, other)
+            assert_near(one, other)
 
 
 def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any]]) -> None:

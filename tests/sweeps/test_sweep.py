@@ -221,6 +221,7 @@ def test_help_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lora.rank=1,2,4,8 optimizer.learning_rate=0.0005" in text
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -77,6 +77,7 @@ def test_a_folder_that_was_saved_by_hand(first: pathlib.Path, tmp_path: pathlib.
     assert validation(tmp_path / "b")[0] == validation(first)[best // 4]
 
 
+@pytest.mark.slow
 def test_an_imported_run_trains_on(tmp_path: pathlib.Path) -> None:
     """An imported adapter begins with the loss of the logits that PEFT has computed."""
     base, golden = bases.base(tmp_path, "bert"), npz.read(ADAPTERS / "bert/expected.npz")

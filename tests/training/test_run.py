@@ -228,6 +228,7 @@ def test_best_is_kept_when_later_steps_are_worse(tmp_path: pathlib.Path) -> None
     assert not np.array_equal(best["base"]["head/kernel"], last["base"]["head/kernel"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("more", "numbers"), [((), 17), (("--lora.trainable", "**"), 337)])
 def test_without_targets_the_head_or_everything_is_trained(
     more: tuple[str, ...], numbers: int, tmp_path: pathlib.Path

@@ -73,12 +73,9 @@ def test_glue_is_set_as_in_the_paper(name: str) -> None:
     assert config.data.source == f"tfds:glue/{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "label", "outputs"),
-    [
-        pytest.param("mnli", int, 3, marks=pytest.mark.slow),
-        ("stsb", lambda kind: kind / 2, 1),
-    ],
+    ("name", "label", "outputs"), [("mnli", int, 3), ("stsb", lambda kind: kind / 2, 1)]
 )
 def test_glue_runs_on_stand_ins(
     name: str, label: Any, outputs: int, roberta: pathlib.Path, tmp_path: pathlib.Path

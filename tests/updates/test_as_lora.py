@@ -17,6 +17,7 @@ from tests.updates.forms import arrays, name_of, weight
 PLAIN = [t for t in (*forms.TARGETS, *forms.PARTS) if t.kind != "dora"]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("target", PLAIN, ids=name_of)
 def test_the_merged_weight_is_the_same(target: Target) -> None:
     layout, adapters = Layout((target,)), {target.path: arrays(target)}

@@ -305,6 +305,7 @@ def test_what_does_not_add_up(kind: str) -> None:
             call()
 
 
+@pytest.mark.few(3)
 @pytest.mark.matrix
 @cells("analysis")
 @pytest.mark.parametrize("scheme", [None, "int8"])
@@ -338,6 +339,7 @@ def test_analysis_asks_for_the_parameters_of_dora() -> None:
         analysis.spectrum(bias, shifts)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_base(kind: str) -> None:
     layout, adapters = adapter_of(kind)

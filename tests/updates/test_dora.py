@@ -155,6 +155,7 @@ def test_no_product_of_the_factors_is_formed() -> None:
     assert all(e.outvars[0].aval.size < 48 * 40 for e in products)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("program", ["dot", "conv", "scan"])
 def test_bfloat16_is_composed_in_float32(program: str) -> None:
     key = jax.random.split(jax.random.key(0))

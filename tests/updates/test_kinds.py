@@ -97,6 +97,7 @@ def test_the_rank_of_the_factors_of_lokr_is_the_smaller_of_the_two(target: Targe
     assert factors.a.shape[-1] == min(parameters.left.shape[-2:]) * target.rank
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("target", ALL, ids=name_of)
 def test_it_begins_as_the_base(target: Target) -> None:
     kind, w = kind_of(target), weight(target)

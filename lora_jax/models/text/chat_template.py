@@ -158,7 +158,12 @@ class ChatTemplate:
             if "error" in found:
                 if process.ended:
                     self._process = None
-                raise DataError(f"{where or self.where}: {self.where} fails: {found['error']}")
+                calls = bool(tools) or any("tool_calls" in message for message in messages)
+                deaf = calls and "tool" not in self.text
+                raise DataError(
+                    f"{where or self.where}: {self.where} fails: {found['error']}"
+                    + ("\nIt does not know tools; name one that does (data.template)." * deaf)
+                )
         return [(text, spans) for text, spans in found["rendered"]]
 
     def _running(self, where: str) -> _Process:

@@ -19,7 +19,8 @@ _OTHER_NAMES = {
     **dict.fromkeys(("gpt", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
     **dict.fromkeys(("observation", "function_response", "function"), "tool"),
 }
-_WORDS = ("role", "content", "name", "tool_calls", "tool_call_id", "weight")
+_WORDS = ("role", "content", "name", "tool_calls", "tool_call_id")
+_WEIGHTS = ("weight", "loss_weight")  # of a message: 0 if it is not learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Conversation:
 
     messages: dicts with `role`, and `content` or `tool_calls`.
     tools: JSON schemas of functions; None if there are none.
-    learned: whether each message may be learned: the model's own, without `"weight": 0`.
+    learned: whether each message may be learned: the model's own, without a weight of 0.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -60,9 +61,10 @@ def conversation(messages: Any, where: str, tools: Any = None) -> Conversation:
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: expected a list of messages, got {shown(messages)}")
     checked = [_message(m, f"{where}, message {i}") for i, m in enumerate(messages, 1)]
-    learned = [m["role"] == "assistant" and m.pop("weight", 1) != 0 for m in checked]
-    for message in checked:
-        message.pop("weight", None)
+    weights = [[m.pop(name, 1) for name in _WEIGHTS] for m in checked]
+    learned = [
+        m["role"] == "assistant" and 0 not in w for m, w in zip(checked, weights, strict=True)
+    ]
     return Conversation(tuple(checked), _tools(tools, where), tuple(learned))
 
 
@@ -130,7 +132,7 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [None]
-    texts = [p.get("text") if isinstance(p, Mapping) else None for p in parts]
+    texts = [p.get("text", p.get("value")) if isinstance(p, Mapping) else None for p in parts]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"{where}: the content is {shown(content)}, expected a text, or a list of parts of the "

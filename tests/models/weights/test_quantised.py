@@ -65,6 +65,7 @@ def _same(one: Any, other: Any) -> None:
 # ---- GGUF ------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_kept_and_give_the_expanded_numbers(
@@ -189,6 +190,7 @@ def _expanded(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
 FOLDERS = {"llama_nf4": FourBit, "llama_nf4_double": FourBit, "llama_int8": ScaledCodes}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_bitsandbytes_is_kept_and_gives_its_numbers(name: str, scanned: bool, data: Path) -> None:

@@ -156,6 +156,7 @@ def _shardings(config: Any, sizes: tuple[int, int, int]) -> Any:
 # ---- the same numbers ------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 def test_shards_are_those_of_the_whole(model: models.Source, scanned: bool) -> None:
     low = {"param_dtype": jnp.bfloat16} if scanned else {}

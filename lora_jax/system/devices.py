@@ -79,3 +79,30 @@ DEVICES: dict[str, Device] = {
     # JAX shows one chip as two devices, each with half of its memory and speed.
     "tpu-v7x": _tpu(96, 1153.5, 3690, 300, 2 * 9216, 6.25),
 }
+
+# JAX's name of a device (`jax.Device.device_kind`) -> its name in `DEVICES`.
+KINDS = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100 80GB PCIe": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",  # others of its name are slower
+    "NVIDIA H200": "h200-141gb",
+    "NVIDIA B200": "b200-180gb",
+    "NVIDIA L4": "l4-24gb",
+    "NVIDIA L40S": "l40s-48gb",
+    "NVIDIA GeForce RTX 4090": "rtx4090-24gb",
+    "TPU v4": "tpu-v4",
+    "TPU v5 lite": "tpu-v5e",
+    "TPU v5e": "tpu-v5e",
+    "TPU v5": "tpu-v5p",
+    "TPU v5p": "tpu-v5p",
+    "TPU v6 lite": "tpu-v6e",
+    "TPU v6e": "tpu-v6e",
+    "TPU7x": "tpu-v7x",
+}
+
+
+def known(kind: str) -> Device | None:
+    """Return the device that JAX calls `kind`, or None if the table does not have it."""
+    return DEVICES.get(KINDS.get(kind, ""))
