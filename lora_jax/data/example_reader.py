@@ -77,7 +77,7 @@ class Reader:
         said = [self._form.of(example, self.where) for example in examples]
         places = [place_of(example, self.where) for example in examples]
         for row in self.whole(said, places, truncation):
-            yield self._within(row, truncation)
+            yield self.within(row, truncation)
 
     def whole(
         self, said: Sequence[Said], places: Sequence[str], truncation: TextTruncation
@@ -165,7 +165,7 @@ class Reader:
         assert self._words.template is not None, "conversations need Words with a template"
         return self._words.template()
 
-    def _within(self, row: TokenRow, truncation: TextTruncation) -> TokenRow:
+    def within(self, row: TokenRow, truncation: TextTruncation) -> TokenRow:
         ids, marks = row
         limit = self._encoder.max_length
         if len(ids) > limit:

@@ -137,6 +137,11 @@ class Opener(contextlib.ExitStack):
             )
         layout = layouts[spec]
         step.check_apart(layout, trainable)
+        if workload.reference is not None:
+            raise ConfigError(
+                f"{name}: the loss has a reference, which runs in a group cannot share yet; train "
+                "each by itself"
+            )
         workload, adapters = self._changed_base(config, workload, layout, place, key, trainable)
         base = self.base
         weights = step.adapted_weights(layout, base.frozen)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax import models
 from lora_jax.data.catalogue import open_data
 from lora_jax.data.example_reader import Words, form_of
+from lora_jax.data.forms import Preference
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.models.text.conversation import Conversation
@@ -45,7 +46,7 @@ def causal_lm(config: TextConfig) -> Workload:
         config,
         Pretrained(source, model_config, method=method),
         data,
-        text.about(config, method, **_about(config)),
+        text.about(config, method, **about_data(config)),
         functools.partial(method.fresh, config.seed),
         apply=apply_of(model, config.model.loss_chunk, method, config.label_smoothing),
         loss=token_loss,
@@ -73,7 +74,7 @@ def _open_data(config: TextConfig, source: models.Source) -> RunBatches:
     return pretrained.open_batches(config, functools.partial(batches_of, config.data, words))
 
 
-def _about(config: TextConfig) -> dict[str, Any]:
+def about_data(config: TextConfig) -> dict[str, Any]:
     """Return what generation needs to ask as the examples do: see `lora_jax.serving.prompts`."""
     data = config.data
     if data.prompt is not None:
@@ -82,7 +83,7 @@ def _about(config: TextConfig) -> dict[str, Any]:
     first = source.examples(data.train_split)[0]
     said = form_of(data, first, source.name).of(first, source.name)
     template = None if data.template is None else chat_files.read_text(data.template)
-    chat = isinstance(said, Conversation)
+    chat = isinstance(said.chosen if isinstance(said, Preference) else said, Conversation)
     return {"prompt": None, "eos": data.eos, "chat": chat, "template": template}
 
 

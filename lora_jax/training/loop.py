@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lora_jax.system.console import Console
@@ -14,7 +15,13 @@ from lora_jax.training.open_run import BatchLoss, Run
 from lora_jax.training.profiler import Profiler
 from lora_jax.training.progress import Display
 from lora_jax.training.state import State, Trained
-from lora_jax.training.step import Compiled, compilation, evaluation_step, train_step
+from lora_jax.training.step import (
+    Compiled,
+    compilation,
+    evaluation_step,
+    reference_step,
+    train_step,
+)
 
 
 class Loop:
@@ -24,8 +31,11 @@ class Loop:
         self, run: Run, state: State, tx: optax.GradientTransformation, console: Console
     ) -> None:
         """Start at `state`, or at the newest checkpoint if there is one."""
-        self.run, self.state, self._delayed = run, run.resume(state), metrics.DelayedMetrics()
         setup = run.setup
+        # The state is donated, and the reference is the model as the run began.
+        refers = setup.workload.reference is not None
+        self._start = jax.tree.map(jnp.copy, state.trained) if refers else None
+        self.run, self.state, self._delayed = run, run.resume(state), metrics.DelayedMetrics()
         config, workload, layout = setup.config, setup.workload, setup.layout
         self._display = Display(console, config.steps, run.start, config.log_every, workload.unit)
         run.open(self._display)
@@ -33,9 +43,13 @@ class Loop:
         rate = config.adaptation.dropout
         step = train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
         batch_loss, notes, place = evaluation_step(workload, layout), run.notes, setup.place
-        shown = [partial(self._display.compiling, f"the {name}") for name in ("step", "evaluation")]
+        shown = [
+            partial(self._display.compiling, f"the {name}")
+            for name in ("step", "evaluation", "reference")
+        ]
         options = compilation(self.state, place)
         self._step = Compiled(step, notes.compiling("train"), shown[0], **options)
+        self._refer = Compiled(reference_step(workload, layout), notes.compiling("train"), shown[2])
         self._batch_loss = Compiled(
             batch_loss, notes.compiling("evaluate"), shown[1], out_shardings=place.whole
         )
@@ -59,7 +73,7 @@ class Loop:
         run = self.run
         with run.notes.clock("train"):
             rows = next(run.data)
-            batch = run.setup.place.batch(rows)
+            batch = self._referred(run.setup.place.batch(rows))
             arguments = (self.state, run.setup.frozen, batch)
             counted = {"flops": self._step.flops(*arguments)} if run.setup.place.peak else {}
             self._profiler.begin(step, self._step.knows(batch), self._settle)
@@ -87,7 +101,14 @@ class Loop:
 
     def batch_loss(self, trained: Trained) -> BatchLoss:
         """Return the loss function of the run with these trained parameters."""
-        return lambda batch: self._batch_loss(trained, self.run.setup.frozen, batch)
+        frozen = self.run.setup.frozen
+        return lambda batch: self._batch_loss(trained, frozen, self._referred(batch))
+
+    def _referred(self, batch: Any) -> Any:
+        """Return a batch with what the reference says of it, if the loss has a reference."""
+        if self._start is None:
+            return batch
+        return self._refer(self._start, self.run.setup.frozen, batch)
 
     def settle(self) -> None:
         """Report every step taken so far. This waits for the device."""

@@ -227,6 +227,21 @@ def evaluation_step(
     return evaluate
 
 
+def reference_step(
+    workload: Workload, layout: Layout
+) -> Callable[[Mapping[str, Any], Tree, Any], Any]:
+    """Return `refer(start, frozen, batch)`, the batch with the reference by `start`."""
+    adapted = adapt(layout, workload.apply)
+
+    def refer(start: Mapping[str, Any], frozen: Tree, batch: Any) -> Any:
+        assert workload.reference is not None
+        params = join(start["base"], frozen)
+        outputs = adapted(params, start["adapters"], batch, train=False, key=None)
+        return {**batch, "reference": workload.reference(outputs, batch)}
+
+    return refer
+
+
 class Compiled:
     """A jitted function that times its first call for each batch shape, which compiles."""
 

@@ -86,6 +86,9 @@ class Workload:
       apply: `apply(params, batch, *, train, key) -> outputs`, a pure function. `train` is a Python
         bool; `key` is None in evaluation. It knows nothing of LoRA.
       loss: `loss(outputs, batch) -> Loss`.
+      reference: `reference(outputs, batch)` returns `batch["reference"]` from the outputs of the
+        model as the run begins, in evaluation: with the adapter of --from, or with none. None: the
+        loss needs no reference.
       params: the base parameters, or their `jax.ShapeDtypeStruct`s if `load` returns the arrays.
       train: `train(shard)` returns a new training iterator, at its first batch, over this process's
         rows of every batch (`shard.take` takes them from a whole batch). The global batches depend
@@ -137,6 +140,7 @@ class Workload:
     facts: Callable[[Shard], str] = lambda shard: ""
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     common: Common | None = None
+    reference: Callable[[Any, Any], jax.Array] | None = None
     floats: Workload | None = None
 
     def arrays(self, shardings: Tree) -> Tree:

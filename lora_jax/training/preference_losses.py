@@ -1,0 +1,129 @@
+"""Losses of pairs of answers: DPO and its kin, with a reference, and ORPO and SimPO without one.
+
+With c and r the sums over the answer's tokens of log p - log p_reference, for the better (c) and
+the worse answer (r), D = c - r, S(x) = -log sigmoid(x), s = sigmoid, e the smoothing, n the number
+of tokens of an answer:
+
+| loss      | of one pair                                            | with c = r = 0 |
+|-----------|--------------------------------------------------------|----------------|
+| sigmoid   | (1-e) S(beta D) + e S(-beta D)                         | ln 2           |
+| robust    | [(1-e) S(beta D) - e S(-beta D)] / (1-2e)              | ln 2           |
+| hinge     | max(0, 1 - beta D)                                     | 1              |
+| ipo       | (c/n+ - r/n- - 1/(2 beta))^2                           | 1/(4 beta^2)   |
+| apo_zero  | 1 - s(beta c) + s(beta r)                              | 1              |
+| nca_pair  | S(beta c) + S(-beta c)/2 + S(-beta r)/2                | 2 ln 2         |
+
+orpo and simpo take no reference: with a the mean log-probability of an answer's tokens, they are
+-a+ + beta S(l), l = logit(exp a+) - logit(exp a-), and S(beta (a+ - a-) - gamma).
+
+Sources: DPO, arXiv 2305.18290; cDPO and robust, 2403.00409; IPO, 2310.12036; APO, 2408.06266; NCA,
+2402.05369; ORPO, 2403.07691; SimPO, 2405.14734; the names are TRL's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Answers(NamedTuple):
+    """Two answers to each of B prompts.
+
+    chosen, rejected: [B] float32, the log-probability of the whole answer, without that by the
+        reference if the loss has one.
+    chosen_tokens, rejected_tokens: [B] float32, the number of its tokens.
+    """
+
+    chosen: jax.Array
+    rejected: jax.Array
+    chosen_tokens: jax.Array
+    rejected_tokens: jax.Array
+
+    @property
+    def means(self) -> tuple[jax.Array, jax.Array]:
+        """The values of a token of each answer, on average."""
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """The numbers of a loss: beta, the smoothing e, and gamma of simpo."""
+
+    beta: float = 0.1
+    smoothing: float = 0.0
+    gamma: float = 0.5
+
+
+def _s(x: jax.Array) -> jax.Array:
+    return -jax.nn.log_sigmoid(x)
+
+
+def _sigmoid(x: Answers, by: Strength) -> jax.Array:
+    margin, e = by.beta * (x.chosen - x.rejected), by.smoothing
+    return (1 - e) * _s(margin) + e * _s(-margin)
+
+
+def _robust(x: Answers, by: Strength) -> jax.Array:
+    margin, e = by.beta * (x.chosen - x.rejected), by.smoothing
+    return ((1 - e) * _s(margin) - e * _s(-margin)) / (1 - 2 * e)
+
+
+def _hinge(x: Answers, by: Strength) -> jax.Array:
+    return jax.nn.relu(1 - by.beta * (x.chosen - x.rejected))
+
+
+def _ipo(x: Answers, by: Strength) -> jax.Array:
+    chosen, rejected = x.means
+    return (chosen - rejected - 1 / (2 * by.beta)) ** 2
+
+
+def _apo_zero(x: Answers, by: Strength) -> jax.Array:
+    return 1 - jax.nn.sigmoid(by.beta * x.chosen) + jax.nn.sigmoid(by.beta * x.rejected)
+
+
+def _nca_pair(x: Answers, by: Strength) -> jax.Array:
+    chosen, rejected = by.beta * x.chosen, by.beta * x.rejected
+    return _s(chosen) + _s(-chosen) / 2 + _s(-rejected) / 2
+
+
+def _orpo(x: Answers, by: Strength) -> jax.Array:
+    chosen, rejected = x.means
+    odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+    return -chosen + by.beta * _s(odds)
+
+
+def _simpo(x: Answers, by: Strength) -> jax.Array:
+    chosen, rejected = x.means
+    return _s(by.beta * (chosen - rejected) - by.gamma)
+
+
+def log1mexp(x: jax.Array) -> jax.Array:
+    """Return log(1 - exp(x)) for x < 0, exact near 0 and far from it.
+
+    >>> float(log1mexp(jnp.float32(-1e-3))).__round__(3)
+    -6.908
+    """
+    x = jnp.minimum(x, -jnp.finfo(x.dtype).tiny)
+    near = x > -0.6931472  # ln 2: there 1 - exp(x) loses digits
+    return jnp.where(
+        near,
+        jnp.log(-jnp.expm1(jnp.where(near, x, -0.5))),
+        jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
+    )
+
+
+LOSSES: Mapping[str, Callable[[Answers, Strength], jax.Array]] = {
+    "sigmoid": _sigmoid,
+    "robust": _robust,
+    "hinge": _hinge,
+    "ipo": _ipo,
+    "apo_zero": _apo_zero,
+    "nca_pair": _nca_pair,
+    "orpo": _orpo,
+    "simpo": _simpo,
+}
+FREE = ("orpo", "simpo")  # they take no reference

@@ -1,0 +1,196 @@
+"""Learning from pairs of answers: the losses, the reference, the batches."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.data import DataConfig, DataError, Shard
+from lora_jax.data.example_reader import Words
+from lora_jax.data.preferences import preferences as pairs_of
+from lora_jax.training import causal_lm
+from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
+from lora_jax.training.preference_losses import FREE, LOSSES, Answers, Strength
+from lora_jax.training.preferences import LossName, PreferenceConfig, loss, preferences
+from lora_jax.training.text import ModelConfig
+from tests.training import runs, tiny
+
+ZERO = {
+    "sigmoid": np.log(2),
+    "robust": np.log(2),
+    "hinge": 1.0,
+    "ipo": 1 / (4 * 0.3**2),
+    "apo_zero": 1.0,
+    "nca_pair": 2 * np.log(2),
+}
+
+
+def test_every_loss_has_a_name_in_the_config() -> None:
+    assert set(LOSSES) == set(LossName.__args__)  # type: ignore[attr-defined]
+    assert set(ZERO) | set(FREE) == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_loss_without_a_difference(name: str, smoothing: float) -> None:
+    zero, tokens = jnp.zeros(1), jnp.ones(1) * 3
+    found = LOSSES[name](Answers(zero, zero, tokens, tokens), Strength(0.3, smoothing))
+    np.testing.assert_allclose(found, ZERO[name], rtol=1e-6)
+
+
+def written_out(name: str, c: float, r: float, n: tuple[int, int], beta: float, e: float) -> float:
+    """The formulas of the papers, in float64 and without care for rounding."""
+    s = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    d, (up, down) = c - r, (c / n[0], r / n[1])
+    odds = np.log(np.exp(up) / (1 - np.exp(up))) - np.log(np.exp(down) / (1 - np.exp(down)))
+    a, b = -np.log(s(beta * d)), -np.log(s(-beta * d))
+    return float(
+        {
+            "sigmoid": lambda: (1 - e) * a + e * b,
+            "robust": lambda: ((1 - e) * a - e * b) / (1 - 2 * e),
+            "hinge": lambda: max(0, 1 - beta * d),
+            "ipo": lambda: (up - down - 1 / (2 * beta)) ** 2,
+            "apo_zero": lambda: 1 - s(beta * c) + s(beta * r),
+            "nca_pair": lambda: (
+                -np.log(s(beta * c)) - (np.log(s(-beta * c)) + np.log(s(-beta * r))) / 2
+            ),
+            "orpo": lambda: -up - beta * np.log(s(odds)),
+            "simpo": lambda: -np.log(s(beta * (up - down) - 0.5)),
+        }[name]()
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_those_of_the_papers(name: str) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        c, r = -random.exponential(5, 2)
+        n = tuple(random.integers(1, 9, 2).tolist())
+        given = Answers(*(jnp.array([x], jnp.float32) for x in (c, r, *n)))
+        found = LOSSES[name](given, Strength(0.3, 0.1, 0.5))
+        np.testing.assert_allclose(found[0], written_out(name, c, r, n, 0.3, 0.1), rtol=2e-4)
+
+
+def test_the_odds_of_a_sure_answer_are_finite() -> None:
+    sure = Answers(*(jnp.array([x], jnp.float32) for x in (-1e-9, -90.0, 1, 1)))
+    slope = jax.grad(lambda x: LOSSES["orpo"](x, Strength())[0])(sure)
+    assert np.isfinite([float(x[0]) for x in slope[:2]]).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A base, and pairs whose better answer repeats the word of the prompt."""
+    folder = tmp_path_factory.mktemp("preferences")
+    tiny.write_model(folder / "base", tiny.LLAMA)
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(64):
+        one, other = (f"word{i}" for i in random.choice(12, 2, replace=False))
+        rows.append({"prompt": one, "chosen": f" {one}", "rejected": f" {other} {other}"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config_of(folder: pathlib.Path, **changes: Any) -> PreferenceConfig:
+    config = PreferenceConfig(
+        workload=preferences,
+        model=ModelConfig(reference=str(folder / "base")),
+        data=DataConfig(
+            str(folder / "pairs.jsonl"), eos="word13", max_length=8, batch_size=8,
+            eval_batch_size=8, eval_share=0.25,
+        ),
+        lora=LoraConfig(rank=2, alpha=4.0, targets=("layers_*/attention/*/kernel",)),
+        optimizer=OptimizerConfig(learning_rate=2e-2),
+        beta=0.5,
+        steps=20,
+        evaluate_every=10,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_reference_is_the_model_as_the_run_begins(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A first run begins at ln 2; one that begins with its adapter begins at ln 2 again, and both
+    learn. An implementation with two models has the same loss and rewards."""
+    first = runs.train_in(tmp_path / "first", config_of(folder))
+    before, after = (first[k]["validation"] for k in ("before", "after"))
+    np.testing.assert_allclose(before["loss"], np.log(2), rtol=1e-6)
+    assert before["rewards/margins"] == 0
+    assert after["loss"] < 0.6
+    assert after["rewards/margins"] > 0.1
+    later = config_of(folder, start_from=str(tmp_path / "first"))
+    second = runs.train_in(tmp_path / "second", later)
+    np.testing.assert_allclose(second["before"]["validation"]["loss"], np.log(2), rtol=1e-6)
+    assert second["before"]["validation"]["logps/chosen"] == pytest.approx(
+        after["logps/chosen"], rel=1e-5
+    )
+
+
+def test_loss_and_gradient_are_those_of_two_models(folder: pathlib.Path) -> None:
+    """The reference is computed here by another copy of the model, from whole logits."""
+    config = config_of(folder)
+    made = preferences(config)
+    params = made.load(None) if made.load is not None else made.params
+    batch = next(iter(made.train(Shard())))
+    other = jax.tree.map(lambda x: x * 1.1, params)
+
+    def direct(policy: Any, reference: Any) -> jax.Array:
+        def logps(params: Any) -> jax.Array:
+            model = causal_lm.models.DecoderModel(
+                config.model.apply_to(causal_lm.models.open(config.model.reference).config)
+            )
+            ids = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])
+            logits = jax.nn.log_softmax(model.apply({"params": params}, ids))
+            targets = batch["targets"].reshape(ids.shape)
+            chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+            return (chosen.reshape(batch["targets"].shape) * batch["loss_weight"]).sum(-1)
+
+        ratio = logps(policy) - logps(reference)
+        return -jnp.mean(jax.nn.log_sigmoid(0.5 * (ratio[:, 0] - ratio[:, 1])))
+
+    def ours(policy: Any) -> jax.Array:
+        assert made.reference is not None
+        start = made.apply(other, batch, train=False, key=None)
+        full = {**batch, "reference": made.reference(start, batch)}
+        found = loss(config, made.apply(policy, full, train=False, key=None), full)
+        return found.total / found.weight
+
+    expected, slopes = jax.jit(jax.value_and_grad(direct))(params, other)
+    got, found = jax.jit(jax.value_and_grad(ours))(params)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max() + 1e-6)),
+        found,
+        slopes,
+    )
+
+
+def test_pairs_that_are_none(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "word1"}\n')
+    words = causal_lm.words_of(causal_lm.models.open(str(folder / "base")))
+    with pytest.raises(DataError, match=r"texts.jsonl:1: .*form 'text'; .* chosen and rejected"):
+        pairs_of(DataConfig(str(tmp_path / "texts.jsonl")), words, "train", 2)
+    with pytest.raises(ConfigError, match=r"smoothing must be below 0\.5"):
+        config_of(folder, preference="robust", smoothing=0.6)
+
+
+def test_a_pair_is_whole_or_left_out(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    rows = [
+        {"prompt": "word1", "chosen": " word2", "rejected": " word3 word4"},
+        {"prompt": "word1 " * 9, "chosen": " word2", "rejected": " word3"},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words: Words = causal_lm.words_of(causal_lm.models.open(str(folder / "base")))
+    config = DataConfig(str(path), eos="word13", max_length=8)
+    batches = pairs_of(config, words, "train", 2)
+    (batch,) = list(batches)
+    assert batch["weight"].tolist() == [1, 0]  # the second row only fills the batch
+    assert batch["loss_weight"][0].sum(-1).tolist() == [2, 3]  # with the end
+    assert batches.facts().examples == 1
