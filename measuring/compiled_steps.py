@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What a compiler made of a case: bytes of one device, its HLO, and what it printed."""
+    """A case as a compiler made it: bytes of one device, its HLO, and what it printed."""
 
     program: program.CompiledProgram
     module: hlo.Module
