@@ -50,9 +50,9 @@ def gathered(params: Any, axes: Sequence[str] = ("fsdp",)) -> Any:
     """Return parameters whose quantised weights are gathered as codes over some mesh axes.
 
     XLA's partitioner gathers a sharded operand where a product needs it, and there the codes have
-    become floats: four times the bytes of NF4 in bfloat16, twice the bytes of int8. The weights that
-    this function returns are gathered first, and every device then forms the floats of the whole
-    weight. The arrays are the same, so they take no more memory.
+    become floats: in bfloat16 four times the bytes of NF4, twice the bytes of int8. The weights
+    that this function returns are gathered first, and every device then forms the floats of the
+    whole weight. The arrays are the same, so they take no more memory.
 
     On a TPU nothing changes. Its compiler passes the floats of a large weight from device to device
     in small pieces while it multiplies, and whole weights made of codes would take more memory: for
