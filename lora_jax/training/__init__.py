@@ -11,7 +11,7 @@ require("train", __name__)
 if TYPE_CHECKING:
     from lora_jax.training.config import Config
     from lora_jax.training.finished_run import FinishedRun
-    from lora_jax.training.one_run import Evaluated
+    from lora_jax.training.open_run import Evaluated
 
 
 def run(config: Config, evaluated: Evaluated | None = None, *, quiet: bool = False) -> FinishedRun:
@@ -50,5 +50,5 @@ def run(config: Config, evaluated: Evaluated | None = None, *, quiet: bool = Fal
     processes.check_same(config)
     name, console = config.workload.__name__, Console(quiet=quiet or not processes.first())
     with quiet_storage():
-        summary = one_run.run(name, config, console, evaluated or one_run.ignored)
+        summary = one_run.run(name, config, console, evaluated)
     return FinishedRun(directory.default(name, config), summary)

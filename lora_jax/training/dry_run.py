@@ -7,84 +7,52 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
-from lora_jax.adapters import count
 from lora_jax.system.console import Console, say, say_table
-from lora_jax.training import mesh, step, summary
+from lora_jax.training import mesh, one_run, step, summary
 from lora_jax.training.config import Config
-from lora_jax.training.one_run import Opened, opened
-from lora_jax.training.sizes import bytes_of, in_units, on_each_device
+from lora_jax.training.sizes import in_units
 
 
 def run(config: Config, console: Console) -> None:
     """Take the first step of a run, and print what it took. Nothing is written."""
     grid = mesh.make(config.mesh)
     with jax.set_mesh(grid):
-        ready = opened(config, grid, pathlib.Path("a dry run"), console)
-        setup, place = ready.setup, ready.setup.place
-        say(console, setup.workload.facts(place.shard))
+        setup, _, example, state, tx, _ = one_run.opened(config, grid, pathlib.Path("-"), console)
+        workload, place, sizes = setup.workload, setup.place, summary.sizes(setup, state)
         parts, rate = config.accumulate, config.adaptation.dropout
-        one = step.train_step(
-            setup.workload, setup.layout, ready.tx, config.on_nonfinite, parts, rate=rate
-        )
-        began, batch = time.monotonic(), place.batch(ready.example)
-        jitted = jax.jit(one, **step.compilation(ready.state, place))
-        compiled = jitted.lower(ready.state, setup.frozen, batch).compile()
-        compiling, state, found = time.monotonic() - began, ready.state, dict[str, float]()
-        sizes = _sizes(ready)
+        one = step.train_step(workload, setup.layout, tx, config.on_nonfinite, parts, rate=rate)
+        batch, began = place.batch(example), time.monotonic()
+        jitted = jax.jit(one, **step.compilation(state, place))
+        compiled = jitted.lower(state, setup.frozen, batch).compile()
+        compiling, found = time.monotonic() - began, dict[str, float]()
         for _ in range(2):  # the first call has costs of its own, and the second one is timed
             start = time.monotonic()
             state, values = jax.block_until_ready(compiled(state, setup.frozen, batch))
+            taken = time.monotonic() - start
             found = found or {name: float(value) for name, value in values.items()}
-        taken = time.monotonic() - start
-    steps, whole = config.steps, _long(taken * config.steps)
+    targets, steps = len(setup.layout.targets), config.steps
     rows = [
         *((f"batch: {name}", f"{x.dtype}{list(x.shape)}") for name, x in batch.items()),
-        *sizes,
-        *_memory(compiled),
+        ("adapters", f"{sizes['adapter_parameters']:,} numbers for {targets} parameters"),
+        ("trained in full", f"{sizes['trainable_parameters']:,}"),
+        ("base on each device", in_units(sizes["base_bytes_per_device"])),
+        ("optimizer state", in_units(sizes["optimizer_bytes"])),
+        ("memory of the step", _memory(compiled)),
         ("peak memory", in_units(summary.device_peak() or summary.peak_memory())),
         ("compiling", f"{compiling:.1f} s"),
-        (
-            "first step",
-            f"{taken:.3g} s; {steps:,} of them take {whole}",
-        ),
-        ("loss", f"{found['loss']:.4f}"),
-        ("gradient norm", f"{found['gradient_norm']:.4f}"),
+        ("a step", f"{taken:.3g} s, so {steps:,} take {steps * taken / 60:.1f} min"),
+        *((name.replace("_", " "), f"{value:.4g}") for name, value in found.items()),
     ]
+    say(console, workload.facts(place.shard))
     say_table(console, rows, (0, 1))
-    finite = "" if found["finite"] else " The loss or the gradient is not finite."
-    say(console, f"A dry run: nothing is kept.{finite}")
+    say(console, "A dry run: nothing is kept.")
 
 
-def _sizes(ready: Opened) -> list[tuple[str, str]]:
-    """Return the sizes of the arrays, before the step takes their memory."""
-    trained, frozen = ready.state.trained, ready.setup.frozen
-    whole = on_each_device(frozen) + on_each_device(trained["base"])
-    targets = len(ready.setup.layout.targets)
-    return [
-        ("adapters", f"{count(trained['adapters']):,} numbers for {targets} parameters"),
-        ("trained in full", f"{count(trained['base']):,}"),
-        ("base on each device", in_units(whole)),
-        ("optimizer state", in_units(bytes_of(ready.state.optimizer))),
-    ]
-
-
-def _memory(compiled: jax.stages.Compiled) -> list[tuple[str, str]]:
+def _memory(compiled: jax.stages.Compiled) -> str:
     """Return the bytes that the compiled step needs on each device, if the backend counts them."""
     sizes: Any = compiled.memory_analysis()
     if sizes is None:
-        return []
+        return "-"
     new = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    whole = in_units(sizes.argument_size_in_bytes + new)
-    return [("memory of the step", whole), ("without its arguments", in_units(new))]
-
-
-def _long(seconds: float) -> str:
-    """Return a time in the unit that fits.
-
-    >>> _long(30.0), _long(600.0), _long(36000.0)
-    ('30 s', '10 min', '10.0 h')
-    """
-    unit = int(np.searchsorted([120, 7200], seconds, side="right"))
-    return (f"{seconds:.0f} s", f"{seconds / 60:.0f} min", f"{seconds / 3600:.1f} h")[unit]
+    return f"{in_units(sizes.argument_size_in_bytes + new)}, {in_units(new)} without its arguments"

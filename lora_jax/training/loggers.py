@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from flax.traverse_util import flatten_dict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
@@ -130,7 +131,7 @@ class MLflow:
             found = self._client.get_experiment_by_name(name)
             where = found.experiment_id if found else self._client.create_experiment(name)
             made: str = self._client.create_run(where, run_name=directory.name).info.run_id
-            values = _flat(settings).items()
+            values = flatten_dict(dict(settings), sep=".").items()
             params = [self._entities.Param(name, str(value)[:500]) for name, value in values]
             self._client.log_batch(made, params=params[:100])
             return made
@@ -171,15 +172,6 @@ def _remembered(directory: pathlib.Path, name: str, make: Callable[[], str]) -> 
     if not file.exists():
         whole_files.write(file, make().encode())
     return regular_files.read(file, LoraError).decode().strip()
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings by dotted path."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found
 
 
 # The names that `--log-to` takes.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,22 +28,13 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.evaluation import merged_difference
 from lora_jax.training.loop import Loop
-from lora_jax.training.open_run import Run, Setup
+from lora_jax.training.open_run import Evaluated, Run, Setup
 from lora_jax.training.state import State
 from lora_jax.training.workload import Batch, BatchIterator
 
-Evaluated = Callable[[int, str, dict[str, float]], object]  # step, split, scores
-
-
-def ignored(step: int, split: str, scores: dict[str, float]) -> None:
-    """Do nothing after an evaluation."""
-
 
 class Opened(NamedTuple):
-    """A run before its first step: the values that never change, its data and its first state.
-
-    example: the first batch. earlier: a text about the adapter that it begins with.
-    """
+    """A run before its first step; `earlier` is a text about the adapter that it begins with."""
 
     setup: Setup
     data: BatchIterator
@@ -55,7 +45,7 @@ class Opened(NamedTuple):
 
 
 def run(
-    name: str, config: Config, console: Console, evaluated: Evaluated = ignored
+    name: str, config: Config, console: Console, evaluated: Evaluated | None = None
 ) -> summary.Summary:
     """Train a run in its own directory, unless it is finished, and return its summary."""
     with directory.enter(name, config) as path:
@@ -68,13 +58,7 @@ def run(
             return train(config, grid, path, console, evaluated)
 
 
-def opened(
-    config: Config,
-    grid: jax.sharding.Mesh,
-    path: pathlib.Path,
-    console: Console,
-    evaluated: Evaluated = ignored,
-) -> Opened:
+def opened(config: Config, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console) -> Opened:
     """Load the model and the data, place them, and make the state before the first step."""
     began = time.monotonic()
     say(console, mesh.described(grid))
@@ -99,7 +83,7 @@ def opened(
     weights, init = step.adapted_weights(layout, frozen), config.adaptation.init
     state = step.create(layout, base, tx, key, place, init, weights, adapters)
     identity = fingerprint(frozen)
-    setup = Setup(config, workload, place, layout, frozen, identity, path, began, evaluated)
+    setup = Setup(config, workload, place, layout, frozen, identity, path, began)
     return Opened(setup, data, example, state, tx, earlier)
 
 
@@ -108,14 +92,14 @@ def train(
     grid: jax.sharding.Mesh,
     path: pathlib.Path,
     console: Console,
-    evaluated: Evaluated = ignored,
+    evaluated: Evaluated | None = None,
 ) -> summary.Summary:
     """Train one run in the directory `path`, from the beginning or from its last checkpoint."""
-    setup, data, example, state, tx, earlier = opened(config, grid, path, console, evaluated)
+    setup, data, example, state, tx, earlier = opened(config, grid, path, console)
     with (
         processes.Preemption() as preemption,
         Checkpoints(path / "checkpoints", report=lambda text: say(console, text)) as checkpoints,
-        Loop(Run(setup, data, checkpoints), state, tx, console) as loop,
+        Loop(Run(setup, data, checkpoints, evaluated), state, tx, console) as loop,
     ):
         say(console, summary.opening(loop.run, loop.state))
         if earlier:

@@ -1,18 +1,17 @@
 """One run without its steps: metrics, notes, evaluations, exports and checkpoints.
 
 Everything that a later step or the summary depends on is either in the `State` on the device or in
-the `Notes` here, and both go into every checkpoint. The caller takes the steps and holds the state;
+its `Notes`, and both go into every checkpoint. The caller takes the steps and holds the state;
 it passes the state to the methods that write it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +25,13 @@ from lora_jax.training.config import Config
 from lora_jax.training.config_json import changes, to_dict
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
+from lora_jax.training.notes import Notes
 from lora_jax.training.state import State, Trained
 from lora_jax.training.throughput import Throughput
 from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload, check_select
 
 Tree = Any  # a pytree
+Evaluated = Callable[[int, str, dict[str, float]], object]  # step, split, scores
 BatchLoss = Callable[[Any], Loss]  # batch on the devices -> loss, with fixed trained parameters
 
 
@@ -52,7 +53,6 @@ class Setup:
     frozen: the base parameters, with None in place of trained ones (`lora_jax.frozen.split`).
     fingerprint: that of `frozen`; adapters and checkpoints contain it.
     began: `time.monotonic()` when this process started the run.
-    evaluated: called with step, split and scores after each evaluation.
     """
 
     config: Config
@@ -63,62 +63,21 @@ class Setup:
     fingerprint: Fingerprint
     path: pathlib.Path
     began: float
-    evaluated: Callable[[int, str, dict[str, float]], object] = lambda step, split, scores: None
-
-
-@dataclasses.dataclass
-class Notes:
-    """The JSON values that a run remembers in addition to its arrays.
-
-    before: split -> scores before the first step.
-    best: the step and the validation scores of the best adapter so far.
-    last: the scores of the newest evaluation on the validation split.
-    without_best: evaluations on the validation split since the best one.
-    units: the sum of `Workload.size` over the batches so far.
-    seconds: activity -> seconds spent on it so far.
-    flops: of the products of the steps so far; 0 if the peak of the devices is not known.
-    history: the settings that were changed on the way, each time with the step before them.
-    shift: batches of the data before the first of this batch size, minus the steps before it.
-    """
-
-    before: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    best: dict[str, float] | None = None
-    last: dict[str, float] | None = None
-    without_best: int = 0
-    units: int = 0
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    flops: float = 0.0
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    shift: int = 0
-
-    @contextlib.contextmanager
-    def clock(self, name: str) -> Iterator[None]:
-        """Count the time of the block as spent on `name`."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(name, time.monotonic() - start)
-
-    def compiling(self, within: str) -> Callable[[float], None]:
-        """Return a function that moves seconds of compilation from `within` to "compile"."""
-
-        def report(seconds: float) -> None:
-            self.add("compile", seconds)
-            self.add(within, -seconds)
-
-        return report
-
-    def add(self, name: str, seconds: float) -> None:
-        """Count `seconds` as spent on `name`."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class Run:
     """A run in progress, without its steps."""
 
-    def __init__(self, setup: Setup, data: BatchIterator, checkpoints: Checkpoints) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        data: BatchIterator,
+        checkpoints: Checkpoints,
+        evaluated: Evaluated | None = None,
+    ) -> None:
+        """Start at step 0; `evaluated` is called after each evaluation."""
         self.setup, self.data, self.checkpoints, self.notes = setup, data, checkpoints, Notes()
+        self._callback = evaluated
         self.start, self.changed = 0, ""  # `changed` says what is new since the checkpoint
         self._skipped, self._earlier, self._length = 0, 0.0, 0
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
@@ -192,7 +151,8 @@ class Run:
         self._write(line)
         if self._screen is not None:
             self._screen.evaluation(line, note)
-        self.setup.evaluated(step, split, numbers)
+        if self._callback is not None:
+            self._callback(step, split, numbers)
         return numbers
 
     def evaluate_before(

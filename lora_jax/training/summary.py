@@ -16,7 +16,7 @@ from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
 from lora_jax.training.evaluation import first_batch
-from lora_jax.training.open_run import BatchLoss, Run
+from lora_jax.training.open_run import BatchLoss, Run, Setup
 from lora_jax.training.sizes import in_units, is_quantised, on_each_device, parameters
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch
@@ -60,7 +60,7 @@ def summarise(
         "run": str(path),
         "steps": int(state.step),
         "skipped_steps": int(state.skipped),
-        **sizes(run, state),
+        **sizes(run.setup, state),
         "steps_per_second": round(int(state.step) / train, 4),
         f"{run.setup.workload.unit}_per_second": round(notes.units / train, 2),
         "mfu": round(notes.flops / train / peak, 4) if peak else None,
@@ -90,7 +90,7 @@ def summarise(
 
 def opening(run: Run, state: State) -> str:
     """Return the text that a run prints before its first step."""
-    setup, found = run.setup, sizes(run, state)
+    setup, found = run.setup, sizes(run.setup, state)
     facts = setup.workload.facts(setup.place.shard)
     text = (
         f"{setup.path}: {len(setup.layout.targets)} adapted parameters with "
@@ -104,9 +104,9 @@ def opening(run: Run, state: State) -> str:
     return "\n".join(filter(None, (facts, text, dequantised, going_on, run.changed)))
 
 
-def sizes(run: Run, state: State) -> dict[str, int]:
+def sizes(setup: Setup, state: State) -> dict[str, int]:
     """Count the parameters of the base and of the trained arrays, and their bytes on disk."""
-    frozen, path = run.setup.frozen, run.setup.path
+    frozen, path = setup.frozen, setup.path
     trainable = state.trained["base"]
     return {
         "base_parameters": parameters(frozen) + count(trainable),

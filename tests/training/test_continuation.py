@@ -19,7 +19,8 @@ from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.training import metrics
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.config import Config
-from lora_jax.training.open_run import Notes, Run
+from lora_jax.training.notes import Notes
+from lora_jax.training.open_run import Run
 from tests.training.runs import OWN, ROOT, SMALL, assert_same_run, run, train_group, train_in
 from tests.training.test_text import text_config
 

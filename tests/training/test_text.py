@@ -140,8 +140,7 @@ def test_a_score_that_there_is_not_is_an_error_at_once() -> None:
         assert scores.names(of) == names
     workload: Any = types.SimpleNamespace(evaluation={"validation": None}, select="acuracy")
     config: Any = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
-    nothing_done = lambda *_: None  # noqa: E731
-    setup: Any = types.SimpleNamespace(config=config, workload=workload, evaluated=nothing_done)
+    setup: Any = types.SimpleNamespace(config=config, workload=workload)
     nothing: Any = None
     with pytest.raises(lora_jax.LoraError, match=r"nearest: 'accuracy'.*--select"):
         Run(setup, nothing, nothing).evaluate_before(
