@@ -62,10 +62,8 @@ def test_gpus_gather_codes_and_not_floats(case: Case) -> None:
     on_gpu = case.device == "h100-80gb"
     if on_gpu and case.base in QUANTISED and case.sizes[1] > 1:
         assert gathers
-        # int8's scales are floats: one for each output, of `case.sizes[1]` parts.
-        assert all(
-            c.result.size <= max(compiled_steps.WIDTH, compiled_steps.HIDDEN) for c in floats
-        )
+        # Scales of int8 are floats, and XLA gives some factors the name of the base's product.
+        assert all(c.result.size <= case.rank * compiled_steps.WIDTH for c in floats)
 
 
 @every
