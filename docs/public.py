@@ -30,7 +30,7 @@ MODULES = (
 
 # Modules of which only these names are meant for users.
 NAMES = {
-    "lora_jax.sharding": ("partition_specs", "specs", "place", "automatic"),
+    "lora_jax.sharding": ("partition_specs", "specs", "place", "automatic", "gathered"),
     "lora_jax.primitives.table": ("register",),
     "lora_jax.primitives.kernel": ("product",),
     "lora_jax.primitives.views": ("of_one",),

@@ -51,9 +51,9 @@ ARROWS: dict[str, set[str]] = {
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
     | {"spec", "system", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
-    | {"primitives", "system", "training"},
+    | {"primitives", "sharding", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
-    | {"spec", "system", "training", "transform", "updates"},
+    | {"sharding", "spec", "system", "training", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}
     | {"sweeps", "system", "training", "updates"},
     "cli": {"adapters", "base", "bases", "checkpoint", "data", "errors", "exchange"}

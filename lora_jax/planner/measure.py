@@ -19,6 +19,7 @@ from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.program import CompiledProgram
 from lora_jax.planner.real_compiler import RealDevices
 from lora_jax.planner.weights import WeightBytes, weight_bytes
+from lora_jax.sharding import gathered
 from lora_jax.system.devices import Device
 from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.config import Config
@@ -132,14 +133,16 @@ class PreparedStep(NamedTuple):
     arguments: tuple[State, Tree, Tree]
 
 
-def prepared(config: Config, workload: Workload, grid: jax.sharding.Mesh) -> PreparedStep:
+def prepared(
+    config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
+) -> PreparedStep:
     """Return the step of `config` on the mesh `grid`, with shapes in place of arrays."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     _, layout, patterns = initial.resolved(config, workload, workload.params, batch, key)
     params = jax.tree.map(_placed, workload.params, place.params)
-    base, frozen = split(params, patterns)
+    base, frozen = split(gathered(params) if device.is_gpu else params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
     state = step.shapes(layout, base, tx, key, place, step.adapted_weights(layout, params))
@@ -154,7 +157,7 @@ def measure(
     config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
 ) -> StepCosts:
     """Compile the step of `config` for the simulated devices of `grid`, and measure it."""
-    take, place, params, arguments = prepared(config, workload, grid)
+    take, place, params, arguments = prepared(config, workload, grid, device)
     state = arguments[0]
     compiled, bfloat16 = _compile(take, place, *arguments)
     text = compiled.as_text()
@@ -198,7 +201,7 @@ def really(
     FLOPs and the bytes that products move are still counted in the simulated program: in the real
     one they are inside custom kernels. `grid` is a mesh of the devices of `target`.
     """
-    take, place, _, arguments = prepared(config, workload, grid)
+    take, place, _, arguments = prepared(config, workload, grid, device)
     traced = jax.jit(take, **step.compilation(arguments[0], place)).trace(*arguments)
     lowered = traced.lower(lowering_platforms=(target.platform,))
     found, module = program.compiled(lowered, target.compiler, device.memory)

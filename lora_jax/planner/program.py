@@ -69,8 +69,16 @@ def compiled(lowered: Any, compiler: str, memory: int) -> tuple[CompiledProgram,
         if refused is None:
             raise
         return dataclasses.replace(refused, seconds=time.monotonic() - start), None
-    seconds, said, text = time.monotonic() - start, made.memory_analysis(), made.as_text()
+    seconds, text = time.monotonic() - start, made.as_text()
     module = hlo.parse(text)
+    program = measured(made, module, compiler, seconds)
+    buffers = hlo.largest(module, text) if program.needs > memory else ()
+    return dataclasses.replace(program, buffers=buffers), module
+
+
+def measured(made: Any, module: hlo.Module, compiler: str, seconds: float) -> CompiledProgram:
+    """Return the memory and the kernels of a compiled program, whose HLO is `module`."""
+    said = made.memory_analysis()
     sizes = {
         "arguments": said.argument_size_in_bytes,
         "outputs": said.output_size_in_bytes,
@@ -79,17 +87,10 @@ def compiled(lowered: Any, compiler: str, memory: int) -> tuple[CompiledProgram,
         "code": said.generated_code_size_in_bytes,
     }
     needs = sum(sizes.values()) - 2 * sizes["aliased"]
-    buffers = hlo.largest(module, text) if needs > memory else ()
-    program = CompiledProgram(
-        compiler,
-        needs,
-        **sizes,
-        peak=getattr(said, "peak_memory_in_bytes", 0),
-        kernels=kernels(module),
-        buffers=buffers,
-        seconds=seconds,
+    peak = getattr(said, "peak_memory_in_bytes", 0)
+    return CompiledProgram(
+        compiler, needs, **sizes, peak=peak, kernels=kernels(module), seconds=seconds
     )
-    return program, module
 
 
 def kernels(module: hlo.Module) -> dict[str, int]:

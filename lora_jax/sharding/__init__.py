@@ -1,5 +1,6 @@
 """The placement of parameters and adapters on a mesh."""
 
+from lora_jax.sharding.gathered import gathered as gathered
 from lora_jax.sharding.partition import automatic as automatic
 from lora_jax.sharding.partition import names_of as names_of
 from lora_jax.sharding.partition import partition_specs as partition_specs

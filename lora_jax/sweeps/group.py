@@ -20,6 +20,7 @@ import numpy as np
 
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.multi.stack import Scaled
+from lora_jax.sharding import gathered
 from lora_jax.sweeps import batches
 from lora_jax.sweeps.group_program import GroupProgram
 from lora_jax.sweeps.members import OpenMember
@@ -61,7 +62,12 @@ class Group:
           ConfigError: the members do not fit together.
         """
         self.members: list[OpenMember] = []
-        self._frozen, self._grid, self._config, self._stopped = frozen, grid, config, stopped
+        self._frozen, self._grid, self._config, self._stopped = (
+            gathered(frozen),
+            grid,
+            config,
+            stopped,
+        )
         on_cpu = grid.devices.flat[0].platform == "cpu"
         self._at_once = at_once or (CPU_MEMBERS if on_cpu else None)
         self._programs: dict[Any, GroupProgram] = {}

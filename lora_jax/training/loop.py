@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.sharding import gathered
 from lora_jax.system.console import Console
 from lora_jax.training import metrics
 from lora_jax.training.open_run import BatchLoss, Run
@@ -48,6 +49,7 @@ class Loop:
             for name in ("step", "evaluation", "reference")
         ]
         options = compilation(self.state, place)
+        self._frozen = gathered(setup.frozen)
         self._step = Compiled(step, notes.compiling("train"), shown[0], **options)
         self._refer = Compiled(reference_step(workload, layout), notes.compiling("train"), shown[2])
         self._batch_loss = Compiled(
@@ -74,7 +76,7 @@ class Loop:
         with run.notes.clock("train"):
             rows = next(run.data)
             batch = self._referred(run.setup.place.batch(rows))
-            arguments = (self.state, run.setup.frozen, batch)
+            arguments = (self.state, self._frozen, batch)
             counted = {"flops": self._step.flops(*arguments)} if run.setup.place.peak else {}
             self._profiler.begin(step, self._step.knows(batch), self._settle)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -101,14 +103,13 @@ class Loop:
 
     def batch_loss(self, trained: Trained) -> BatchLoss:
         """Return the loss function of the run with these trained parameters."""
-        frozen = self.run.setup.frozen
-        return lambda batch: self._batch_loss(trained, frozen, self._referred(batch))
+        return lambda batch: self._batch_loss(trained, self._frozen, self._referred(batch))
 
     def _referred(self, batch: Any) -> Any:
         """Return a batch with what the reference says of it, if the loss has a reference."""
         if self._start is None:
             return batch
-        return self._refer(self._start, self.run.setup.frozen, batch)
+        return self._refer(self._start, self._frozen, batch)
 
     def settle(self) -> None:
         """Report every step taken so far. This waits for the device."""
