@@ -65,7 +65,7 @@ if jax.__version_info__[:2] == (0, 10):
     os.environ["XLA_FLAGS"] = " ".join(FLAGS)  # read when the backend starts
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all source files
 sys.dont_write_bytecode = False
-jax.config.update("jax_traceback_in_locations_limit", 0)  # no test reads a program's source lines
+jax.config.update("jax_traceback_in_locations_limit", 0)  # few tests read source lines
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # other processes read it; here JAX is imported
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_platforms", "cpu")

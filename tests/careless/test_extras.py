@@ -23,7 +23,6 @@ COMMANDS = {
 CASES = [(module, "train", COMMANDS["predict"]) for module in EXTRAS["train"]]
 CASES += [("tokenizers", "train", words) for name, words in COMMANDS.items() if name != "predict"]
 CASES += [
-    ("jinja2", "report", COMMANDS["report"]),
     ("PIL", "images", "train --config configs/vit_images.py"),
     ("gguf", "gguf", "show {here}/m.gguf"),
     ("gguf", "gguf", "generate --base {here}/m.gguf --prompt a"),
@@ -39,7 +38,6 @@ RUN = pathlib.Path(__file__).parents[1] / "formats" / "v1"
 # Extra -> the modules that ask for it when they are imported; the others ask when it is needed.
 ASKING = {
     "train": ("lora_jax", "train"),
-    "report": ("lora_jax.report", "lora_jax.cli"),
     "images": ("lora_jax.data.images", "lora_jax.data.image_", "lora_jax.training.image"),
 }
 

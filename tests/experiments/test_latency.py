@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -72,6 +73,15 @@ def test_merged_is_the_bases_own_program(programs: dict[str, Any]) -> None:
         forward.check_merged({**programs, MERGED: programs[UNMERGED]})
 
 
+@pytest.fixture
+def locations() -> Iterator[None]:
+    """Programs name their source lines, as they do outside of the tests."""
+    jax.config.update("jax_traceback_in_locations_limit", 10)
+    yield
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+@pytest.mark.usefixtures("locations")
 def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) -> None:
     def one(x: Any) -> Any:
         return x * 2 + 1
