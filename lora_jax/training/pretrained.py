@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -149,20 +150,20 @@ def open_batches(
     )
 
 
-class _Splits(Mapping[str, Any]):
-    """`Workload.evaluation` of batches that are opened when it is first looked at."""
+class _Later(Mapping[str, Any]):
+    """A mapping that is made when it is first looked at, so that a plan needs no data."""
 
-    def __init__(self, opened: Callable[[], RunBatches]) -> None:
-        self._opened = opened
+    def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        self._make = functools.cache(make)
 
-    def __getitem__(self, split: str) -> Any:
-        return self._opened().evaluation[split].iterator
+    def __getitem__(self, name: str) -> Any:
+        return self._make()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._opened().evaluation)
+        return iter(self._make())
 
     def __len__(self) -> int:
-        return len(self._opened().evaluation)
+        return len(self._make())
 
 
 def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]:
@@ -198,13 +199,15 @@ def workload(
     draw: Callable[[], Tree],
     join: Callable[[Sequence[Workload]], Workload] | None = None,
     marks: Mapping[str, Any] | None = None,
+    of_data: Callable[[], Mapping[str, Any]] = dict,
     **own: Any,
 ) -> Workload:
     """Return the workload of a pretrained model, quantised as `config.model.quantize` says.
 
     `data` opens the batches when they are first needed, which a plan never does. `draw` returns the
-    parameters that are not read but drawn; `join` and `marks` go to `Common`, and `own` are the
-    fields of `Workload` that the task decides.
+    parameters that are not read but drawn, and `of_data` the part of `Workload.about` that the data
+    decide. `join` and `marks` go to `Common`, and `own` are the fields of `Workload` that the task
+    decides.
     """
     opened = functools.cache(data)
     root, stored = model.root, config.model.quantize == STORED
@@ -226,9 +229,9 @@ def workload(
         placement=(*placement.rules(model.config, model.head), *model.method.placement()),
         trainable=(*((HEAD,) if model.head else ()), *model.method.trained),
         train=lambda shard: opened().train.iterator(shard),
-        evaluation=_Splits(opened),
+        evaluation=_Later(lambda: {n: b.iterator for n, b in opened().evaluation.items()}),
         facts=lambda shard: opened().facts(shard),
-        about=about,
+        about=ChainMap(about, _Later(of_data)),  # type: ignore[arg-type]  # it is only read
         common=Common(json.dumps(about["model"]), lambda: paths.flatten(draw()), join, marks or {}),
         **own,
     )

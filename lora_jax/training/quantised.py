@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,8 @@ def as_stored(workload: Workload, how: dict[str, Any] | None = None) -> Workload
     """Return a workload with quantised parameters that says so in `about` and `common`."""
     how, common = how or {"scheme": STORED}, workload.common
     named = None if common is None else _common(common, workload.params, json.dumps(how))
-    return dataclasses.replace(workload, about={**workload.about, ABOUT: how}, common=named)
+    about = ChainMap({ABOUT: how}, workload.about)  # type: ignore[arg-type]  # it is only read
+    return dataclasses.replace(workload, about=about, common=named)
 
 
 def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:

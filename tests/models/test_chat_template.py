@@ -90,6 +90,6 @@ def test_an_endless_template_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None
     assert made.prompt([]) == "ok"
     started = time.monotonic()
     with pytest.raises(DataError, match=r"a.jsonl:3: theirs fails: .* not come to an end"):
-        made.prompt([1], None, "a.jsonl:3")  # type: ignore[list-item]
+        made.prompt([{"content": "a"}], None, "a.jsonl:3")
     assert time.monotonic() - started < 10
     assert made.prompt([]) == "ok"  # a new process
