@@ -71,16 +71,17 @@ def open_data(config: ExamplesConfig, set_apart: bool = False) -> DataSource:
     source = open_source(config.source, config.data_dir)
     if not isinstance(source, Files):
         return source
-    names = config.train_split, config.eval_split
-    return _files(config.source, source.stamps, *names, config.eval_share if set_apart else None)
+    train, validation = config.train_split, config.eval_split
+    # With any other split the name of the validation split is taken to be mistyped.
+    alone = train in source.splits and set(source.splits) <= {train, config.test_split}
+    share = config.eval_share if set_apart and alone and train != validation else None
+    return _files(config.source, source.stamps, train, validation, share)
 
 
 @functools.lru_cache(maxsize=4)  # the splits of a run share one source, and read a file once
 def _files(name: str, stamps: Any, train: str, validation: str, share: float | None) -> DataSource:
     source = Files(name)
-    if share is None or validation in source.splits or train not in source.splits:
-        return source
-    return SetApart(source, train, validation, share)
+    return source if share is None else SetApart(source, train, validation, share)
 
 
 def _tfds(name: str, data_dir: Path) -> DataSource:

@@ -53,7 +53,7 @@ DATA = [
     Case("csv_header", f"{TRAIN} --data.source {{here}}/a.csv", ("no examples",),
          {"a.csv": "text,label\n", "train.jsonl": ""}),
     Case("csv_bidi", f"{TRAIN} --data.source {{here}}/a.csv", ("'label'",),
-         {"a.csv": f"te{BIDI}xt,label{ESCAPE}\na,b\n", "train.jsonl": ""}),
+         {"a.csv": f"te{BIDI}xt,label{ESCAPE}\na,b\nc,d\n", "train.jsonl": ""}),
     Case("name_bidi", f"train --data.source {{here}}/a{BIDI}b.jsonl", ("\\u202e",)),
     Case("source_name", "train --data.source reveiws", ("reveiws", "nearest", "reviews")),
     Case("split_name", f"{TRAIN} --data.eval-split validaton", ("validaton", "nearest: validation"),

@@ -308,6 +308,10 @@ def test_a_validation_split_is_set_apart(jsonl: Callable[..., str]) -> None:
     assert set(texts("validation")) == set(apart)
     assert "40 of its 200 examples" in open_data(config, set_apart=True).notes[-1]
     assert len(open_data(config).examples("train")) == 200
+    jsonl(train=rows, validaton=rows[:2])  # mistyped, so that nothing is set apart
+    with pytest.raises(DataError, match=r"no split 'validation'(?s:.*)nearest: validaton"):
+        texts("validation")
+    pathlib.Path(config.source.format(split="validaton")).unlink()
     jsonl(train=[rows[0]])
     with pytest.raises(DataError, match=r"none can be set apart"):
         texts("train")
