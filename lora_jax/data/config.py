@@ -10,7 +10,15 @@ from lora_jax.system.checked import Checked
 
 # The names in `lora_jax.data.forms.FORMS`, which says what each means.
 FormName = Literal[
-    "auto", "messages", "conversations", "preference", "judged", "completion", "instruction", "text"
+    "auto",
+    "messages",
+    "conversations",
+    "preference",
+    "judged",
+    "judged_messages",
+    "completion",
+    "instruction",
+    "text",
 ]
 
 

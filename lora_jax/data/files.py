@@ -42,9 +42,9 @@ class Files(DataSource):
 
     @property
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """Split, time of the last change and size of each file."""
-        found = ((split, path.stat()) for split, path in self._paths.items())
-        return tuple((split, stat.st_mtime_ns, stat.st_size) for split, stat in found)
+        """Absolute path, time of the last change and size of each file."""
+        found = ((str(path.absolute()), path.stat()) for path in self._paths.values())
+        return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found)
 
     def examples(self, split: str) -> Sequence[Example]:
         """See `DataSource.examples`. A file is read once."""

@@ -5,8 +5,8 @@
 | preference     | chosen, rejected (+ prompt)             | chosen rather than rejected          |
 | messages       | messages (+ tools)                      | the assistant's messages             |
 | conversations  | conversations (+ system, tools)         | what gpt says (ShareGPT)             |
-| judged         | prompt, completion, label; or messages, | what has a true label rather than    |
-|                | and label as true or false              | what has a false one (KTO)           |
+| judged         | prompt, completion, label               | what has a true label rather than    |
+| judged_messages| messages, label                         | what has a false one (KTO)           |
 | completion     | prompt, completion                      | the completion                       |
 | instruction    | instruction, output (+ input, history)  | the output (Alpaca)                  |
 | text           | text                                    | the whole text                       |
@@ -71,8 +71,7 @@ class Form:
     def of(self, example: Example, where: str) -> Any:
         """Return what an example says; `DataError`, with its place, if it is not of this form."""
         place = place_of(example, where)
-        judged = self.name == "judged" and _messages_judged(example)
-        missing = [] if judged else [key for key in self.keys if key not in example]
+        missing = [key for key in self.keys if key not in example]
         if missing:
             names = ", ".join(map(shown, list(example)[:20])) or "none"
             raise DataError(
@@ -110,18 +109,16 @@ def _completion(row: Example, where: str) -> Said:
     return _continued(row["prompt"], row["completion"], where, row.get("tools"))
 
 
-def _messages_judged(row: Example) -> bool:
-    return "messages" in row and isinstance(row.get("label"), bool)
-
-
 def _judged(row: Example, where: str) -> Judged:
     label = row["label"]
     known = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
     good = known.get(str(label).lower())
     if good is None:
-        raise DataError(f"{where}: the label is {shown(label)}, expected true or false")
-    read = _messages if _messages_judged(row) else _completion
-    return Judged(read(row, where), good)
+        raise DataError(
+            f"{where}: the label is {shown(label)}, expected true or false; if it does not judge "
+            "the answer, name the form of the examples (data.form messages, or completion)"
+        )
+    return Judged((_messages if "messages" in row else _completion)(row, where), good)
 
 
 def _preference(row: Example, where: str) -> Preference:
@@ -186,6 +183,7 @@ FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (
         Form("preference", ("chosen", "rejected"), _preference),
+        Form("judged_messages", ("messages", "label"), _judged),
         Form("messages", ("messages",), _messages),
         Form("conversations", ("conversations",), _turns),
         Form("judged", ("prompt", "completion", "label"), _judged),
@@ -198,8 +196,6 @@ FORMS: Mapping[str, Form] = {
 
 def form_of(example: Example, where: str) -> Form:
     """Return the form of an example, found by its keys; `DataError` names the forms."""
-    if _messages_judged(example):
-        return FORMS["judged"]
     for form in FORMS.values():
         if all(key in example for key in form.keys):
             return form

@@ -180,7 +180,7 @@ CHAT = Conversation((ASKED, SAID), None, (False, True))
         ("instruction", {"instruction": "a", "input": "", "output": "b"}, CHAT),
         ("completion", {"prompt": [ASKED], "completion": [SAID]}, CHAT),
         ("completion", {"prompt": "a", "completion": "b"}, Continued("a", "b")),
-        ("judged", {"messages": [ASKED, SAID], "label": False}, Judged(CHAT, False)),
+        ("judged_messages", {"messages": [ASKED, SAID], "label": False}, Judged(CHAT, False)),
         ("judged", {"prompt": "a", "completion": "b", "label": "1"},
          Judged(Continued("a", "b"), True)),
         ("text", {"text": "a"}, Continued("", "a")),
