@@ -150,6 +150,7 @@ def prepared(
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
     rate = config.adaptation.dropout
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
+    take = step.with_reference(take, workload, layout)
     return PreparedStep(take, place, params, (state, frozen, rows))
 
 

@@ -48,7 +48,7 @@ def causal_lm(config: TextConfig) -> Workload:
         data,
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
-        of_data=functools.partial(about_data, config),
+        of_data=functools.partial(about_data, config, source),
         apply=apply_of(model, config.model.loss_chunk, method, config.label_smoothing),
         loss=token_loss,
         example=batch_shapes(config.data.batch_size, config.data.max_length),
@@ -75,17 +75,19 @@ def _open_data(config: TextConfig, source: models.Source) -> RunBatches:
     return pretrained.open_batches(config, functools.partial(batches_of, config.data, words))
 
 
-def about_data(config: TextConfig) -> dict[str, Any]:
-    """Return what generation needs to ask as the examples do: see `lora_jax.serving.prompts`."""
+def about_data(config: TextConfig, source: models.Source) -> dict[str, Any]:
+    """Return what generation needs to ask and to stop as the examples do: see
+    `lora_jax.serving.prompts`."""
     data = config.data
+    eos = source.special_tokens.get("eos_token") if data.eos is None else data.eos
     if data.prompt is not None:
-        return {"prompt": data.prompt, "eos": data.eos}
-    source = open_data(data, set_apart=True)
-    first = source.examples(data.train_split)[0]
-    said = form_of(data, first, source.name).of(first, source.name)
+        return {"prompt": data.prompt, "eos": eos}
+    opened = open_data(data, set_apart=True)
+    first = opened.examples(data.train_split)[0]
+    said = form_of(data, first, opened.name).of(first, opened.name)
     template = None if data.template is None else chat_files.read_text(data.template)
     chat = isinstance(said.chosen if isinstance(said, Preference) else said, Conversation)
-    return {"prompt": None, "eos": data.eos, "chat": chat, "template": template}
+    return {"prompt": None, "eos": eos, "chat": chat, "template": template}
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

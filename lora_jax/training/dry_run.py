@@ -23,6 +23,7 @@ def run(config: Config, console: Console) -> None:
         parts, rate = config.accumulate, config.adaptation.dropout
         one = step.train_step(workload, setup.layout, tx, config.on_nonfinite, parts, rate=rate)
         batch, began = place.batch(example), time.monotonic()
+        one = step.with_reference(one, workload, setup.layout)
         jitted = jax.jit(one, **step.compilation(state, place))
         compiled = jitted.lower(state, setup.frozen, batch).compile()
         compiling, found = time.monotonic() - began, dict[str, float]()

@@ -77,7 +77,7 @@ class Loop:
             rows = next(run.data)
             batch = self._referred(run.setup.place.batch(rows))
             arguments = (self.state, self._frozen, batch)
-            counted = {"flops": self._step.flops(*arguments)} if run.setup.place.peak else {}
+            counted = {"flops": self._flops(*arguments)} if run.setup.place.peak else {}
             self._profiler.begin(step, self._step.knows(batch), self._settle)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 self.state, values = self._step(*arguments)
@@ -110,6 +110,11 @@ class Loop:
         if self._start is None:
             return batch
         return self._refer(self._start, self._frozen, batch)
+
+    def _flops(self, state: State, frozen: Any, batch: Any) -> float:
+        """Return the FLOPs of a step, with its reference."""
+        own = self._step.flops(state, frozen, batch)
+        return own if self._start is None else own + self._refer.flops(self._start, frozen, batch)
 
     def settle(self) -> None:
         """Report every step taken so far. This waits for the device."""

@@ -81,7 +81,7 @@ def preferences(config: PreferenceConfig) -> Workload:
         functools.partial(_open_data, config, source),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
-        of_data=functools.partial(causal_lm.about_data, config),
+        of_data=functools.partial(causal_lm.about_data, config, source),
         apply=apply,
         loss=functools.partial(loss, config),
         reference=None if config.preference in FREE else log_probabilities,

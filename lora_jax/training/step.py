@@ -242,6 +242,16 @@ def reference_step(
     return refer
 
 
+def with_reference(
+    take: Callable[[State, Tree, Any], Any], workload: Workload, layout: Layout
+) -> Callable[[State, Tree, Any], Any]:
+    """Return the training step `take` as a run begins: its own parameters are the reference."""
+    if workload.reference is None:
+        return take
+    refer = reference_step(workload, layout)
+    return lambda state, frozen, batch: take(state, frozen, refer(state.trained, frozen, batch))
+
+
 class Compiled:
     """A jitted function that times its first call for each batch shape, which compiles."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.data import DataConfig, DataError, Shard
 from lora_jax.data.example_reader import Words
 from lora_jax.data.preferences import preferences as pairs_of
-from lora_jax.training import causal_lm
+from lora_jax.training import causal_lm, dry_run
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.preference_losses import FREE, LOSSES, Answers, Strength
 from lora_jax.training.preferences import LossName, PreferenceConfig, loss, preferences
@@ -87,6 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A base, and pairs whose better answer repeats the word of the prompt."""
     folder = tmp_path_factory.mktemp("preferences")
     tiny.write_model(folder / "base", tiny.LLAMA)
+    (folder / "base" / "tokenizer_config.json").write_text('{"eos_token": "word13"}')
     random = np.random.default_rng(0)
     rows = []
     for _ in range(64):
@@ -101,7 +105,7 @@ def config_of(folder: pathlib.Path, **changes: Any) -> PreferenceConfig:
         workload=preferences,
         model=ModelConfig(reference=str(folder / "base")),
         data=DataConfig(
-            str(folder / "pairs.jsonl"), eos="word13", max_length=8, batch_size=8,
+            str(folder / "pairs.jsonl"), max_length=8, batch_size=8,
             eval_batch_size=8, eval_share=0.25,
         ),
         lora=LoraConfig(rank=2, alpha=4.0, targets=("layers_*/attention/*/kernel",)),
@@ -124,12 +128,34 @@ def test_the_reference_is_the_model_as_the_run_begins(
     assert before["rewards/margins"] == 0
     assert after["loss"] < 0.6
     assert after["rewards/margins"] > 0.1
+    assert SavedAdapter.open(tmp_path / "first/adapters/best").about["eos"] == "word13"
     later = config_of(folder, start_from=str(tmp_path / "first"))
     second = runs.train_in(tmp_path / "second", later)
     np.testing.assert_allclose(second["before"]["validation"]["loss"], np.log(2), rtol=1e-6)
     assert second["before"]["validation"]["logps/chosen"] == pytest.approx(
         after["logps/chosen"], rel=1e-5
     )
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_keeps_its_reference(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A run of 10 steps that is extended to 20 ends as one of 20 steps, bit for bit."""
+    constant = OptimizerConfig(learning_rate=2e-2, schedule="constant", warmup=0.0)
+    config = config_of(folder, optimizer=constant)
+    runs.train_in(tmp_path / "half", dataclasses.replace(config, steps=10))
+    continued = runs.train_in(tmp_path / "half", config)
+    whole = runs.train_in(tmp_path / "whole", config)
+    assert continued["after"] == whole["after"]
+
+
+def test_the_reference_of_a_dry_run(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loss is that of the first step, ln 2."""
+    dry_run.run(config_of(folder), train.Console())
+    assert re.search(r"loss +0\.6931", capsys.readouterr().out)
 
 
 def test_loss_and_gradient_are_those_of_two_models(folder: pathlib.Path) -> None:
