@@ -23,7 +23,6 @@ from lora_jax.training.workload import Workload
 from lora_jax.updates.kind import kind_named
 
 INCIDENTAL = {"incidental": True}
-NEWER = {"newer": True}  # None is the earlier behaviour, and does not change the name of a run
 CHANGEABLE = {"changeable": True}  # a run may go on with another value
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
@@ -36,9 +35,9 @@ def incidental(default: Any) -> Any:
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
-def changeable(default: Any, **metadata: Any) -> Any:
+def changeable(default: Any) -> Any:
     """Declare a field that a run may change on its way (`lora_jax.training.continuation`)."""
-    return dataclasses.field(default=default, metadata={**CHANGEABLE, **metadata})
+    return dataclasses.field(default=default, metadata=CHANGEABLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +253,7 @@ class Config(Checked):
     """Seed of the adapters, the new head, dropout and the order of the data."""
     evaluate_every: int = changeable(100)
     """Steps between evaluations on the validation split, which also pick the best adapter."""
-    patience: int | None = changeable(None, **NEWER)
+    patience: int | None = changeable(None)
     """Stop after this many evaluations on the validation split without a new best adapter. None:
     take all the steps."""
     checkpoint_every: int = incidental(100)

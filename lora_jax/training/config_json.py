@@ -33,8 +33,6 @@ def identity(config: Any) -> dict[str, Any]:
     found = {}
     for field in _fields(config, INCIDENTAL):
         value = getattr(config, field.name)
-        if value is None and field.metadata.get("newer"):
-            continue  # so that the names of earlier runs stay the same
         found[field.name] = identity(value) if _is_config(value) else to_dict(value)
     return found
 

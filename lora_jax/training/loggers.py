@@ -92,9 +92,6 @@ class WandB:
         wandb: Any = importlib.import_module("wandb")
         own = _remembered(directory, "wandb", lambda: secrets.token_hex(4))
         project = None if "WANDB_PROJECT" in os.environ else _EXPERIMENT
-        names: dict[str, Any] = {
-            "id": _remembered(directory, "wandb", lambda: secrets.token_hex(4))
-        }
         # A group has several runs in one process.
         kept = {"resume": "allow", "reinit": "create_new"}
         names = {"id": own, "name": directory.name, "project": project}

@@ -12,7 +12,7 @@ from lora_jax.data.batches import Batches
 from lora_jax.data.config import DataConfig
 from lora_jax.models.config import BuiltInConfig
 from lora_jax.training import pretrained
-from lora_jax.training.config import NEWER, require
+from lora_jax.training.config import require
 from lora_jax.training.method import LORA, Method
 from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, RunBatches
 
@@ -37,7 +37,7 @@ class ModelConfig(PretrainedModelConfig):
     head_dropout: float | None = None
     """Dropout rate before an encoder's head. None: the same as `dropout`."""
 
-    neftune: float | None = dataclasses.field(default=None, metadata=NEWER)
+    neftune: float | None = None
     """Noise on the embeddings in training (NEFTune, arXiv 2310.05914): uniform within
     neftune / sqrt(length of a row x width of the model). The paper takes 5 to 15. None: none."""
 
