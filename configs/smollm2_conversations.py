@@ -2,8 +2,8 @@
 
 Command:   python -m experiments.conversations --out words
            python train.py --config configs/smollm2_conversations.py
-Hardware:  2 CPU cores
-Minutes:   14 on two cores shared with four times as much other work
+Hardware:  2 CPU cores, 7 GB of memory
+Minutes:   2.5
 Result:    loss of the assistant's tokens 4.04 -> 2.37 (41 % less) on the validation split, seed 0
 """
 

@@ -3,9 +3,9 @@
 Command:   python -m experiments.conversations --out words
            python train.py --config configs/smollm2_conversations.py --run-dir runs/conversations
            python train.py --config configs/smollm2_preferences.py --from runs/conversations
-Hardware:  2 CPU cores, 5 GB of memory
-Minutes:   16 on two cores shared with four times as much other work
-Result:    reward accuracy 0.91 on 96 pairs of the validation split, seed 0
+Hardware:  2 CPU cores, 7 GB of memory
+Minutes:   5.5
+Result:    reward accuracy 0.93 on 96 pairs of the validation split, seed 0
 """
 
 from lora_jax import models

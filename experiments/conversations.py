@@ -46,11 +46,11 @@ class Options:
 def main(options: Options) -> None:
     """Write the files."""
     random_ = random.Random(options.seed)
-    entries = sorted({e["word"]: e for e in _entries()}.values(), key=lambda e: e["word"])
-    random_.shuffle(entries)
+    words = sorted({e["word"]: e for e in _entries()}.values(), key=lambda e: e["word"])
+    random_.shuffle(words)
     options.out.mkdir(parents=True, exist_ok=True)
-    used = entries[: options.conversations]
-    others = entries[options.conversations : options.conversations + options.pairs]
+    used = words[: options.conversations]
+    others = words[options.conversations : options.conversations + options.pairs]
     _write(options.out / "conversations.jsonl", (conversation(e, random_) for e in used))
     _write(options.out / "pairs.jsonl", (pair(e, random_.choice(used), random_) for e in others))
 
