@@ -29,11 +29,19 @@ def to_dict(config: Any) -> Any:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return the fields that decide what a run computes: all but the incidental ones."""
+    """Return the fields that decide what a run computes, without values left at their default.
+
+    So a field that a later release adds changes no run's name, nor the folder where it goes on.
+    """
+
+    def plain(value: Any) -> Any:
+        return identity(value) if _is_config(value) else to_dict(value)
+
     found = {}
     for field in _fields(config, INCIDENTAL):
-        value = getattr(config, field.name)
-        found[field.name] = identity(value) if _is_config(value) else to_dict(value)
+        value = plain(getattr(config, field.name))
+        if value != plain(field.default):
+            found[field.name] = value
     return found
 
 

@@ -25,6 +25,18 @@ def test_the_order_of_targets_counts_where_they_have_settings() -> None:
     assert config_json.changes(stored, with_targets("*/kernel", "first/kernel@rank=1")) != []
 
 
+def test_a_later_field_changes_no_name() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(small.SmallConfig):
+        more: int = 0
+
+    fields = {f.name: getattr(small.config, f.name) for f in dataclasses.fields(small.config)}
+    assert config_json.identity(Later(**fields)) == config_json.identity(small.config)
+    assert config_json.identity(Later(**fields, more=1)) != config_json.identity(small.config)
+    other = dataclasses.replace(small.config, mesh=dataclasses.replace(small.config.mesh, data=2))
+    assert config_json.identity(other) == config_json.identity(small.config)  # an incidental field
+
+
 def test_they_are_fields_of_a_sweep() -> None:
     grid = {"optimizer.loraplus_lr_ratio": "1,16", "optimizer.no_decay": "bias norm; "}
     members = SweepConfig(base=small.config, grid=grid).expand().members
