@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import models
+from lora_jax.data.example_reader import Words
 from lora_jax.data.preferences import preferences as batches_of
-from lora_jax.training import causal_lm, pretrained, text
+from lora_jax.training import causal_lm, pretrained, samples, text
 from lora_jax.training.config import require
 from lora_jax.training.preference_losses import FREE, LOSSES, Answers, Strength
 from lora_jax.training.pretrained import Pretrained, RunBatches
@@ -60,7 +61,8 @@ def preferences(config: PreferenceConfig) -> Workload:
     model_config = config.model.apply_to(source.config)
     method = config.method_for(model_config, config.data.max_length)
     select = config.select or "loss"
-    check_select(select, ["loss", *scores({}, 0.0)])
+    check_select(select, ["loss", *scores({}, 0.0), *samples.functions(config.samples)])
+    words = causal_lm.words_of(source, config.data.template)
     model = models.DecoderModel(model_config)
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "targets"), ((rows, 2, length), jnp.int32))
@@ -78,7 +80,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     return pretrained.workload(
         config,
         Pretrained(source, model_config, method=method),
-        functools.partial(_open_data, config, source),
+        functools.partial(_open_data, config, words),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
         of_data=functools.partial(causal_lm.about_data, config, source),
@@ -91,6 +93,7 @@ def preferences(config: PreferenceConfig) -> Workload:
         better="lower" if select == "loss" else "higher",
         size=lambda batch: int(batch["weight"].sum()),
         unit="pairs",
+        samples=samples.samples_of(config, words, model_config, method),
     )
 
 
@@ -128,6 +131,5 @@ def scores(sums: Any, weight: float) -> dict[str, float]:
     return {name: sums.get(name, 0.0) / max(weight, 1e-9) for name in names}
 
 
-def _open_data(config: PreferenceConfig, source: Any) -> RunBatches:
-    words = causal_lm.words_of(source, config.data.template)
+def _open_data(config: PreferenceConfig, words: Words) -> RunBatches:
     return pretrained.open_batches(config, functools.partial(batches_of, config.data, words))
