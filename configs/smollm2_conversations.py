@@ -3,8 +3,9 @@
 Command:   python -m experiments.conversations --out words
            python train.py --config configs/smollm2_conversations.py
 Hardware:  2 CPU cores, 7 GB of memory
-Minutes:   2.5
-Result:    loss of the assistant's tokens 4.04 -> 2.37 (41 % less) on the validation split, seed 0
+Minutes:   3
+Result:    loss of the assistant's tokens 4.04 -> 2.37 (41 % less) on the validation split, seed 0;
+           the report shows eight answers before and after (ROUGE-L 0.14 -> 0.22)
 """
 
 from lora_jax import models
