@@ -1,4 +1,4 @@
-"""Losses, gradients and metrics of single steps are those of TRL (tests/golden/make_trl.py)."""
+"""A step has the loss, the gradient and the metrics that TRL has (tests/golden/make_trl.py)."""
 
 import functools
 import json
