@@ -118,7 +118,7 @@ class Workload:
         to check that it is the same, and all must have the same shapes.
       about: JSON values that users of the adapters need; exported with the adapters.
       samples: `samples(layout, params, adapters)` returns texts that the model writes, and their
-        scores, which count as those of the validation split (`lora_jax.training.samples`).
+        scores, which join the scores of the validation split (`lora_jax.training.samples`).
       floats: if the weights are quantised while they are loaded, the workload without this
         (`lora_jax.training.quantised`).
     """
