@@ -62,7 +62,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     method = config.method_for(model_config, config.data.max_length)
     select = config.select or "loss"
     check_select(select, ["loss", *scores({}, 0.0), *samples.functions(config.samples)])
-    words = causal_lm.words_of(source, config.data.template)
+    words = causal_lm.words_of(source, config.data.template, config.day)
     model = models.DecoderModel(model_config)
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "targets"), ((rows, 2, length), jnp.int32))
