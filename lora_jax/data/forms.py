@@ -53,6 +53,13 @@ class Judged:
     good: bool
 
 
+def answers(said: Said | Preference | Judged) -> tuple[Said, ...]:
+    """Return the one text of an example, or the better and the worse of a pair."""
+    if isinstance(said, Preference):
+        return said.chosen, said.rejected
+    return (said.said if isinstance(said, Judged) else said,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """A form of examples.

@@ -14,7 +14,7 @@ from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
 from lora_jax.data.epochs import Epochs, EpochTable
 from lora_jax.data.example_reader import Reader, Words, form_of
-from lora_jax.data.forms import Preference
+from lora_jax.data.forms import Preference, answers
 from lora_jax.data.labels import Labels
 from lora_jax.data.status import tracked
 from lora_jax.errors import DataError
@@ -116,7 +116,7 @@ def _pairs(
     truncation: TextTruncation,
 ) -> list[TokenRow]:
     """Return two rows for each pair that has two answers within the limit."""
-    said = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    said = [answer for pair in pairs for answer in answers(pair)]
     places = [place_of(example, where) for example in examples for _ in range(2)]
     rows = [reader.within(row, truncation) for row in reader.whole(said, places, truncation)]
     whole = [(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]
