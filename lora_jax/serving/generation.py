@@ -108,6 +108,10 @@ class Decoder:
 
         self._read = _mixed(layout, read)
 
+    def put(self, params: Tree, stacked: Stack | None = None) -> None:
+        """Go on with other arrays of the same shapes; nothing is compiled again."""
+        self._params, self._stacked = params, stacked
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise `LoraError` unless every prompt can be continued."""
         size = 0 if self._stacked is None else self._stacked.size

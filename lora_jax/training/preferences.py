@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import models
+from lora_jax.data.example_reader import Words
 from lora_jax.data.preferences import preferences as batches_of
-from lora_jax.training import causal_lm, pretrained, text
+from lora_jax.training import causal_lm, pretrained, samples, text
 from lora_jax.training.config import require
 from lora_jax.training.preference_losses import FREE, JUDGED, LOSSES, Answers, Strength
 from lora_jax.training.pretrained import Pretrained, RunBatches
@@ -73,7 +74,8 @@ def preferences(config: PreferenceConfig) -> Workload:
     select = config.select or "loss"
     judged = config.preference in JUDGED
     count = functools.partial(scores, "kl" if judged else "rewards/accuracies")
-    check_select(select, ["loss", *count({}, 0.0)])
+    check_select(select, ["loss", *count({}, 0.0), *samples.functions(config.samples)])
+    words = causal_lm.words_of(source, config.data.template)
     model = models.DecoderModel(model_config)
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "targets"), ((rows, 2, length), jnp.int32))
@@ -100,7 +102,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     return pretrained.workload(
         config,
         Pretrained(source, model_config, method=method),
-        functools.partial(_open_data, config, source),
+        functools.partial(_open_data, config, words),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
         of_data=functools.partial(causal_lm.about_data, config, source),
@@ -110,9 +112,10 @@ def preferences(config: PreferenceConfig) -> Workload:
         example={name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()},
         scores=count,
         select=select,
-        better="lower" if select == "loss" else "higher",
+        better="lower" if select in ("loss", "kl") else "higher",
         size=lambda batch: int(batch["weight"].sum()),
         unit="answers" if judged else "pairs",
+        samples=samples.samples_of(config, words, model_config, method),
     )
 
 
@@ -165,7 +168,7 @@ def scores(last: str, sums: Any, weight: float) -> dict[str, float]:
     return rewards | margins | more | both("logps")
 
 
-def _open_data(config: PreferenceConfig, source: Any) -> RunBatches:
-    words, judged = causal_lm.words_of(source, config.data.template), config.preference in JUDGED
+def _open_data(config: PreferenceConfig, words: Words) -> RunBatches:
+    judged = config.preference in JUDGED
     pipeline = functools.partial(batches_of, config.data, words, judged=judged)
     return pretrained.open_batches(config, pipeline)
