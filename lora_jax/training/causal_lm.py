@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax import models
 from lora_jax.data.catalogue import open_data
 from lora_jax.data.example_reader import Words, form_of
-from lora_jax.data.forms import Preference
+from lora_jax.data.forms import Judged, Preference
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.models.text.conversation import Conversation
@@ -87,7 +87,8 @@ def about_data(config: TextConfig, source: models.Source) -> dict[str, Any]:
     first = opened.examples(data.train_split)[0]
     said = form_of(data, first, opened.name).of(first, opened.name)
     template = None if data.template is None else chat_files.read_text(data.template)
-    chat = isinstance(said.chosen if isinstance(said, Preference) else said, Conversation)
+    said = said.judged[0][0] if isinstance(said, Preference | Judged) else said
+    chat = isinstance(said, Conversation)
     return {"prompt": None, "eos": eos, "chat": chat, "template": template}
 
 

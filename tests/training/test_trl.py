@@ -23,7 +23,10 @@ from lora_jax.training.workload import Workload
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TRL = GOLDEN / "golden_trl"
 EXPECTED = json.loads((TRL / "expected.json").read_text())
-SETTINGS: dict[str, dict[str, Any]] = {"robust": {"smoothing": 0.2}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "robust": {"smoothing": 0.2},
+    "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.75},
+}
 NAMES = {f"rewards/{what}" for what in ("chosen", "rejected", "accuracies", "margins")}
 NAMES |= {"logps/chosen", "logps/rejected"}
 
@@ -55,7 +58,7 @@ def workload_of(name: str, folder: pathlib.Path) -> Workload:
     return preferences(PreferenceConfig(workload=preferences, **common))
 
 
-@pytest.mark.parametrize("name", EXPECTED.keys() - {"kto"})
+@pytest.mark.parametrize("name", EXPECTED)
 def test_a_step_is_that_of_trl(name: str, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     made, expected = workload_of(name, folder), EXPECTED[name]
     assert made.load is not None
