@@ -13,7 +13,8 @@ import numpy as np
 
 import lora_jax
 from lora_jax import models
-from lora_jax.serving.generation import Decoder, Prompt, stream
+from lora_jax.serving.generation import Decoder, stream
+from lora_jax.serving.jobs import Prompt
 from tests.programs import compiled
 
 CONFIG = models.DecoderConfig(
