@@ -19,8 +19,7 @@ def main() -> None:
     source = models.open(folder)
     params, room = source.load(source.config), int(length) + int(new)
     decoders = {
-        int(count): Decoder(source.config, params, rows=int(count), capacity=room)
-        for count in rows
+        int(count): Decoder(source.config, params, rows=int(count), capacity=room) for count in rows
     }
 
     def run(count: int, tokens: int) -> np.ndarray:

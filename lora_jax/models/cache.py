@@ -108,8 +108,8 @@ def with_rows(cache: Cache, own: Cache, places: Array, shift: Array) -> Cache:
     """Replace the rows `places` of a cache by other ones of the same capacity.
 
     Their slots are rotated by `shift`, so that they end where the next step writes: a query finds
-    its tokens by their positions, and their slots may be in any order. A place that the cache does not
-    have is left out.
+    tokens by their positions, so the slots may be in any order. A place that the cache does not have
+    is left out.
     """
 
     def put(into: Array, rows: Array, axis: int) -> Array:

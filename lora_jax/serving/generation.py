@@ -1,9 +1,9 @@
 """Generate text with a decoder in mixed batches: each row has its own adapter, or none.
 
 The decoder has a fixed number of rows, and a cache with as many slots for each. A waiting prompt
-takes a free row: it is read at once (prefill), while the other rows stay as they are. Then each call
-of one compiled step writes a token to every row, and a row is free when its text ends. The compiled
-programs depend only on shapes, and there are few shapes:
+takes a free row: it is read at once (prefill), while the other rows stay as they are. Then each
+call of one compiled step writes a token to every row, and a row is free when its text ends. The
+compiled programs depend only on shapes, and there are few shapes:
 
 - prompts are padded on the left to the next of 16, 32, 64, 128, ... tokens;
 - one prompt is read alone, or, if half of the rows or more are to be filled, all rows at once.
@@ -28,10 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import models
+from lora_jax.adapters import Adapter
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.models import cache as caches
-from lora_jax.multi.stack import BASE, Stack, select
+from lora_jax.multi.stack import BASE, Stack, put, select, stack
 from lora_jax.paths import Tree
 from lora_jax.serving.jobs import Job, Piece, Prompt, Rows, hand_out
 from lora_jax.serving.sampling import GREEDY, Sampling, choose
@@ -62,8 +64,8 @@ class Decoder:
     Attributes:
       rows: the number of texts that are written at the same time.
       capacity: the largest number of tokens of a prompt and its text together.
-      stacked: the stack of adapters. Another one in the same shapes may take its place between two
-        turns.
+      stacked: the stack of adapters.
+      slots: the size of the stack, or of the one that `add` makes.
       turns: the turns of the threads that wait for texts.
       compiled: key of a program -> seconds that it took to compile.
       speed: counts and times over all calls.
@@ -80,7 +82,7 @@ class Decoder:
         capacity: int = 512,
     ) -> None:
         """Make a decoder. Nothing is compiled yet."""
-        self.config, self.stacked = config, stacked
+        self.config, self.slots = config, 8 if stacked is None else stacked.size
         self.rows, self.capacity = rows, min(capacity, config.max_positions)
         self.compiled: dict[tuple[Any, ...], float] = {}
         self.speed, self.turns = Speed(), Turns(self.turn)
@@ -95,7 +97,26 @@ class Decoder:
         def read(params: Tree, ids: Any, mask: Any, cache: Any) -> Any:
             return model.apply({"params": params}, ids, cache, mask, last=1, method=model.decode)
 
-        self._read = _mixed(layout, read)
+        self._plain = read
+        self._use(layout, stacked)
+
+    def _use(self, layout: Layout | None, stacked: Stack | None) -> None:
+        """Take a stack; its programs are not compiled yet."""
+        self._layout, self.stacked = layout, stacked
+        self._read = _mixed(layout, self._plain)
+        self._programs.clear()
+
+    def add(self, i: int, member: SavedAdapter) -> None:
+        """Put an adapter into the slot `i`, between two turns.
+
+        Nothing is compiled again, but after the first one for a decoder that was made without any:
+        a stack is made in its shapes.
+        """
+        adapter = Adapter(*member.adapter[:2])
+        if self._layout is None:
+            self._use(*stack([adapter], size=self.slots))
+        if self._layout is not None and self.stacked is not None:
+            self.stacked = put(self._layout, self.stacked, i, adapter)
 
     def submit(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 128, sampling: Sampling = GREEDY
@@ -118,7 +139,10 @@ class Decoder:
                 )
         sizes = [len(prompt.tokens) for prompt in prompts]
         rooms = [min(max_new_tokens, most(n) - n, self.capacity - n) for n in sizes]
-        jobs = [Job(p, i, room, sampling) for i, (p, room) in enumerate(zip(prompts, rooms, strict=True))]
+        jobs = [
+            Job(p, i, room, sampling)
+            for i, (p, room) in enumerate(zip(prompts, rooms, strict=True))
+        ]
         self._waiting.extend(jobs)
         return jobs
 
@@ -138,7 +162,10 @@ class Decoder:
                 self._admit()
             live = {row: job for row, job in self._running.items() if job.started < job.limit}
             with self._timed() as speed:
-                before, self._under_way = self._under_way, (self._step(live), live) if live else None
+                before, self._under_way = (
+                    self._under_way,
+                    (self._step(live), live) if live else None,
+                )
                 if before is not None:
                     speed.written += sum(not job.over for job in before[1].values())
                     hand_out(*before)

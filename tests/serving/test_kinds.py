@@ -54,10 +54,10 @@ def test_two_kinds_for_one_matrix_are_refused(runs: dict[str, Any]) -> None:
     paths = [str(runs[kind][0]) for kind in ("loha", "dora")]  # LoHa is served as plain factors
     served = served_adapters.open_adapters(paths, models.BertConfig)
     with pytest.raises(LoraError, match=r"by the kind 'dora' in adapter 1, and by 'lora'"):
-        assert served.stack
+        assert served.stack()
     alone = served_adapters.open_adapters([str(runs["bias"][0])], models.BertConfig)
     with pytest.raises(LoraError, match="'bias' has no factors"):
-        assert alone.stack
+        assert alone.stack()
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "bias"])
