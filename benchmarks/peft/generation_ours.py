@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.peft.narrow import narrow
 from benchmarks.peft.worker import digest, prompts, serve
 from lora_jax import models
-from lora_jax.serving.generation import Decoder, stream
+from lora_jax.serving.generation import Decoder
 from lora_jax.serving.jobs import Prompt
 
 
@@ -24,7 +24,7 @@ def main() -> None:
 
     def run(count: int, tokens: int) -> np.ndarray:
         asked = [Prompt(row) for row in prompts(count, int(length))]
-        pieces = list(stream(decoders[count], asked, tokens))
+        pieces = list(decoders[count].read(decoders[count].submit(asked, tokens)))
         written = np.array([piece.token for piece in pieces]).reshape(tokens, count)
         return written.T
 

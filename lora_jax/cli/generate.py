@@ -153,12 +153,12 @@ def _opening(served: Served, asked: Prompts) -> str:
 def _closing(decoder: Decoder, count: int) -> str:
     speed, programs = decoder.speed, len(decoder.compiled)
     said = [f"{count:,} prompt{'s' * (count != 1)}"]
-    if speed.read:
-        rate = speed.read / max(speed.reading, 1e-9)
-        said.append(f"{speed.read:,} tokens read at {rate:,.0f}/s")
-    if speed.written:
-        rate = speed.written / max(speed.writing, 1e-9)
-        said.append(f"{speed.written:,} written at {rate:,.1f}/s")
+    if speed["read"]:
+        rate = speed["read"] / max(speed["reading"], 1e-9)
+        said.append(f"{speed['read']:,} tokens read at {rate:,.0f}/s")
+    if speed["written"]:
+        rate = speed["written"] / max(speed["writing"], 1e-9)
+        said.append(f"{speed['written']:,} written at {rate:,.1f}/s")
     if programs:
         seconds = sum(decoder.compiled.values())
         said.append(f"{seconds:.1f} s to compile {programs} program{'s' * (programs != 1)}")

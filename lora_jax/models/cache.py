@@ -107,9 +107,8 @@ def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = N
 def with_rows(cache: Cache, own: Cache, places: Array, shift: Array) -> Cache:
     """Replace the rows `places` of a cache by other ones of the same capacity.
 
-    Their slots are rotated by `shift`, so that they end where the next step writes: a query finds
-    tokens by their positions, so the slots may be in any order. A place that the cache does not have
-    is left out.
+    Their slots are rotated by `shift`, so that they end where the next step writes (a query finds
+    tokens by their positions). A place that the cache does not have is left out.
     """
 
     def put(into: Array, rows: Array, axis: int) -> Array:

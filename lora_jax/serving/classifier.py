@@ -13,7 +13,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -33,9 +32,9 @@ from lora_jax.layout import Layout
 from lora_jax.multi.stack import Stack, put, select
 from lora_jax.paths import Tree
 from lora_jax.serving import jsonl
+from lora_jax.serving.engine import Engine, Job
 from lora_jax.serving.jsonl import JsonLine, LineError
 from lora_jax.serving.served_adapters import BASE_NAME, Served, check_head
-from lora_jax.serving.turns import Turns
 from lora_jax.transform import adapt
 
 _HEAD = "classifier/out/"
@@ -71,33 +70,27 @@ def are_all(kind: type[Any], values: Any, least: int = 0) -> bool:
     )
 
 
-@dataclasses.dataclass(eq=False)
-class Scored:
-    """An example that waits for its scores.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Example(Job):
+    """An example that waits for its scores; the result is (its number, the scores [outputs]).
 
     row: the example, prepared.
-    adapter: the id of its adapter.
     length: the length of the batches that it fits in.
-    scores: its scores, [outputs] float32, or an error; None if it still waits.
     alone: whether it was in a batch that failed, and has its next one for itself.
     """
 
     row: Any
-    adapter: int
     length: int
-    scores: NDArray[np.float32] | BaseException | None = None
     alone: bool = False
 
 
-class Classifier(abc.ABC):
+class Classifier(Engine):
     """Computes the scores of examples, each with one of several adapters.
 
     Attributes:
       unit: the name of the examples, in the plural.
       tasks: id of an adapter -> its task.
       lengths: the lengths of batches, ascending.
-      turns: the turns of the threads that wait for scores.
-      compiled: (rows, length) of a batch -> seconds that its program took to compile.
     """
 
     unit: ClassVar[str]
@@ -105,21 +98,19 @@ class Classifier(abc.ABC):
 
     def __init__(self, served: Served, batch_size: int, slots: int | None = None) -> None:
         """Read the tasks and stack the heads. Nothing is compiled yet."""
-        self.tasks = {i: self.task_of(member) for i, member in served.slots.items()}
-        for i, member in served.slots.items():
-            check_head(member, self.tasks[i].outputs)
-        self.batch_size, self.compiled = batch_size, dict[tuple[int, int], float]()
-        self.turns = Turns(self.turn)
-        self._width = max(task.outputs for task in self.tasks.values())
-        model = self.prepare_model(served, self._width)
+        super().__init__()
+        self.tasks, self.batch_size = dict(enumerate(map(self.task_of, served.members))), batch_size
+        for member, task in zip(served.members, self.tasks.values(), strict=True):
+            check_head(member, task.outputs)
+        width = max(task.outputs for task in self.tasks.values())
+        model = self.prepare_model(served, width)
         self._layout, self._stacked = served.stack(slots)
-        self._params, self._flat = served.params, paths.flatten(served.params)
+        self._params, self._width = served.params, width
         self._trainable = self._heads(served.members, self._stacked.size)
         _check_apart(self._layout, self._trainable)
-        self._run = jax.jit(_mixed(self._layout, model))
-        self._programs: dict[tuple[int, int], Any] = {}
-        self._incoming, self._waiting = deque[Scored](), list[Scored]()
-        self._under_way = deque[tuple[list[Scored], jax.Array]]()
+        self._mixed = _mixed(self._layout, model)
+        self._incoming, self._waiting = deque[Example](), list[Example]()
+        self._under_way = deque[tuple[list[Example], jax.Array]]()
 
     @staticmethod
     @abc.abstractmethod
@@ -158,72 +149,53 @@ class Classifier(abc.ABC):
         return (f"{count:,} {self.unit if count != 1 else self.unit[:-1]}",)
 
     def add(self, i: int, member: SavedAdapter) -> None:
-        """Put an adapter into the slot `i`, between two turns. Nothing is compiled again."""
+        """See `Engine`."""
         task = self.task_of(member)
         check_head(member, task.outputs)
-        room = (self._width, self.lengths[-1])
-        if task.outputs > room[0] or max(task.lengths, default=0) > room[1]:
+        if task.outputs > self._width or max(task.lengths, default=0) > self.lengths[-1]:
             raise LoraError(
-                f"adapter {member.name!r} has {task.outputs} outputs and lengths {task.lengths}; "
-                f"there is room for {room[0]} outputs and texts of {room[1]} tokens"
+                f"it has {task.outputs} outputs and lengths {task.lengths}; there is room for "
+                f"{self._width} outputs and texts of {self.lengths[-1]} tokens"
             )
-        fresh = [path for path in member.trainable if path not in self._trainable]
-        if fresh:
-            raise LoraError(
-                f"adapter {member.name!r} was trained together with {fresh[0]!r}, and no other "
-                "one was"
-            )
+        if fresh := [path for path in member.trainable if path not in self._trainable]:
+            raise LoraError(f"it was trained together with {fresh[0]!r}, and no other one was")
         own = {path: x[0] for path, x in self._heads([member], 1, self._trainable).items()}
         self._stacked = put(self._layout, self._stacked, i, Adapter(*member.adapter[:2]))
         self._trainable = _replaced(self._trainable, own, np.int32(i))
         self.tasks[i] = task
 
-    def submit(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Scored]:
-        """Let examples wait for their scores, the shortest first; who reads them takes turns."""
-        rows = self.prepare(adapters, examples)
-        found = [Scored(x, i, self.length_of(x)) for x, i in zip(rows, adapters, strict=True)]
-        self._incoming.extend(sorted(found, key=lambda one: one.length))
-        return found
-
-    def scores(
-        self, adapters: Sequence[int], examples: Sequence[Any]
-    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Classify examples: yield (i, outputs [C] of examples[i]) as they come."""
-        return self.read(self.submit(adapters, examples))
-
-    def read(self, found: Sequence[Scored]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield (i, scores of found[i]) as they come, and take turns when there are none."""
-        left = dict(enumerate(found))
-        while left:
-            self.turns.until(lambda: any(one.scores is not None for one in left.values()))
-            for i, one in tuple(left.items()):
-                if isinstance(one.scores, BaseException):
-                    raise one.scores
-                if one.scores is not None:
-                    yield i, left.pop(i).scores
+    def submit(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Example]:
+        """Let examples wait for their scores, the shortest first."""
+        rows = enumerate(self.prepare(adapters, examples))
+        jobs = [
+            Example(number=i, adapter=adapters[i], row=row, length=self.length_of(row))
+            for i, row in rows
+        ]
+        self._incoming.extend(sorted(jobs, key=lambda job: job.length))
+        return jobs
 
     def busy(self) -> set[int]:
-        """Return the ids of the adapters that are still waited for."""
-        under_way = [one for batch, _ in self._under_way for one in batch]
-        return {one.adapter for one in (*self._incoming, *self._waiting, *under_way)}
+        """See `Engine`."""
+        under_way = [job for batch, _ in self._under_way for job in batch]
+        return {job.adapter for job in (*self._incoming, *self._waiting, *under_way)}
 
     def turn(self) -> None:
         """Start a batch, and take the outputs of an earlier one."""
         while self._incoming:
             self._waiting.append(self._incoming.popleft())
         if self._waiting:
-            length, alone = self._waiting[0].length, self._waiting[0].alone
-            fit = [one for one in self._waiting if one.length == length and not one.alone]
-            batch = self._waiting[:1] if alone else fit[: self.batch_size]
+            first = self._waiting[0]
+            fit = [job for job in self._waiting if job.length == first.length and not job.alone]
+            batch = [first] if first.alone else fit[: self.batch_size]
             taken = {*map(id, batch)}
-            self._waiting = [one for one in self._waiting if id(one) not in taken]
+            self._waiting = [job for job in self._waiting if id(job) not in taken]
             self._try(batch, lambda: self._under_way.append((batch, self._started(batch))))
         if self._under_way and (len(self._under_way) > _AHEAD or not self._waiting):
             batch, outputs = self._under_way.popleft()
-            self._try(batch, lambda: self._taken(batch, outputs))
+            self._try(batch, lambda: self._taken_from(outputs, batch))
 
     def warm_up(self) -> None:
-        """Compile all programs. Between two turns."""
+        """See `Engine`."""
         for length in self.lengths:
             for rows in self._sizes:
                 arrays = tuple(np.repeat(x, rows, axis=0) for x in self.blank(length))
@@ -235,40 +207,34 @@ class Classifier(abc.ABC):
         powers = range(self.batch_size.bit_length() // 2 + 1)
         return sorted({min(4**power, self.batch_size) for power in powers} | {self.batch_size})
 
-    def _try(self, batch: list[Scored], work: Callable[[], object]) -> None:
+    def _try(self, batch: list[Example], work: Callable[[], object]) -> None:
         """Do something for a batch; if it fails, each example is tried alone, to find the cause."""
         try:
             work()
         except BaseException as error:
-            for one in batch:
-                if one.alone or not isinstance(error, Exception):
-                    one.scores = error
-            self._waiting += [one for one in batch if one.scores is None]
-            for one in batch:
-                one.alone = True
+            for job in batch:
+                if job.alone or not isinstance(error, Exception):
+                    job.end(error)
+                job.alone = True
+            self._waiting += [job for job in batch if not job.over]
             if not isinstance(error, Exception):
                 raise
 
-    def _started(self, batch: list[Scored]) -> jax.Array:
+    def _started(self, batch: list[Example]) -> jax.Array:
         """Start a batch, filled with copies of its rows."""
         rows = next(size for size in self._sizes if size >= len(batch))
-        ids = np.resize(np.array([one.adapter for one in batch], np.int32), rows)
-        copies = [batch[row % len(batch)].row for row in range(rows)]
-        return self._call(ids, self.arrays(copies))
+        copies = [batch[row % len(batch)] for row in range(rows)]
+        ids = np.array([job.adapter for job in copies], np.int32)
+        return self._call(ids, self.arrays([job.row for job in copies]))
 
     def _call(self, ids: NDArray[np.int32], batch: tuple[NDArray[Any], ...]) -> jax.Array:
-        """Return the outputs [rows, widest]. A compiled program accepts only one shape."""
-        key = batch[0].shape[:2]
+        """Return the outputs [rows, widest]."""
         arguments = (self._params, self._stacked, self._trainable, ids, batch)
-        if key not in self._programs:
-            start = time.monotonic()
-            self._programs[key] = self._run.lower(*arguments).compile()
-            self.compiled[key] = time.monotonic() - start
-        return self._programs[key](*arguments)
+        return self._run(batch[0].shape[:2], self._mixed, *arguments)
 
-    def _taken(self, batch: list[Scored], outputs: jax.Array) -> None:
-        for one, row in zip(batch, np.asarray(outputs), strict=False):
-            one.scores = row[: self.tasks[one.adapter].outputs]
+    def _taken_from(self, outputs: jax.Array, batch: list[Example]) -> None:
+        for job, row in zip(batch, np.asarray(outputs), strict=False):
+            job.end((job.number, row[: self.tasks[job.adapter].outputs]))
 
     def _heads(
         self, members: Sequence[SavedAdapter], slots: int, known: Collection[str] = ()
@@ -278,9 +244,9 @@ class Classifier(abc.ABC):
         An adapter that did not train a parameter has the base's. Heads are padded to the widest.
         Without `known`, the paths are those that a member trained.
         """
-        stacked, width = {}, self._width
+        stacked, width, base = {}, self._width, paths.flatten(self._params)
         for path in known or dict.fromkeys(path for member in members for path in member.trainable):
-            each: list[Any] = [m.trainable.get(path, self._flat.get(path)) for m in members]
+            each: list[Any] = [m.trainable.get(path, base.get(path)) for m in members]
             without = [m.name for m, x in zip(members, each, strict=True) if x is None]
             if without:
                 raise LoraError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_jax.errors import LoraError
 from lora_jax.multi.stack import BASE
+from lora_jax.serving.engine import Job
 from lora_jax.serving.sampling import GREEDY, Sampling
 
 
@@ -44,59 +44,38 @@ class Piece(NamedTuple):
     finish: str | None
 
 
-@dataclasses.dataclass(eq=False)
-class Job:
-    """A prompt that waits or is being continued.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Writing(Job):
+    """A text that is written, or waits for a row; its results are pieces.
 
-    number: its number among the prompts that were given with it.
     limit: the largest number of tokens that can be written.
-    pieces: the pieces that nobody has read yet; an error is the last.
     started, written: the numbers of tokens whose computation has begun, and that were read.
-    over: whether no more pieces will come. Set it to cancel the job: its row is then free.
     """
 
     prompt: Prompt
-    number: int
-    limit: int
-    sampling: Sampling
-    pieces: deque[Piece | BaseException] = dataclasses.field(default_factory=deque)
+    limit: int = 1
+    sampling: Sampling = GREEDY
     started: int = 0
     written: int = 0
-    over: bool = False
-
-    def end(self, piece: Piece | BaseException) -> None:
-        """Add the last piece."""
-        self.pieces.append(piece)
-        self.over = True
 
 
-class Rows(NamedTuple):
-    """The jobs in the rows of a program; every array has the rows first.
+def rows_of(jobs: Mapping[int, Writing], count: int) -> dict[str, NDArray[Any]]:
+    """Return the arguments of a program that writes the next token of each job in its row.
 
-    live: whether there is a job.
-    adapters: the numbers of the adapters.
-    numbers: the numbers of the prompts.
-    steps: the numbers of the tokens in their texts.
-    how: their sampling, as `choose` takes it.
+    They are the numbers of the adapters, of the prompts, and of the tokens in their texts, whether
+    there is a job in the row ("live"), and the settings of `choose`; all [count].
     """
-
-    live: NDArray[np.bool_]
-    adapters: NDArray[np.int32]
-    numbers: NDArray[np.int32]
-    steps: NDArray[np.int32]
-    how: Mapping[str, Any]
-
-    @staticmethod
-    def of(jobs: Mapping[int, Job], count: int) -> Rows:
-        """Return `count` rows, in which the jobs write their next tokens."""
-        found = [jobs.get(row) for row in range(count)]
-        whole = [(j.prompt.adapter, j.number, j.started) if j else (BASE, 0, 0) for j in found]
-        numbers = [(j.sampling if j else GREEDY).numbers for j in found]
-        how = {name: np.stack([each[name] for each in numbers]) for name in numbers[0]}
-        return Rows(np.array([j is not None for j in found]), *np.array(whole, np.int32).T, how)
+    empty = Writing(prompt=Prompt([]), adapter=BASE)
+    found = [jobs.get(row, empty) for row in range(count)]
+    numbers: list[dict[str, Any]] = [
+        {"live": job is not empty, "adapter": np.int32(job.adapter), "row": np.int32(job.number)}
+        | {"step": np.int32(job.started), **job.sampling.numbers}
+        for job in found
+    ]
+    return {name: np.stack([each[name] for each in numbers]) for name in numbers[0]}
 
 
-def hand_out(tokens: Any, jobs: Mapping[int, Job]) -> None:
+def hand_out(tokens: Any, jobs: Mapping[int, Writing]) -> None:
     """Give each job the token of its row, unless it is over by now."""
     for row, token in enumerate(np.asarray(tokens).tolist()):
         if (job := jobs.get(row)) is None or job.over:
@@ -104,9 +83,9 @@ def hand_out(tokens: Any, jobs: Mapping[int, Job]) -> None:
         job.written += 1
         if token < 0:
             message = (
-                f"prompt {job.number}: adapter {job.prompt.adapter} (counted from 0; {BASE} "
-                "is the base) gives logits that are not finite: its factors, or the base, hold "
-                "NaN or infinity, or are too large"
+                f"prompt {job.number}: adapter {job.adapter} (counted from 0; {BASE} is the base) "
+                "gives logits that are not finite: its factors, or the base, hold NaN or infinity, "
+                "or are too large"
             )
             job.end(LoraError(message))
         elif token in job.prompt.stop:
@@ -114,4 +93,4 @@ def hand_out(tokens: Any, jobs: Mapping[int, Job]) -> None:
         elif job.written == job.limit:
             job.end(Piece(job.number, token, "length"))
         else:
-            job.pieces.append(Piece(job.number, token, None))
+            job.results.append(Piece(job.number, token, None))

@@ -100,7 +100,7 @@ class Prompts:
         added = tokenizer.get_added_tokens_decoder().values()
         self._added = [token.content for token in added]
         self._control = tuple(token.content for token in added if token.special)
-        self._tokenizer, self._chat = tokenizer, chat
+        self.tokenizer, self._chat = tokenizer, chat
         self.templates, self.chats = dict[str, Template](), dict[str, ChatTemplate]()
         if chat and served.source.chat_template is not None:
             self.chats[BASE_NAME] = chat_files.open_template(served.source)
@@ -122,13 +122,13 @@ class Prompts:
             if isinstance(own, str):
                 base = ChatTemplate(own, source.special_tokens, str(member.folder))
             self.chats[name] = base or chat_files.open_template(source)
-        self._stops[name] = self._common | _end_ids(self._tokenizer, member)
+        self._stops[name] = self._common | _end_ids(self.tokenizer, member)
         self._end(name)
 
     def _end(self, name: str) -> None:
         """Add the token that ends a turn in the chat template of an adapter."""
         if name in self.chats and (end := end_of_turn(self.chats[name], self._added)) is not None:
-            found = self._tokenizer.token_to_id(end)
+            found = self.tokenizer.token_to_id(end)
             self._stops[name] = self._stops[name] | (set() if found is None else {found})
 
     def all(

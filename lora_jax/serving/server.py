@@ -18,7 +18,7 @@ from lora_jax.serving.prompts import FIELD, Prompts, Request
 from lora_jax.serving.sampling import GREEDY, Sampling
 from lora_jax.serving.served_adapters import BASE_NAME, Served
 from lora_jax.serving.text_classifier import TextClassifier
-from lora_jax.serving.texts import Texts
+from lora_jax.serving.texts import Texts, decoded
 
 Names = str | Sequence[str] | None
 
@@ -196,7 +196,8 @@ class Server:
                 "parameters of the base itself: run the base alone, with --base and no --adapter"
             )
         jobs = self.decoder.submit([r.prompt for r in requests], max_new_tokens, sampling)
-        return Texts(self.decoder, jobs, requests, self._served.source.tokenizer())
+        pieces = decoded(self.decoder.read(jobs), requests, self._prompts.tokenizer)
+        return Texts(pieces, jobs)
 
     def add(self, name: str, adapter: str | pathlib.Path) -> None:
         """Open one more adapter, and put it into a free slot.
@@ -220,7 +221,7 @@ class Server:
         member = self._served.read(name, str(adapter), self._allow_other_base)
         if isinstance(self._engine, Decoder):
             _check_alone([*self._served.members, member])
-        self._engine.turns.do(lambda: self._put(member))
+        self._engine.between_turns(lambda: self._put(member))
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Its slot is free when the requests that came before are answered.
@@ -243,7 +244,7 @@ class Server:
           The seconds that it took.
         """
         began = time.monotonic()
-        self._engine.turns.do(self._warm_up)
+        self._engine.between_turns(self._warm_up)
         return time.monotonic() - began
 
     def _put(self, member: SavedAdapter) -> None:

@@ -8,8 +8,8 @@ from typing import Self
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from lora_jax.serving.generation import Decoder, read
-from lora_jax.serving.jobs import Job, Piece
+from lora_jax.serving.engine import Job
+from lora_jax.serving.jobs import Piece
 from lora_jax.serving.prompts import Request
 
 
@@ -42,22 +42,14 @@ def decoded(
 
 
 class Texts(Iterator[TextPiece]):
-    """Yields the parts of one text or of several as they are written.
+    """Yields the pieces of one text or of several as they are written.
 
     Closing it, leaving its `with` block or dropping it cancels what is not written yet, and frees
-    the rows of the batch. The parts that nobody takes are kept until they are taken.
+    the rows of the batch. Pieces that nobody takes are kept.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        jobs: Sequence[Job],
-        requests: Sequence[Request],
-        tokenizer: Tokenizer,
-    ) -> None:
-        """Write the texts of `requests`, which wait as `jobs`."""
-        self._jobs = jobs
-        self._pieces = decoded(read(decoder, jobs), requests, tokenizer)
+    def __init__(self, pieces: Iterator[TextPiece], jobs: Sequence[Job]) -> None:
+        self._pieces, self._jobs = pieces, jobs
 
     def __next__(self) -> TextPiece:
         return next(self._pieces)

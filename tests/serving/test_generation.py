@@ -15,7 +15,7 @@ import lora_jax
 from lora_jax import models
 from lora_jax.errors import LoraError
 from lora_jax.models import cache as caches
-from lora_jax.serving.generation import Decoder, read, rounded, stream
+from lora_jax.serving.generation import Decoder, rounded
 from lora_jax.serving.jobs import Prompt
 from lora_jax.serving.sampling import Sampling, choose
 from tests.models.options import FAMILIES
@@ -72,7 +72,7 @@ def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> 
     narrow = Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG), rows=2, capacity=18)
     assert generate(narrow, ALL, max_new_tokens=NEW) == mixed
     assert generate(narrow, ALL, max_new_tokens=NEW) == mixed  # where the ring goes on
-    pieces = list(stream(narrow, ALL, max_new_tokens=NEW))
+    pieces = list(narrow.read(narrow.submit(ALL, NEW)))
     for row, found in enumerate(mixed):
         own = [piece for piece in pieces if piece.row == row]
         assert [piece.token for piece in own] == found.tokens
@@ -281,11 +281,11 @@ def test_an_adapter_that_is_not_finite(
         generate(decoder, ALL[:1], max_new_tokens=NEW)
     others = decoder.submit(ALL[1:], NEW)
     broke = decoder.submit(ALL[:1], NEW)
-    found = list(read(decoder, others))
+    found = list(decoder.read(others))
     assert [p.token for p in found if p.row == 0] == mixed[1].tokens
     assert [p.token for p in found if p.row == 3] == mixed[4].tokens
     with pytest.raises(LoraError, match="not finite"):
-        list(read(decoder, broke))
+        list(decoder.read(broke))
 
 
 def test_nothing_to_write(decoder: Decoder) -> None:
