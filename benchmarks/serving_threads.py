@@ -69,8 +69,10 @@ def write_adapters(folder: pathlib.Path) -> None:
     source = models.open(str(folder / "base"))
     params = source.load()
 
+    config: Any = source.config
+
     def apply(params: Any, ids: Any) -> Any:
-        return models.DecoderModel(source.config).apply({"params": params}, ids)
+        return models.DecoderModel(config).apply({"params": params}, ids)
 
     for rank, name in enumerate("abcd", 1):
         spec = lora_jax.LoraSpec(rank, 2.0 * rank, targets=("layers_*/attention/*/kernel",))
@@ -94,9 +96,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=60, help="different prompts")
     options = parser.parse_args()
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
-    )
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     draw = random.Random(0)
     prompts = [
         " ".join(draw.choices(WORDS, k=draw.randint(1, LONGEST))) for _ in range(options.prompts)
@@ -110,7 +115,7 @@ def main() -> None:
 
 def served(folder: pathlib.Path, prompts: list[str], requests: int, compiled: list[str]) -> str:
     """Serve all requests, check the answers, and return the figures."""
-    alone = {}
+    alone: dict[tuple[str, str], str] = {}
     for own in "abcd":
         single = serving.open(folder / own, slots=1, batch_size=1, max_tokens=64)
         found = single.generate(prompts, max_new_tokens=NEW)
@@ -168,7 +173,7 @@ def served(folder: pathlib.Path, prompts: list[str], requests: int, compiled: li
     growth, error = slope(numbers[first:], memory[first:])
     return "\n".join([
         f"warm_up {warm:.1f} s, {before} compilations until then",
-        f"{requests:,} requests of {THREADS} threads in {seconds:.1f} s, {requests / seconds:.0f}/s",
+        f"{requests:,} requests, {THREADS} threads: {seconds:.1f} s: {requests / seconds:.0f}/s",
         f"{cancelled[0]:,} streams cancelled, {swaps[0]:,} adapters put into slots under load",
         f"{len(wrong)} wrong answers {wrong[:3] or ''}",
         f"{len(compiled) - before} compilations after warm_up",

@@ -71,7 +71,7 @@ def are_all(kind: type[Any], values: Any, least: int = 0) -> bool:
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Example(Job):
+class ScoredExample(Job):
     """An example that waits for its scores; the result is (its number, the scores [outputs]).
 
     row: the example, prepared.
@@ -109,8 +109,8 @@ class Classifier(Engine):
         self._trainable = self._heads(served.members, self._stacked.size)
         _check_apart(self._layout, self._trainable)
         self._mixed = _mixed(self._layout, model)
-        self._incoming, self._waiting = deque[Example](), list[Example]()
-        self._under_way = deque[tuple[list[Example], jax.Array]]()
+        self._incoming, self._waiting = deque[ScoredExample](), list[ScoredExample]()
+        self._under_way = deque[tuple[list[ScoredExample], jax.Array]]()
 
     @staticmethod
     @abc.abstractmethod
@@ -164,11 +164,11 @@ class Classifier(Engine):
         self._trainable = _replaced(self._trainable, own, np.int32(i))
         self.tasks[i] = task
 
-    def submit(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Example]:
+    def submit(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[ScoredExample]:
         """Let examples wait for their scores, the shortest first."""
         rows = enumerate(self.prepare(adapters, examples))
         jobs = [
-            Example(number=i, adapter=adapters[i], row=row, length=self.length_of(row))
+            ScoredExample(number=i, adapter=adapters[i], row=row, length=self.length_of(row))
             for i, row in rows
         ]
         self._incoming.extend(sorted(jobs, key=lambda job: job.length))
@@ -207,7 +207,7 @@ class Classifier(Engine):
         powers = range(self.batch_size.bit_length() // 2 + 1)
         return sorted({min(4**power, self.batch_size) for power in powers} | {self.batch_size})
 
-    def _try(self, batch: list[Example], work: Callable[[], object]) -> None:
+    def _try(self, batch: list[ScoredExample], work: Callable[[], object]) -> None:
         """Do something for a batch; if it fails, each example is tried alone, to find the cause."""
         try:
             work()
@@ -220,7 +220,7 @@ class Classifier(Engine):
             if not isinstance(error, Exception):
                 raise
 
-    def _started(self, batch: list[Example]) -> jax.Array:
+    def _started(self, batch: list[ScoredExample]) -> jax.Array:
         """Start a batch, filled with copies of its rows."""
         rows = next(size for size in self._sizes if size >= len(batch))
         copies = [batch[row % len(batch)] for row in range(rows)]
@@ -232,7 +232,7 @@ class Classifier(Engine):
         arguments = (self._params, self._stacked, self._trainable, ids, batch)
         return self._run(batch[0].shape[:2], self._mixed, *arguments)
 
-    def _taken_from(self, outputs: jax.Array, batch: list[Example]) -> None:
+    def _taken_from(self, outputs: jax.Array, batch: list[ScoredExample]) -> None:
         for job, row in zip(batch, np.asarray(outputs), strict=False):
             job.end((job.number, row[: self.tasks[job.adapter].outputs]))
 
@@ -242,7 +242,7 @@ class Classifier(Engine):
         """Stack the parameters that any adapter trained in full: `{path: [slots, ...]}`.
 
         An adapter that did not train a parameter has the base's. Heads are padded to the widest.
-        Without `known`, the paths are those that a member trained.
+        The paths are `known`, or all that a member trained.
         """
         stacked, width, base = {}, self._width, paths.flatten(self._params)
         for path in known or dict.fromkeys(path for member in members for path in member.trainable):

@@ -32,7 +32,9 @@ from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.models import cache as caches
-from lora_jax.multi.stack import BASE, Stack, put, select, stack
+from lora_jax.multi.stack import BASE, Stack, select
+from lora_jax.multi.stack import put as put_into
+from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
 from lora_jax.serving.engine import Engine
 from lora_jax.serving.jobs import Prompt, Writing, hand_out, rows_of
@@ -91,9 +93,13 @@ class Decoder(Engine):
         """See `Engine`. The first adapter of a decoder without any makes a stack in its shapes."""
         adapter = Adapter(*member.adapter[:2])
         if self._layout is None:
-            self._use(*stack([adapter], size=self.slots))
+            self._use(*stack_adapters([adapter], size=self.slots))
         if self._layout is not None and self.stacked is not None:
-            self.stacked = put(self._layout, self.stacked, i, adapter)
+            self.stacked = put_into(self._layout, self.stacked, i, adapter)
+
+    def put(self, params: Tree, stacked: Stack | None = None) -> None:
+        """Go on with other arrays of the same shapes, and free the cache until the next prompt."""
+        self._params, self.stacked, self._state = params, stacked, None
 
     def submit(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 128, sampling: Sampling = GREEDY

@@ -20,7 +20,7 @@ from lora_jax.serving.served_adapters import BASE_NAME, Served
 from lora_jax.serving.text_classifier import TextClassifier
 from lora_jax.serving.texts import Texts, decoded
 
-Names = str | Sequence[str] | None
+AdapterNames = str | Sequence[str] | None
 
 
 class Answer(NamedTuple):
@@ -86,7 +86,7 @@ class Server:
             return self._engine
         raise LoraError(f"{self._served.reference} is a decoder: use generate() or stream()")
 
-    def predict(self, texts: Sequence[Any], adapter: Names = None) -> list[dict[str, Any]]:
+    def predict(self, texts: Sequence[Any], adapter: AdapterNames = None) -> list[dict[str, Any]]:
         """Classify texts or images.
 
         Args:
@@ -107,7 +107,10 @@ class Server:
                 line = JsonLine({"adapter": name}, f"text {number}")
                 fields = tasks[adapter_of(line, self._served)].fields
             if not isinstance(text, Mapping):
-                text = dict(zip(fields, (text,) if isinstance(text, str) else text, strict=False))
+                given = (text,) if isinstance(text, str) else tuple(text)
+                if len(given) != len(fields):
+                    raise LoraError(f"{line.where}: {len(given)} texts, expected {fields}")
+                text = dict(zip(fields, given, strict=True))
             lines.append(JsonLine({**text, **line.value}, line.where))
         return list(self.answers(lines))
 
@@ -120,7 +123,7 @@ class Server:
     def generate(
         self,
         prompts: Sequence[Any],
-        adapter: Names = None,
+        adapter: AdapterNames = None,
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
@@ -130,8 +133,8 @@ class Server:
         Args:
           prompts: each is a text, a conversation (a list of messages, `{"role": ..., "content":
             ...}`), or a mapping with the fields of the prompt that the adapter was trained on.
-          adapter: the name of the adapter, or one name for each prompt; "base" is no adapter. None:
-            the only one, or the base.
+          adapter: the name of the adapter, or one name for each prompt; "base" stands for the
+            base alone. None: the only one, or the base.
           max_new_tokens: the largest number of tokens of a text.
           sampling: how tokens are chosen. The samples depend on its seed and on the place of the
             prompt among `prompts`, and not on other requests.
@@ -162,7 +165,7 @@ class Server:
 
         Args:
           prompt: a text, a conversation or a mapping, as for `generate`.
-          adapter: the name of the adapter; "base" is no adapter.
+          adapter: as for `generate`.
           max_new_tokens: the largest number of tokens of the text.
           sampling: how tokens are chosen.
 
@@ -175,7 +178,7 @@ class Server:
         """
         return self._asked([prompt], adapter, max_new_tokens, sampling)
 
-    def _asked(self, prompts: Sequence[Any], adapter: Names, *how: Any) -> Texts:
+    def _asked(self, prompts: Sequence[Any], adapter: AdapterNames, *how: Any) -> Texts:
         self.decoder  # noqa: B018  the error of an encoder
         asked = list[JsonLine]()
         for number, (prompt, name) in enumerate(_each(prompts, adapter), 1):
@@ -288,7 +291,7 @@ class Server:
         self._engine.warm_up()
 
 
-def _each(things: Sequence[Any], adapter: Names) -> list[tuple[Any, str | None]]:
+def _each(things: Sequence[Any], adapter: AdapterNames) -> list[tuple[Any, str | None]]:
     """Return each text or prompt with the name of its adapter."""
     if isinstance(things, str | Mapping):
         raise LoraError(f"expected a list, got {str(things)[:80]!r} alone; put it into a list")

@@ -36,6 +36,8 @@ def classification(config: TextConfig) -> Workload:
     )
     smoothing = config.label_smoothing
     require(smoothing == 0, "label_smoothing", smoothing, "0 for a classifier")
+    count = config.samples.prompts
+    require(count == 0, "samples.prompts", count, "0 for a classifier")
     data = text.open_text(config, batches_of, source)
     labels = data.train.labels or Labels(())
     model_config = config.model.apply_to(source.config)

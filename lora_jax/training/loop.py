@@ -88,7 +88,8 @@ class Loop:
 
     def evaluate_before(self) -> None:
         """Evaluate every split before the first step."""
-        self.run.evaluate_before(self.batch_loss(self.state.trained))
+        trained = self.state.trained
+        self.run.evaluate_before(self.batch_loss(trained), trained=lambda: trained)
 
     def validate(self, step: int) -> None:
         """Evaluate on the validation split if there is one, and save the adapter if it is best."""

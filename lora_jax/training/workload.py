@@ -117,6 +117,8 @@ class Workload:
       common: how several runs can share this workload. None: every member of a group loads the base
         to check that it is the same, and all must have the same shapes.
       about: JSON values that users of the adapters need; exported with the adapters.
+      samples: `samples(layout, params, adapters)` returns texts that the model writes, and their
+        scores, which join the scores of the validation split (`lora_jax.training.samples`).
       floats: if the weights are quantised while they are loaded, the workload without this
         (`lora_jax.training.quantised`).
     """
@@ -141,6 +143,7 @@ class Workload:
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     common: Common | None = None
     reference: Callable[[Any, Any], jax.Array] | None = None
+    samples: Callable[..., Any] | None = None
     floats: Workload | None = None
 
     def arrays(self, shardings: Tree) -> Tree:

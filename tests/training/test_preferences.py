@@ -30,6 +30,7 @@ ZERO = {
     "ipo": 1 / (4 * 0.3**2),
     "apo_zero": 1.0,
     "nca_pair": 2 * np.log(2),
+    "kto": 0.5,
 }
 
 
@@ -62,6 +63,7 @@ def written_out(name: str, c: float, r: float, n: tuple[int, int], beta: float, 
             "nca_pair": lambda: (
                 -np.log(s(beta * c)) - (np.log(s(-beta * c)) + np.log(s(-beta * r))) / 2
             ),
+            "kto": lambda: 1 - s(beta * d),
             "orpo": lambda: -up - beta * np.log(s(odds)),
             "simpo": lambda: -np.log(s(beta * (up - down) - 0.5)),
         }[name]()
@@ -158,9 +160,10 @@ def test_the_reference_of_a_dry_run(
     assert re.search(r"loss +0\.6931", capsys.readouterr().out)
 
 
-def test_loss_and_gradient_are_those_of_two_models(folder: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", ["sigmoid", "kto"])
+def test_loss_and_gradient_are_those_of_two_models(name: LossName, folder: pathlib.Path) -> None:
     """The reference is computed here by another copy of the model, from whole logits."""
-    config = config_of(folder)
+    config = config_of(folder, preference=name, undesirable_weight=0.5)
     made = preferences(config)
     params = made.load(None) if made.load is not None else made.params
     batch = next(iter(made.train(Shard())))
@@ -178,13 +181,17 @@ def test_loss_and_gradient_are_those_of_two_models(folder: pathlib.Path) -> None
             return (chosen.reshape(batch["targets"].shape) * batch["loss_weight"]).sum(-1)
 
         ratio = logps(policy) - logps(reference)
+        if name == "kto":
+            far = jax.lax.stop_gradient(jnp.maximum(0, ratio[:, 1].mean()))
+            good = jax.nn.sigmoid(0.5 * (far - ratio[:, 0]))
+            return jnp.mean(jnp.where(batch["good"] == 1, good, 0.5 * (1 - good)))
         return -jnp.mean(jax.nn.log_sigmoid(0.5 * (ratio[:, 0] - ratio[:, 1])))
 
     def ours(policy: Any) -> jax.Array:
         assert made.reference is not None
         start = made.apply(other, batch, train=False, key=None)
         full = {**batch, "reference": made.reference(start, batch)}
-        found = loss(config, made.apply(policy, full, train=False, key=None), full)
+        found = loss(config, made.apply(policy, full, train=True, key=None), full)
         return found.total / found.weight
 
     expected, slopes = jax.jit(jax.value_and_grad(direct))(params, other)
@@ -220,3 +227,54 @@ def test_a_pair_is_whole_or_left_out(folder: pathlib.Path, tmp_path: pathlib.Pat
     assert batch["weight"].tolist() == [1, 0]  # the second row only fills the batch
     assert batch["loss_weight"][0].sum(-1).tolist() == [2, 3]  # with the end
     assert batches.facts().examples == 1
+
+
+def judged_rows(folder: pathlib.Path, tmp_path: pathlib.Path) -> tuple[DataConfig, Words]:
+    """Five answers, of which the first two are good, and the words of the base."""
+    rows = [
+        {"prompt": f"word{i} " * (i + 1), "completion": f" word{9 - i}" * (5 - i), "label": i < 2}
+        for i in range(5)
+    ]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(str(tmp_path / "judged.jsonl"), eos="word13", max_length=8, buckets=(6, 8))
+    return config, causal_lm.words_of(causal_lm.models.open(str(folder / "base")))
+
+
+def test_a_judged_answer_comes_with_that_before_it(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its prompt is followed by the answer before it in the batch, cut to the longest row."""
+    config, words = judged_rows(folder, tmp_path)
+    (batch,) = pairs_of(config, words, "train", 6, judged=True)
+    names = lambda ids: words.tokenizer.decode(ids.tolist()).split()  # noqa: E731
+    assert batch["good"].tolist() == [1, 1, 0, 0, 0, 1]
+    assert batch["weight"].tolist() == [1, 1, 1, 1, 1, 0]
+    own, other = batch["input_ids"][1]
+    assert names(own)[:6] == ["word1"] * 2 + ["word8"] * 4
+    assert names(other)[:7] == ["word1"] * 2 + ["word9"] * 5
+    assert batch["loss_weight"][1].sum(-1).tolist() == [5, 6]  # with the end
+    assert names(batch["input_ids"][0, 1])[:2] == ["word0", "word5"]  # the last is before the first
+    assert batch["input_ids"].shape == (6, 2, 8)
+
+
+def test_parts_of_a_batch_of_judged_answers(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Two processes together have the batch that one has."""
+    config, words = judged_rows(folder, tmp_path)
+    batches = pairs_of(config, words, "train", 4, judged=True, shuffle=True)
+    halves = [batches.iterator(Shard((i,), 2)) for i in range(2)]
+    for whole, *parts in zip(batches, *halves, strict=True):
+        for name, value in whole.items():
+            np.testing.assert_array_equal(value, np.concatenate([part[name] for part in parts]))
+
+
+def test_judged_answers_are_learned(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """KTO begins at 1/2 and tells good answers from bad ones; pairs are taken apart."""
+    summary = runs.train_in(tmp_path / "run", config_of(folder, preference="kto"))
+    before, after = (summary[k]["validation"] for k in ("before", "after"))
+    np.testing.assert_allclose(before["loss"], 0.5, rtol=1e-6)
+    assert before["kl"] == 0
+    assert after["loss"] < 0.48
+    assert after["rewards/chosen"] > after["rewards/rejected"]
+    config, words = judged_rows(folder, tmp_path)
+    with pytest.raises(DataError, match=r"form 'judged' \(--preference kto learns from them\)"):
+        pairs_of(config, words, "train", 2)
