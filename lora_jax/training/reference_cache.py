@@ -2,8 +2,8 @@
 
 A file has the values of one reference: its name is a hash of the base, of the adapter that the run
 begins with, and of what else decides the bits. An example is found by a hash of its tokens, so by
-its data, its template, and the shape of its batch. The values are those of a second forward pass,
-which is taken for batches with an example that is not known yet.
+its data, its template, and the shape of its batch. A batch with an example that is not known yet
+takes a second forward pass, whose values are kept.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ReferenceCache:
         self._new = False
 
     def _learn(self, ahead: int) -> None:
-        """Read values from the device, except those of the last `ahead` batches."""
+        """Read values from the device, for all but the last `ahead` batches."""
         while len(self._pending) > ahead:
             keys, value = self._pending.popleft()
             rows = np.asarray(value)
