@@ -63,6 +63,13 @@ class Judged:
         return ((self.said, self.good),)
 
 
+def answers(said: Said | Preference | Judged) -> tuple[Said, ...]:
+    """Return the one text of an example, or the better and the worse of a pair."""
+    if isinstance(said, Preference | Judged):
+        return tuple(answer for answer, _ in said.judged)
+    return (said,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """A form of examples.

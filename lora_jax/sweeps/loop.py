@@ -66,7 +66,7 @@ def run(
         for name, own in _configs(config, path).items():
             stack.enter_context(directory.enter(name, own))
             if directory.summary(path / name) is None:
-                waiting[name] = own
+                waiting[name] = directory.dated(path / name, own)
         while waiting:
             key = next(iter(waiting.values())).group_key
             alike = {name: own for name, own in waiting.items() if own.group_key == key}

@@ -41,7 +41,7 @@ def causal_lm(config: TextConfig) -> Workload:
     select = config.select or "loss"
     own = samples.functions(config.samples)
     check_select(select, [*scores.names(scores.token_scores), *own])
-    words = words_of(source, config.data.template)
+    words = words_of(source, config.data.template, config.day)
     model = models.DecoderModel(model_config)
     return pretrained.workload(
         config,
@@ -62,12 +62,12 @@ def causal_lm(config: TextConfig) -> Workload:
     )
 
 
-def words_of(source: models.Source, template: str | None = None) -> Words:
-    """Return what a decoder makes of text, with the template of a file or its own."""
+def words_of(source: models.Source, template: str | None = None, day: str | None = None) -> Words:
+    """Return what a decoder makes of text, with the template of a file or its own, on a day."""
     return Words(
         source.tokenizer(),
         source.config.vocab_size,  # type: ignore[union-attr]  # `open_model` checks it
-        functools.partial(chat_files.open_template, source, template),
+        functools.partial(chat_files.open_template, source, template, day),
         source.special_tokens.get("eos_token"),
     )
 

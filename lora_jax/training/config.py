@@ -9,6 +9,7 @@ configs/own_model.py). Every field of every class can be set on the command line
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -251,6 +252,9 @@ class Config(Checked):
     gradients are summed in float32, weighted by tokens: the step equals that of the whole batch."""
     seed: int = 0
     """Seed of the adapters, the new head, dropout and the order of the data."""
+    day: str | None = incidental(None)
+    """The date that a chat template is told (strftime_now), as 2026-12-03. None: the day on which
+    the run began."""
     evaluate_every: int = changeable(100)
     """Steps between evaluations on the validation split, which also pick the best adapter."""
     patience: int | None = changeable(None)
@@ -290,6 +294,9 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.day is not None:
+            day = re.fullmatch(r"\d{4}-\d\d-\d\d", self.day)
+            require(bool(day), "day", self.day, "a date such as 2026-12-03")
         for name in self.log_to:
             if name != "tensorboard":
                 extras.require(name, f"--log-to {name}")

@@ -21,7 +21,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
 from lora_jax.data.example_reader import Reader, Words, form_of
-from lora_jax.data.forms import Continued, Judged, Preference
+from lora_jax.data.forms import Continued, answers
 from lora_jax.layout import Layout
 from lora_jax.models import DecoderConfig
 from lora_jax.models.text.example import place_of
@@ -114,8 +114,7 @@ def questions(data: DataConfig, words: Words) -> Iterator[Question]:
     reader = Reader(last, words, form, where)
     added = words.tokenizer.get_added_tokens_decoder()
     for example in examples:
-        said = form.of(example, where)
-        said = said.judged[0][0] if isinstance(said, Preference | Judged) else said
+        said, *_ = answers(form.of(example, where))
         ((ids, marks),) = reader.whole([said], [place_of(example, where)], TextTruncation())
         learned = np.flatnonzero(marks)
         if len(ids) > data.max_length or not len(learned) or learned[0] == 0:
