@@ -229,8 +229,7 @@ MUTANTS = (  # name, where, old, new, test
         "self._file.flush()", "None",
         "tests/serving/test_jsonl.py::test_what_is_written_is_read_again"),
     Mutant("rows-draw-alike", "serving",
-        'jax.random.fold_in(jax.random.key(numbers["seed"]), row)',
-        'jax.random.key(numbers["seed"])',
+        "jax.random.fold_in(jax.random.key(seed), row)", "jax.random.key(seed)",
         "tests/serving/test_generation.py::test_draws_have_the_probabilities[sampling0-kept0]"),
     # ---- analysis, experiments, report
     Mutant("phi-by-the-larger-side", "analysis",

@@ -28,19 +28,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from lora_jax import models, paths
+from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
 from lora_jax.cli.text_sinks import BlockSink, JsonlSink, Sink, TypedSink, transcribe
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, prompts
-from lora_jax.serving.generation import Decoder, stream
+from lora_jax.serving.generation import Decoder
 from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
-from lora_jax.serving.served_adapters import BASE_NAME, Served
+from lora_jax.serving.served_adapters import Served
+from lora_jax.serving.server import Server
 from lora_jax.system.console import Console, command, say
 
 
@@ -87,60 +88,36 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     skip = options.skip_broken
     given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
     served = options.served(models.DecoderConfig, aside)
-    decoder = _decoder(served)
     asked = Prompts(served, options.stop, options.base_too, options.chat)
     requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
     faults = [request.error for request in requests if request.error]
     if requests and len(faults) == len(requests):
         raise LoraError(f"no prompt can be used:\n{listed(faults)}")
-    _check_base_alone(served, requests)
     say(aside, _opening(served, asked))
     good = [number for number, request in enumerate(requests) if not request.error]
-    written = stream(
-        decoder,
-        [requests[number].prompt for number in good],
-        options.max_new_tokens,
-        sampling,
-        options.batch_size,
-    )
-    pieces = (piece._replace(row=good[piece.row]) for piece in written)
+    asking = [requests[number] for number in good]
+    server = _server(served, asked, asking, options)
+    texts = server.texts(asking, options.max_new_tokens, sampling)
     with aside.status("reading the prompts; the first time this compiles ..."):
-        first = list(islice(pieces, 1))
+        first = list(islice(texts, 1))
     with _sink(options, source, requests, console, aside) as sink:
-        transcribe(chain(first, pieces), requests, served.source.tokenizer(), sink)
+        transcribe(chain(first, texts), good, requests, sink)
     if faults:
         say(aside, skipped(faults, len(requests), options.out))
-    say(aside, _closing(decoder, len(good)))
+    say(aside, _closing(server.decoder, len(good)))
 
 
-def _decoder(served: Served) -> Decoder:
-    """Return the decoder. A single adapter may have parameters of the base trained in full."""
-    params: Any = served.params
-    for member in served.members:
-        if not member.trainable:
-            continue
-        if len(served.members) > 1:
-            raise LoraError(
-                f"adapter {member.name!r} ({member.folder}) was trained together with parameters "
-                "of the base itself, which cannot be mixed in a batch:\n"
-                f"{listed(member.trainable)}\nopen it alone"
-            )
-        leaves = paths.flatten(params)
-        own = {path: x.astype(leaves[path].dtype) for path, x in member.trainable.items()}
-        params = paths.replace(params, own)
-    return Decoder(served.config, params, *(served.stack if served.members else ()))
-
-
-def _check_base_alone(served: Served, requests: Sequence[Request]) -> None:
-    """Raise if the base is asked for, but the adapter has replaced parameters of it."""
-    if any(member.trainable for member in served.members):
-        for request in requests:
-            if request.name == BASE_NAME:
-                raise LoraError(
-                    f"{BASE_NAME!r} is asked for, and {served.names[0]!r} was trained together "
-                    "with parameters of the base itself: run the base alone, with --base and no "
-                    "--adapter"
-                )
+def _server(
+    served: Served, asked: Prompts, requests: Sequence[Request], options: GenerateOptions
+) -> Server:
+    """Return a server with as many rows as there are prompts, up to --batch-size, and as long."""
+    longest = max((len(request.prompt.tokens) for request in requests), default=1)
+    return Server(
+        served,
+        batch_size=min(options.batch_size, 1 << max(0, len(requests) - 1).bit_length()),
+        max_tokens=-(-(longest + options.max_new_tokens) // 64) * 64,
+        prompts=asked,
+    )
 
 
 def _sink(
@@ -176,12 +153,12 @@ def _opening(served: Served, asked: Prompts) -> str:
 def _closing(decoder: Decoder, count: int) -> str:
     speed, programs = decoder.speed, len(decoder.compiled)
     said = [f"{count:,} prompt{'s' * (count != 1)}"]
-    if speed.read:
-        rate = speed.read / max(speed.reading, 1e-9)
-        said.append(f"{speed.read:,} tokens read at {rate:,.0f}/s")
-    if speed.written:
-        rate = speed.written / max(speed.writing, 1e-9)
-        said.append(f"{speed.written:,} written at {rate:,.1f}/s")
+    if speed["read"]:
+        rate = speed["read"] / max(speed["reading"], 1e-9)
+        said.append(f"{speed['read']:,} tokens read at {rate:,.0f}/s")
+    if speed["written"]:
+        rate = speed["written"] / max(speed["writing"], 1e-9)
+        said.append(f"{speed['written']:,} written at {rate:,.1f}/s")
     if programs:
         seconds = sum(decoder.compiled.values())
         said.append(f"{seconds:.1f} s to compile {programs} program{'s' * (programs != 1)}")

@@ -17,7 +17,7 @@ from lora_jax import models
 from lora_jax.data.example_reader import Words
 from lora_jax.data.preferences import preferences as batches_of
 from lora_jax.training import causal_lm, pretrained, samples, text
-from lora_jax.training.config import require
+from lora_jax.training.config import incidental, require
 from lora_jax.training.preference_losses import FREE, JUDGED, LOSSES, Answers, Strength
 from lora_jax.training.pretrained import Pretrained, RunBatches
 from lora_jax.training.text import TextConfig
@@ -53,6 +53,9 @@ class PreferenceConfig(TextConfig):
     """The weight of good answers in kto."""
     undesirable_weight: float = 1.0
     """The weight of bad answers in kto."""
+    cached_reference: bool = incidental(True)
+    """Keep the log-probabilities by the reference on disk, in the user's cache, where other epochs,
+    evaluations and runs find them. False: compute them for each batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +79,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     count = functools.partial(scores, "kl" if judged else "rewards/accuracies")
     check_select(select, ["loss", *count({}, 0.0), *samples.functions(config.samples)])
     words = causal_lm.words_of(source, config.data.template, config.day)
-    model = models.DecoderModel(model_config)
+    model, chunk = models.DecoderModel(model_config), config.model.loss_chunk or _CHUNK
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "targets"), ((rows, 2, length), jnp.int32))
     shapes |= {"loss_weight": ((rows, 2, length), jnp.float32), "weight": ((rows,), jnp.float32)}
@@ -84,7 +87,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     shapes |= {"good": ((rows,), jnp.float32)} if judged else {}
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
-        more: dict[str, Any] = {"chunk": config.model.loss_chunk or _CHUNK, "method": model.loss}
+        more: dict[str, Any] = {"chunk": chunk, "method": model.loss}
         more |= pretrained.dropout(model.config, train, key)
 
         def side(ids: jax.Array, targets: jax.Array) -> jax.Array:
@@ -109,6 +112,7 @@ def preferences(config: PreferenceConfig) -> Workload:
         apply=apply,
         loss=functools.partial(loss, config),
         reference=None if config.preference in FREE else log_probabilities,
+        reference_program=f"{model_config} {chunk} {method}" if config.cached_reference else None,
         example={name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()},
         scores=count,
         select=select,

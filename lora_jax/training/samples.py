@@ -27,7 +27,8 @@ from lora_jax.models import DecoderConfig
 from lora_jax.models.text.example import place_of
 from lora_jax.models.text.tokens import TextTruncation
 from lora_jax.multi.stack import BASE, stack
-from lora_jax.serving.generation import Decoder, Prompt, stream
+from lora_jax.serving.generation import Decoder
+from lora_jax.serving.jobs import Prompt
 from lora_jax.training.config import require
 from lora_jax.training.method import LORA, Method
 from lora_jax.training.text import SamplesConfig, TextConfig
@@ -63,14 +64,16 @@ class Samples:
         adapted, settings = bool(layout.targets), self._config.samples
         stacked = stack([Adapter(layout, adapters)]) if adapted else ()
         if self._decoder is None:
-            self._decoder = Decoder(self._model, params, *stacked)
+            rows, room = settings.prompts, self._config.data.max_length + settings.new_tokens
+            self._decoder = Decoder(self._model, params, *stacked, rows=min(8, rows), capacity=room)
         self._decoder.put(params, *stacked[1:])
         who = 0 if adapted else BASE
         prompts = [dataclasses.replace(q.prompt, adapter=who) for q in self._questions]
         tokens: list[list[int]] = [[] for _ in prompts]
-        for piece in stream(self._decoder, prompts, settings.new_tokens):
+        for piece in self._decoder.read(self._decoder.submit(prompts, settings.new_tokens)):
             if piece.token is not None:
                 tokens[piece.row].append(piece.token)
+        self._decoder.put({})  # between evaluations it holds nothing
         texts = [text.strip() for text in self._words.tokenizer.decode_batch(tokens)]
         pairs = list(zip(texts, (q.expected for q in self._questions), strict=True))
         scores = {

@@ -89,6 +89,8 @@ class Workload:
       reference: `reference(outputs, batch)` returns `batch["reference"]` from the outputs of the
         model as the run begins, in evaluation: with the adapter of --from, or with none. None: the
         loss needs no reference.
+      reference_program: a text that decides, with the arrays, what `reference` returns, [B, 2]: the
+        values are then kept on disk (`lora_jax.training.reference_cache`). None: they are not.
       params: the base parameters, or their `jax.ShapeDtypeStruct`s if `load` returns the arrays.
       train: `train(shard)` returns a new training iterator, at its first batch, over this process's
         rows of every batch (`shard.take` takes them from a whole batch). The global batches depend
@@ -144,6 +146,7 @@ class Workload:
     common: Common | None = None
     reference: Callable[[Any, Any], jax.Array] | None = None
     samples: Callable[..., Any] | None = None
+    reference_program: str | None = None
     floats: Workload | None = None
 
     def arrays(self, shardings: Tree) -> Tree:

@@ -18,8 +18,9 @@ from rich.console import Console
 import lora_jax
 from lora_jax import models
 from lora_jax.cli import generate, text_sinks
-from lora_jax.serving.generation import Piece, Prompt
+from lora_jax.serving.jobs import Piece, Prompt
 from lora_jax.serving.prompts import Request
+from lora_jax.serving.texts import decoded
 from tests.training import tiny
 
 NEW = 6
@@ -174,7 +175,8 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
                 seen.append(file.getvalue())
 
     with sink:
-        text_sinks.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
+        texts = decoded(pieces(), requests, tiny.tokenizer(pair=False))
+        text_sinks.transcribe(texts, range(len(requests)), requests, sink)
     assert all("word4" in text for text in seen) if count == 1 else "word5" in seen[2]
     assert "word4 word5" not in seen[0]
     text = seen[-1]
@@ -191,7 +193,8 @@ def test_answers_wait_for_those_before_them() -> None:
         yield Piece(0, 8, "length")
 
     with text_sinks.BlockSink(Console(file=file), requests) as sink:
-        text_sinks.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
+        texts = decoded(pieces(), requests, tiny.tokenizer(pair=False))
+        text_sinks.transcribe(texts, range(len(requests)), requests, sink)
     assert file.getvalue() == "[one] word1 word4\n[two] word1\n"
 
 

@@ -1,7 +1,9 @@
 """Learning from pairs of answers: the losses, the reference, the batches."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -16,7 +18,7 @@ from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.data import DataConfig, DataError, Shard
 from lora_jax.data.example_reader import Words
 from lora_jax.data.preferences import preferences as pairs_of
-from lora_jax.training import causal_lm, dry_run
+from lora_jax.training import causal_lm, dry_run, loop, reference_cache
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.preference_losses import FREE, LOSSES, Answers, Strength
 from lora_jax.training.preferences import LossName, PreferenceConfig, loss, preferences
@@ -150,6 +152,101 @@ def test_a_run_that_goes_on_keeps_its_reference(
     continued = runs.train_in(tmp_path / "half", config)
     whole = runs.train_in(tmp_path / "whole", config)
     assert continued["after"] == whole["after"]
+
+
+@pytest.fixture
+def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A cache of its own, in which a run leaves one file of references."""
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "references"
+
+
+def files(cache: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("name", ["sigmoid", pytest.param("kto", marks=pytest.mark.slow)])
+def test_a_cached_reference_is_a_second_pass(
+    name: LossName, folder: pathlib.Path, tmp_path: pathlib.Path, cache: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run is the same bit for bit without a cache, with an empty one, and with a full one, which
+    takes no second pass; of another data set nothing is known."""
+    data = dataclasses.replace(config_of(folder).data, buckets=(4, 8))
+    plain = config_of(folder, preference=name, data=data, steps=8, evaluate_every=4)
+    runs.train_in(tmp_path / "plain", dataclasses.replace(plain, cached_reference=False))
+    assert not files(cache)
+    runs.train_in(tmp_path / "empty", plain)
+    (file,) = files(cache)
+    content = file.read_bytes()
+    monkeypatch.setattr(loop.Loop, "_second_pass", lambda *_: pytest.fail("a second pass"))
+    runs.train_in(tmp_path / "full", plain)
+    assert file.read_bytes() == content
+    for run in ("empty", "full"):
+        runs.assert_same_run(tmp_path / "plain", tmp_path / run, 8)
+    other = dataclasses.replace(plain, data=dataclasses.replace(data, max_length=6, buckets=(6,)))
+    with pytest.raises(pytest.fail.Exception, match="a second pass"):
+        runs.train_in(tmp_path / "other", other)
+
+
+@pytest.mark.slow
+def test_another_base_or_adapter_has_another_cache(
+    folder: pathlib.Path, tmp_path: pathlib.Path, cache: pathlib.Path
+) -> None:
+    short = config_of(folder, steps=2, evaluate_every=2)
+    runs.train_in(tmp_path / "first", short)
+    runs.train_in(tmp_path / "beta", dataclasses.replace(short, beta=0.1, preference="ipo"))
+    assert len(files(cache)) == 1
+    runs.train_in(
+        tmp_path / "later", dataclasses.replace(short, start_from=str(tmp_path / "first"))
+    )
+    assert len(files(cache)) == 2
+    half = dataclasses.replace(short.model, param_dtype="bfloat16")
+    runs.train_in(tmp_path / "half", dataclasses.replace(short, model=half))
+    assert len(files(cache)) == 3
+
+
+SLOW = ("cut", "positive", "nan", "link", "fifo", "others")
+ATTACKS = ["changed", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def forged(content: bytes, value: float) -> bytes:
+    """The file with other values, and the right SHA-256."""
+    rows = np.frombuffer(content[32:], reference_cache._RECORD).copy()
+    rows["value"] = value
+    return hashlib.sha256(rows.tobytes()).digest() + rows.tobytes()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_cache_is_not_used(
+    attack: str, folder: pathlib.Path, tmp_path: pathlib.Path, cache: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The run says so, and computes the reference; the file is left as it is."""
+    config = config_of(folder, steps=2, evaluate_every=2)
+    expected = runs.train_in(tmp_path / "first", config)
+    (file,) = files(cache)
+    content = file.read_bytes()
+    file.unlink()
+    if attack == "link":
+        (tmp_path / "secret").write_bytes(content)
+        file.symlink_to(tmp_path / "secret")
+    elif attack == "fifo":
+        os.mkfifo(file)
+    else:
+        changed = content[:-1] + bytes([content[-1] ^ 1])
+        forgeries = {"changed": changed, "cut": content[:-24], "others": content}
+        signs = {"positive": 1.0, "nan": np.nan}
+        file.write_bytes(
+            forgeries[attack] if attack not in signs else forged(content, signs[attack])
+        )
+    if attack == "others":
+        file.parent.chmod(0o777)
+    found = runs.train_in(tmp_path / "second", config, console=train.Console())
+    out = capsys.readouterr().out
+    assert "note: the reference is computed for each batch" in out and str(file.parent) in out
+    assert found["after"] == expected["after"]
 
 
 def test_the_reference_of_a_dry_run(

@@ -77,7 +77,7 @@ def test_a_step_is_that_of_trl(name: str, folder: pathlib.Path, tmp_path: pathli
     layout = policy.layout
     if made.reference is not None:
         start = {"base": {}, "adapters": reference.parameters}
-        batch = step.reference_step(made, layout)(start, params, batch)
+        batch = {**batch, "reference": step.reference_step(made, layout)(start, params, batch)}
     evaluate = step.evaluation_step(made, layout)
 
     def objective(adapters: Any) -> Any:
