@@ -4,13 +4,12 @@
     python -m benchmarks.packing words/conversations.jsonl [--steps 60] [--batch-size 8]
 
 Two runs of configs/smollm2_conversations.py, of which one packs its rows, take their steps in turn
-on the same machine. The run that does not pack takes more steps, so that both see as many
-conversations; the last line compares their losses on the same validation split.
+on the same machine. The run that does not pack has more rows in a batch, so that both see as many
+conversations in a step; the last column compares their losses on the same validation split.
 """
 
 import argparse
 import dataclasses
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -86,20 +85,19 @@ def main() -> None:
     grid = mesh.make(CONFIG.mesh)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(grid):
 
-        def run(pack: bool, steps: int) -> Trained:
-            more = {"source": asked.file, "pack": pack, "batch_size": asked.batch_size}
+        def run(pack: bool, rows: int) -> Trained:
+            more = {"source": asked.file, "pack": pack, "batch_size": rows}
             data = dataclasses.replace(CONFIG.data, **more)
             samples = SamplesConfig()
-            config = dataclasses.replace(CONFIG, data=data, steps=steps, samples=samples)
+            config = dataclasses.replace(CONFIG, data=data, steps=asked.steps, samples=samples)
             return Trained(config, grid, folder)
 
-        packed = run(True, asked.steps)
-        steps = math.ceil(packed.conversations(asked.steps) / asked.batch_size)
-        alone, before = run(False, steps), packed.loss()
-        for number in range(steps):
+        packed = run(True, asked.batch_size)
+        alone = run(False, round(packed.conversations(asked.steps) / asked.steps))
+        before = packed.loss()
+        for _ in range(asked.steps):
             alone.take()
-            if number * asked.steps // steps != (number + 1) * asked.steps // steps:
-                packed.take()
+            packed.take()
         rows = [packed.row("packed", before), alone.row("one in a row", before)]
     print(f"{common.hardware()}; {commands.load()}\n")
     names = ["rows", "steps", "conversations", "s a step", "tokens/s", "trained tokens/s", "loss"]

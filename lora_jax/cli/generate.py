@@ -3,6 +3,7 @@
     lora-jax generate --adapter runs/definitions --prompt "tree:"
     lora-jax generate --adapter runs/a --adapter b=runs/b2 --file in.jsonl --out out.jsonl
     lora-jax generate --base REFERENCE --prompt "Once upon a time" --temperature 0.8
+    lora-jax generate --adapter runs/chats --chat
 
 Every adapter continues each --prompt, and each plain line of a file or of stdin; without adapters,
 the base does. A line of JSONL names its adapter:
@@ -34,15 +35,18 @@ import tyro
 
 from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
+from lora_jax.cli.conversation import AGAIN, converse
 from lora_jax.cli.text_sinks import BlockSink, JsonlSink, Sink, TypedSink, transcribe
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, prompts
 from lora_jax.serving.generation import Decoder
 from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
-from lora_jax.serving.served_adapters import Served
+from lora_jax.serving.served_adapters import BASE_NAME, Served
 from lora_jax.serving.server import Server
 from lora_jax.system.console import Console, command, say
+
+_LONGEST = 2_048  # tokens of a conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +74,32 @@ class GenerateOptions(AdapterOptions):
     """A text of one token that ends the generated text, in addition to the usual end tokens."""
     batch_size: int = 8
     """Prompts that are continued at the same time."""
-    chat: bool = True
+    chat: bool = False
+    """Keep a conversation: each line of stdin is a message, which is answered at once."""
+    template: bool = True
     """Put a prompt into the chat template, as a user's message: for adapters that were trained on
     conversations, and for the base alone if it has a template."""
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     """Read prompts, generate texts and write them to `console`; print messages to `aside`."""
-    source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
+    source = None
+    if not options.chat:
+        source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
     if not options.adapter and options.base is None:
         raise LoraError(
             "no model: give --adapter PATH, a run directory of train.py, or --base REFERENCE, such "
             f"as\n  --base {models.SMOLLM2}"
         )
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.chat:
+        _converse(options, sampling, console, aside)
+        return
     # The prompts are read before the model, so that their errors come at once.
     skip = options.skip_broken
     given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
     served = options.served(models.DecoderConfig, aside)
-    asked = Prompts(served, options.stop, options.base_too, options.chat)
+    asked = Prompts(served, options.stop, options.base_too, options.template)
     requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
     faults = [request.error for request in requests if request.error]
     if requests and len(faults) == len(requests):
@@ -105,6 +116,28 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     if faults:
         say(aside, skipped(faults, len(requests), options.out))
     say(aside, _closing(server.decoder, len(good)))
+
+
+def _converse(
+    options: GenerateOptions, sampling: Sampling, console: Console, aside: Console
+) -> None:
+    """Open the base and its adapter, if there is one, and keep a conversation with it."""
+    names = ("prompt", "file", "out", "base_too", "skip_broken")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if given or not options.template:
+        other = given[0] if given else "--no-template"
+        raise LoraError(f"--chat and {other} exclude each other: drop one")
+    served = options.served(models.DecoderConfig, aside)
+    asked = Prompts(served, options.stop)
+    name = served.names[0] if served.names else BASE_NAME
+    if len(served.names) > 1 or name not in asked.chats:
+        raise LoraError(
+            "--chat keeps a conversation with one adapter that was trained on conversations, or "
+            f"with a base that has a chat template; got {', '.join(served.names) or 'the base'}"
+        )
+    say(aside, f"{_opening(served, asked)}\n{AGAIN} begins another conversation.")
+    server = Server(served, batch_size=1, max_tokens=_LONGEST, prompts=asked)
+    converse(server, options.max_new_tokens, sampling, console, aside)
 
 
 def _server(
@@ -137,7 +170,7 @@ def _sink(
 
 def _opening(served: Served, asked: Prompts) -> str:
     if not served.names:
-        said = ", prompts in its chat template (--no-chat: as they are)" if asked.chats else ""
+        said = ", prompts in its chat template (--no-template: as they are)" if asked.chats else ""
         return f"{served.reference} alone, no adapter{said}"
     each = [
         f"{name}: trained on prompts like {asked.templates[name].text!r}"
