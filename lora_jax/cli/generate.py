@@ -27,15 +27,16 @@ examples of the adapter.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from itertools import chain, islice
 from typing import Annotated
 
 import tyro
+from rich.text import Text
 
 from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
-from lora_jax.cli.conversation import AGAIN, converse
 from lora_jax.cli.text_sinks import BlockSink, JsonlSink, Sink, TypedSink, transcribe
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, prompts
@@ -44,9 +45,7 @@ from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
 from lora_jax.serving.served_adapters import BASE_NAME, Served
 from lora_jax.serving.server import Server
-from lora_jax.system.console import Console, command, say
-
-_LONGEST = 2_048  # tokens of a conversation
+from lora_jax.system.console import Console, command, printable, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,23 +120,38 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
 def _converse(
     options: GenerateOptions, sampling: Sampling, console: Console, aside: Console
 ) -> None:
-    """Open the base and its adapter, if there is one, and keep a conversation with it."""
-    names = ("prompt", "file", "out", "base_too", "skip_broken")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
-    if given or not options.template:
-        other = given[0] if given else "--no-template"
-        raise LoraError(f"--chat and {other} exclude each other: drop one")
+    """Answer each line of stdin, with the whole conversation before it, until stdin ends."""
+    for name in ("prompt", "file", "out"):
+        if getattr(options, name):
+            raise LoraError(f"--chat and --{name} exclude each other: drop one")
     served = options.served(models.DecoderConfig, aside)
-    asked = Prompts(served, options.stop)
+    asked = Prompts(served, options.stop, chat=options.template)
     name = served.names[0] if served.names else BASE_NAME
     if len(served.names) > 1 or name not in asked.chats:
         raise LoraError(
             "--chat keeps a conversation with one adapter that was trained on conversations, or "
             f"with a base that has a chat template; got {', '.join(served.names) or 'the base'}"
         )
-    say(aside, f"{_opening(served, asked)}\n{AGAIN} begins another conversation.")
-    server = Server(served, batch_size=1, max_tokens=_LONGEST, prompts=asked)
-    converse(server, options.max_new_tokens, sampling, console, aside)
+    say(aside, f"{_opening(served, asked)}\nWrite a message; /new begins another conversation.")
+    server = Server(served, batch_size=1, max_tokens=2_048, prompts=asked)
+    messages: list[dict[str, str]] = []
+    for line in filter(None, map(str.strip, sys.stdin)):
+        messages, answer = [*messages, {"role": "user", "content": line}], ""
+        if line == "/new":
+            messages = []
+            continue
+        try:
+            most = options.max_new_tokens
+            with server.stream(messages, max_new_tokens=most, sampling=sampling) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    console.print(Text(printable(piece)), end="", soft_wrap=True)
+        except LoraError as error:  # the message is forgotten, and the conversation goes on
+            say(aside, str(error))
+            messages = messages[:-1]
+            continue
+        console.print()
+        messages.append({"role": "assistant", "content": answer})
 
 
 def _server(

@@ -283,7 +283,10 @@ def test_a_conversation_goes_on(
     assert generate.main([*setup.given("talks"), "--chat", "--max-new-tokens", str(NEW)]) == 0
     out, err = capsys.readouterr()
     first, second, third = out.splitlines()
-    assert "/new begins another conversation" in err and "has positions for 64" in err
+    assert (
+        "Write a message; /new begins another conversation." in err
+        and "has positions for 64" in err
+    )
 
     def answer(*messages: str) -> str:
         roles = ("user", "assistant", "user")
@@ -298,7 +301,10 @@ def test_a_conversation_goes_on(
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [(["--prompt", "a"], "--chat and --prompt"), (["--no-template"], "--chat and --no-template")],
+    [
+        (["--prompt", "a"], "--chat and --prompt"),
+        (["--no-template"], "one adapter that was trained on conversations"),
+    ],
 )
 def test_a_conversation_takes_no_prompts(
     setup: Setup, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
