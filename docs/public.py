@@ -34,6 +34,10 @@ NAMES = {
     "lora_jax.primitives.table": ("register",),
     "lora_jax.primitives.kernel": ("product",),
     "lora_jax.primitives.views": ("of_one",),
+    "lora_jax.serving": ("open",),
+    "lora_jax.serving.server": ("Server", "Answer"),
+    "lora_jax.serving.texts": ("Texts",),
+    "lora_jax.serving.sampling": ("Sampling",),
     "lora_jax.training": ("run",),
     "lora_jax.training.finished_run": ("FinishedRun",),
     "lora_jax.training.config": (
