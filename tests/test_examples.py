@@ -38,7 +38,7 @@ def test_the_notebook_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
     for code in codes:
         exec(compile(code, "quickstart.ipynb", "exec"), names)
         config = names["config"]
-        if config.data.batch_size != 4:
+        if config.data.batch_size != 16:
             names["config"] = dataclasses.replace(
                 config,
                 model=dataclasses.replace(config.model, reference=str(base)),
@@ -47,8 +47,8 @@ def test_the_notebook_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
                     source=str(tmp_path / "{split}.jsonl"),
                     eos="</s>",
                     max_length=16,
-                    batch_size=4,
-                    eval_batch_size=4,
+                    batch_size=16,
+                    eval_batch_size=16,
                 ),
             )
     assert names["run"].best["step"] in (10, 20)
