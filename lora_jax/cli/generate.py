@@ -3,6 +3,7 @@
     lora-jax generate --adapter runs/definitions --prompt "tree:"
     lora-jax generate --adapter runs/a --adapter b=runs/b2 --file in.jsonl --out out.jsonl
     lora-jax generate --base REFERENCE --prompt "Once upon a time" --temperature 0.8
+    lora-jax generate --adapter runs/chats --chat
 
 Every adapter continues each --prompt, and each plain line of a file or of stdin; without adapters,
 the base does. A line of JSONL names its adapter:
@@ -26,11 +27,13 @@ examples of the adapter.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from itertools import chain, islice
 from typing import Annotated
 
 import tyro
+from rich.text import Text
 
 from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
@@ -40,9 +43,9 @@ from lora_jax.serving import jsonl, prompts
 from lora_jax.serving.generation import Decoder
 from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
-from lora_jax.serving.served_adapters import Served
+from lora_jax.serving.served_adapters import BASE_NAME, Served
 from lora_jax.serving.server import Server
-from lora_jax.system.console import Console, command, say
+from lora_jax.system.console import Console, command, printable, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +73,32 @@ class GenerateOptions(AdapterOptions):
     """A text of one token that ends the generated text, in addition to the usual end tokens."""
     batch_size: int = 8
     """Prompts that are continued at the same time."""
-    chat: bool = True
+    chat: bool = False
+    """Keep a conversation: each line of stdin is a message, which is answered at once."""
+    template: bool = True
     """Put a prompt into the chat template, as a user's message: for adapters that were trained on
     conversations, and for the base alone if it has a template."""
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     """Read prompts, generate texts and write them to `console`; print messages to `aside`."""
-    source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
+    source = None
+    if not options.chat:
+        source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
     if not options.adapter and options.base is None:
         raise LoraError(
             "no model: give --adapter PATH, a run directory of train.py, or --base REFERENCE, such "
             f"as\n  --base {models.SMOLLM2}"
         )
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.chat:
+        _converse(options, sampling, console, aside)
+        return
     # The prompts are read before the model, so that their errors come at once.
     skip = options.skip_broken
     given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
     served = options.served(models.DecoderConfig, aside)
-    asked = Prompts(served, options.stop, options.base_too, options.chat)
+    asked = Prompts(served, options.stop, options.base_too, options.template)
     requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
     faults = [request.error for request in requests if request.error]
     if requests and len(faults) == len(requests):
@@ -105,6 +115,43 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     if faults:
         say(aside, skipped(faults, len(requests), options.out))
     say(aside, _closing(server.decoder, len(good)))
+
+
+def _converse(
+    options: GenerateOptions, sampling: Sampling, console: Console, aside: Console
+) -> None:
+    """Answer each line of stdin, with the whole conversation before it, until stdin ends."""
+    for name in ("prompt", "file", "out"):
+        if getattr(options, name):
+            raise LoraError(f"--chat and --{name} exclude each other: drop one")
+    served = options.served(models.DecoderConfig, aside)
+    asked = Prompts(served, options.stop, chat=options.template)
+    name = served.names[0] if served.names else BASE_NAME
+    if len(served.names) > 1 or name not in asked.chats:
+        raise LoraError(
+            "--chat keeps a conversation with one adapter that was trained on conversations, or "
+            f"with a base that has a chat template; got {', '.join(served.names) or 'the base'}"
+        )
+    say(aside, f"{_opening(served, asked)}\nWrite a message; /new begins another conversation.")
+    server = Server(served, batch_size=1, max_tokens=2_048, prompts=asked)
+    messages: list[dict[str, str]] = []
+    for line in filter(None, map(str.strip, sys.stdin)):
+        messages, answer = [*messages, {"role": "user", "content": line}], ""
+        if line == "/new":
+            messages = []
+            continue
+        try:
+            most = options.max_new_tokens
+            with server.stream(messages, max_new_tokens=most, sampling=sampling) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    console.print(Text(printable(piece)), end="", soft_wrap=True)
+        except LoraError as error:  # the message is forgotten, and the conversation goes on
+            say(aside, str(error))
+            messages = messages[:-1]
+            continue
+        console.print()
+        messages.append({"role": "assistant", "content": answer})
 
 
 def _server(
@@ -137,7 +184,7 @@ def _sink(
 
 def _opening(served: Served, asked: Prompts) -> str:
     if not served.names:
-        said = ", prompts in its chat template (--no-chat: as they are)" if asked.chats else ""
+        said = ", prompts in its chat template (--no-template: as they are)" if asked.chats else ""
         return f"{served.reference} alone, no adapter{said}"
     each = [
         f"{name}: trained on prompts like {asked.templates[name].text!r}"

@@ -18,7 +18,7 @@ from lora_jax.models.text.conversation import Conversation
 from lora_jax.models.weights import chat_files
 from lora_jax.training import pretrained, samples, scores, text
 from lora_jax.training.method import LORA, Method
-from lora_jax.training.pretrained import Pretrained, RunBatches
+from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Loss, Workload, check_select
 
@@ -42,11 +42,12 @@ def causal_lm(config: TextConfig) -> Workload:
     own = samples.functions(config.samples)
     check_select(select, [*scores.names(scores.token_scores), *own])
     words = words_of(source, config.data.template, config.day)
+    batches = functools.partial(batches_of, config.data, words)
     model = models.DecoderModel(model_config)
     return pretrained.workload(
         config,
         Pretrained(source, model_config, method=method),
-        functools.partial(_open_data, config, words),
+        functools.partial(pretrained.open_batches, config, batches),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
         of_data=functools.partial(about_data, config, source),
@@ -58,7 +59,7 @@ def causal_lm(config: TextConfig) -> Workload:
         better="lower" if select in ("loss", "perplexity") else "higher",
         size=real_tokens,
         unit="tokens",
-        samples=samples.samples_of(config, words, model_config, method),
+        samples=samples.samples_of(config, words, model_config),
     )
 
 
@@ -70,10 +71,6 @@ def words_of(source: models.Source, template: str | None = None, day: str | None
         functools.partial(chat_files.open_template, source, template, day),
         source.special_tokens.get("eos_token"),
     )
-
-
-def _open_data(config: TextConfig, words: Words) -> RunBatches:
-    return pretrained.open_batches(config, functools.partial(batches_of, config.data, words))
 
 
 def about_data(config: TextConfig, source: models.Source) -> dict[str, Any]:

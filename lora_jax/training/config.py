@@ -9,7 +9,6 @@ configs/own_model.py). Every field of every class can be set on the command line
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -294,9 +293,6 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.day is not None:
-            day = re.fullmatch(r"\d{4}-\d\d-\d\d", self.day)
-            require(bool(day), "day", self.day, "a date such as 2026-12-03")
         for name in self.log_to:
             if name != "tensorboard":
                 extras.require(name, f"--log-to {name}")

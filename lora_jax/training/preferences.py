@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import models
-from lora_jax.data.example_reader import Words
 from lora_jax.data.preferences import preferences as batches_of
 from lora_jax.training import causal_lm, pretrained, samples, text
 from lora_jax.training.config import incidental, require
 from lora_jax.training.preference_losses import FREE, JUDGED, LOSSES, Answers, Strength
-from lora_jax.training.pretrained import Pretrained, RunBatches
+from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Loss, Workload, check_select
 
@@ -85,6 +84,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     count = functools.partial(scores, "kl" if judged else "rewards/accuracies")
     check_select(select, ["loss", *count({}, 0.0), *samples.functions(config.samples)])
     words = causal_lm.words_of(source, config.data.template, config.day)
+    batches = functools.partial(batches_of, config.data, words)
     model, chunk = models.DecoderModel(model_config), config.model.loss_chunk or _CHUNK
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "targets"), ((rows, 2, length), jnp.int32))
@@ -111,7 +111,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     return pretrained.workload(
         config,
         Pretrained(source, model_config, method=method),
-        functools.partial(_open_data, config, words),
+        functools.partial(pretrained.open_batches, config, batches),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
         join=lambda workloads: workloads[0],
@@ -127,7 +127,7 @@ def preferences(config: PreferenceConfig) -> Workload:
         better="lower" if select in ("loss", "kl") else "higher",
         size=lambda batch: int(batch["weight"].sum()),
         unit="answers" if judged else "pairs",
-        samples=samples.samples_of(config, words, model_config, method),
+        samples=samples.samples_of(config, words, model_config),
     )
 
 
@@ -185,9 +185,3 @@ def scores(last: str, sums: Any, weight: float) -> dict[str, float]:
     margins = {"rewards/margins": rewards["rewards/chosen"] - rewards["rewards/rejected"]}
     more = {last: sums.get(last, 0.0) / max(weight, 1e-9)}
     return rewards | margins | more | both("logps")
-
-
-def _open_data(config: PreferenceConfig, words: Words) -> RunBatches:
-    judged = config.preference in JUDGED
-    pipeline = functools.partial(batches_of, config.data, words, judged=judged)
-    return pretrained.open_batches(config, pipeline)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -30,10 +31,7 @@ from lora_jax.multi.stack import BASE, stack
 from lora_jax.serving.generation import Decoder
 from lora_jax.serving.jobs import Prompt
 from lora_jax.training.config import require
-from lora_jax.training.method import LORA, Method
 from lora_jax.training.text import SamplesConfig, TextConfig
-
-Tree = Any  # a pytree
 
 
 class Question(NamedTuple):
@@ -44,13 +42,6 @@ class Question(NamedTuple):
     prompt: Prompt
 
 
-class Written(NamedTuple):
-    """Texts that a model wrote, with what was asked and expected, and their mean scores."""
-
-    samples: list[dict[str, str]]
-    scores: dict[str, float]
-
-
 class Samples:
     """Writes the answers; its programs are compiled once in a run."""
 
@@ -59,48 +50,47 @@ class Samples:
         self._config, self._words, self._model = config, words, model
         self._decoder: Decoder | None = None
 
-    def __call__(self, layout: Layout, params: Tree, adapters: Tree) -> Written:
-        """Return what the base `params` with `adapters` answers."""
-        adapted, settings = bool(layout.targets), self._config.samples
-        stacked = stack([Adapter(layout, adapters)]) if adapted else ()
+    def __call__(
+        self, layout: Layout, params: Any, adapters: Any
+    ) -> tuple[list[dict[str, str]], dict[str, float]]:
+        """Return what the base `params` with `adapters` answers, and the mean scores."""
+        settings, data = self._config.samples, self._config.data
+        stacked = stack([Adapter(layout, adapters)]) if layout.targets else ()
         if self._decoder is None:
-            rows, room = settings.prompts, self._config.data.max_length + settings.new_tokens
-            self._decoder = Decoder(self._model, params, *stacked, rows=min(8, rows), capacity=room)
+            rows, room = min(8, settings.prompts), data.max_length + settings.new_tokens
+            self._decoder = Decoder(self._model, params, *stacked, rows=rows, capacity=room)
         self._decoder.put(params, *stacked[1:])
-        who = 0 if adapted else BASE
+        who = 0 if stacked else BASE
         prompts = [dataclasses.replace(q.prompt, adapter=who) for q in self._questions]
         tokens: list[list[int]] = [[] for _ in prompts]
         for piece in self._decoder.read(self._decoder.submit(prompts, settings.new_tokens)):
             if piece.token is not None:
                 tokens[piece.row].append(piece.token)
         self._decoder.put({})  # between evaluations it holds nothing
-        texts = [text.strip() for text in self._words.tokenizer.decode_batch(tokens)]
-        pairs = list(zip(texts, (q.expected for q in self._questions), strict=True))
-        scores = {
-            name: float(np.mean([score(*pair) for pair in pairs]))
+        texts = map(str.strip, self._words.tokenizer.decode_batch(tokens))
+        found = [
+            {"asked": q.asked, "expected": q.expected, "text": text}
+            for q, text in zip(self._questions, texts, strict=True)
+        ]
+        return found, {
+            name: float(np.mean([score(one["text"], one["expected"]) for one in found]))
             for name, score in functions(settings).items()
         }
-        named = zip(self._questions, texts, strict=True)
-        samples = [{"asked": q.asked, "expected": q.expected, "text": text} for q, text in named]
-        return Written(samples, scores)
 
     @functools.cached_property
     def _questions(self) -> list[Question]:
-        found = list(
-            islice(questions(self._config.data, self._words), self._config.samples.prompts)
-        )
+        count = self._config.samples.prompts
+        found = list(islice(questions(self._config.data, self._words), count))
         expected = "0: no validation example has a question before its answer"
-        require(bool(found), "samples.prompts", self._config.samples.prompts, expected)
+        require(bool(found), "samples.prompts", count, expected)
         return found
 
 
-def samples_of(
-    config: TextConfig, words: Words, model: DecoderConfig, method: Method
-) -> Samples | None:
+def samples_of(config: TextConfig, words: Words, model: DecoderConfig) -> Samples | None:
     """Return what writes the samples of a run; None if it has none."""
-    count = config.samples.prompts
-    single = jax.process_count() == 1 and method is LORA
-    require(single or not count, "samples.prompts", count, "0 with several processes or a method")
+    count, plain = config.samples.prompts, config.adaptation is config.lora
+    expected = "0 with several processes or another method than LoRA"
+    require(not count or (plain and jax.process_count() == 1), "samples.prompts", count, expected)
     return Samples(config, words, model) if count else None
 
 
@@ -137,12 +127,7 @@ def functions(settings: SamplesConfig) -> dict[str, Callable[[str, str], float]]
     if not settings.prompts:
         return {}
     own = {} if settings.score is None else {settings.score.__name__: settings.score}
-    return {"exact_match": exact_match, "rouge_l": rouge_l, **own}
-
-
-def exact_match(text: str, expected: str) -> float:
-    """Return 1 if both are the same, else 0."""
-    return float(text == expected)
+    return {"exact_match": operator.eq, "rouge_l": rouge_l, **own}
 
 
 def rouge_l(text: str, expected: str) -> float:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import tyro
 
 from lora_jax import models
-from lora_jax.data.batches import Batches
 from lora_jax.data.config import DataConfig
 from lora_jax.models.config import BuiltInConfig
 from lora_jax.system.checked import Checked
 from lora_jax.training import pretrained
 from lora_jax.training.config import require
 from lora_jax.training.method import LORA, Method
-from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, RunBatches
+from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +92,6 @@ class TextConfig(PretrainedConfig):
           length: the number of tokens of the longest row.
         """
         return LORA
-
-
-Pipeline = Callable[..., Batches]  # batches_of in classification or language_modelling
-
-
-def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> RunBatches:
-    model = source.config
-    assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
-    check_positions(config, model)
-    of_data = functools.partial(
-        pipeline, config.data, source.tokenizer(), vocabulary=model.vocab_size
-    )
-    return pretrained.open_batches(config, of_data)
 
 
 def check_positions(config: TextConfig, model: models.BertConfig | models.DecoderConfig) -> None:

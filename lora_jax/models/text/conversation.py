@@ -108,18 +108,16 @@ def of_turns(turns: Any, where: str, system: Any = None, tools: Any = None) -> C
 
 def _by_senders(turns: Sequence[Any], where: str) -> list[Any]:
     """Return the messages of turns that are lists of {"sender", "text"}; the first is the user."""
-    found, senders = list[Any](), list[Any]()
+    found, roles = list[Any](), dict[str, str]()
     for number, turn in enumerate(turns, 1):
-        if not turn or not all(isinstance(u, Mapping) and "sender" in u for u in turn):
+        if not turn or not all(isinstance(u, Mapping) and {"sender", "text"} <= {*u} for u in turn):
             expected = "expected texts with a sender"
             raise DataError(f"{where}, turn {number}: {expected}, got {shown(turn)}")
-        names = [utterance["sender"] for utterance in turn]
-        senders += [name for name in dict.fromkeys(names) if name not in senders]
-        if len({*names}) > 1 or len(senders) > 2:
+        names = {str(utterance["sender"]) for utterance in turn}
+        role = roles.setdefault(min(names), "assistant" if roles else "user")
+        if len(names) > 1 or len(roles) > 2:
             raise DataError(f"{where}, turn {number}: a third sender, or two in one turn")
-        role = "assistant" if senders.index(names[0]) else "user"
-        text = "\n".join(str(utterance.get("text", "")) for utterance in turn)
-        found.append({"role": role, "content": text})
+        found.append({"role": role, "content": "\n".join(str(u["text"]) for u in turn)})
     return found
 
 

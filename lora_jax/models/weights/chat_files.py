@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,14 +39,10 @@ def template_of(
             "trained on conversations. Take its instruct version, or name a file with the Jinja "
             "text of a template (data.template)."
         )
-    tools, place = found.get("tool_use"), f"tool_use of {where}"
-    return ChatTemplate(
-        found["default"],
-        variables,
-        f"the chat template of {where}",
-        tools=None if tools is None else ChatTemplate(tools, variables, place, day=day),
-        day=day,
-    )
+    make = functools.partial(ChatTemplate, variables=variables, day=day)
+    tools = found.get("tool_use")
+    used = None if tools is None else make(tools, where=f"tool_use of {where}")
+    return make(found["default"], where=f"the chat template of {where}", tools=used)
 
 
 def templates(folder: Path) -> Mapping[str, str]:
