@@ -47,7 +47,7 @@ NAMES = {
         "MeshConfig",
         "ProcessesConfig",
     ),
-    "lora_jax.training.text": ("TextConfig", "ModelConfig"),
+    "lora_jax.training.text": ("TextConfig", "ModelConfig", "SamplesConfig"),
     "lora_jax.training.images": ("ImageConfig",),
     "lora_jax.training.workload": ("Workload", "Common"),
     "lora_jax.sweeps.config": ("Member", "GroupConfig"),

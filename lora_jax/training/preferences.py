@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import models
 from lora_jax.data.preferences import preferences as batches_of
@@ -56,6 +57,11 @@ class PreferenceConfig(TextConfig):
     """Keep the log-probabilities by the reference on disk, in the user's cache, where other epochs,
     evaluations and runs find them. False: compute them for each batch."""
 
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        """See `Config`. Members of a group also share the loss, but not its numbers."""
+        return (*super().group_key, self.preference)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beta > 0, "beta", self.beta, "above 0")
@@ -78,7 +84,7 @@ def preferences(config: PreferenceConfig) -> Workload:
     count = functools.partial(scores, "kl" if judged else "rewards/accuracies")
     check_select(select, ["loss", *count({}, 0.0), *samples.functions(config.samples)])
     words = causal_lm.words_of(source, config.data.template, config.day)
-    batches = functools.partial(batches_of, config.data, words)
+    batches = functools.partial(batches_of, config.data, words, judged=judged)
     model, chunk = models.DecoderModel(model_config), config.model.loss_chunk or _CHUNK
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "targets"), ((rows, 2, length), jnp.int32))
@@ -108,6 +114,8 @@ def preferences(config: PreferenceConfig) -> Workload:
         functools.partial(pretrained.open_batches, config, batches),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
+        join=lambda workloads: workloads[0],
+        marks={name: np.float32(value) for name, value in _strength(config).items()},
         of_data=functools.partial(causal_lm.about_data, config, source),
         apply=apply,
         loss=functools.partial(loss, config),
@@ -129,11 +137,15 @@ def log_probabilities(outputs: jax.Array, batch: Any) -> jax.Array:
 
 
 def loss(config: PreferenceConfig, outputs: jax.Array, batch: Any) -> Loss:
-    """Return the loss of the pairs or answers, and the sums for the scores."""
+    """Return the loss of the pairs or answers, and the sums for the scores.
+
+    Numbers of the loss that are in the batch, as members of a group have them, are the ones taken.
+    """
+    by = Strength(**{name: batch.get(name, own) for name, own in _strength(config).items()})
     absolute, weight = log_probabilities(outputs, batch), batch["weight"]
     ratio = absolute if config.preference in FREE else absolute - batch["reference"]
     tokens, count = jnp.maximum(jnp.sum(batch["loss_weight"], axis=-1), 1), jnp.sum(weight)
-    rewards = config.beta * (ratio / tokens if config.preference in FREE else ratio)
+    rewards = by.beta * (ratio / tokens if config.preference in FREE else ratio)
     chosen, rejected = ratio.T
     if config.preference in JUDGED:
         far = jnp.sum(rejected * weight) / jnp.maximum(count, 1)
@@ -150,10 +162,13 @@ def loss(config: PreferenceConfig, outputs: jax.Array, batch: Any) -> Loss:
         sums[f"rewards/{name}"] = jnp.sum(rewards[:, column] * own)
         sums[f"logps/{name}"] = jnp.sum(absolute[:, column] * own)
     answers = Answers(chosen, rejected, tokens[:, 0], tokens[:, 1], good)
-    weights = config.desirable_weight, config.undesirable_weight
-    by = Strength(config.beta, config.smoothing, config.gamma, *weights)
     total = jnp.sum(LOSSES[config.preference](answers, by) * weight)
     return Loss(total, count, sums)
+
+
+def _strength(config: PreferenceConfig) -> dict[str, float]:
+    weights = {"desirable": config.desirable_weight, "undesirable": config.undesirable_weight}
+    return {"beta": config.beta, "smoothing": config.smoothing, "gamma": config.gamma, **weights}
 
 
 def scores(last: str, sums: Any, weight: float) -> dict[str, float]:

@@ -36,14 +36,14 @@ _NOT_READ = ("reference", "weight", "index")  # entries of a batch that the mode
 class ReferenceCache:
     """The known values of one reference, by the hash of the example."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        """Read the file, if there is one; `CacheError` if it is damaged."""
-        self._path, self._known = path, _read(path)
+    def __init__(self, path: pathlib.Path | None) -> None:
+        """Read the file, if there is one; `CacheError` if it is damaged. None: keep no file."""
+        self._path, self._known = path, {} if path is None else _read(path)
         self._new, self._pending = False, deque[tuple[list[bytes], Any]]()
 
     def values(self, batch: Any, refer: Callable[[Any], jax.Array]) -> Any:
         """Return the reference of a batch, from `refer(batch)` if an example is not known."""
-        self._learn(AHEAD)
+        self.learn(AHEAD)
         keys = _keys(batch)
         found = [self._known.get(key) for key in keys]
         if None not in found:
@@ -53,8 +53,8 @@ class ReferenceCache:
 
     def write(self) -> None:
         """Write the file if values are new; this waits for the device."""
-        self._learn(0)
-        if not self._new:
+        self.learn()
+        if self._path is None or not self._new:
             return
         with contextlib.suppress(LoraError):  # the disk is full: the values are computed again
             self._known = _read(self._path) | self._known  # of another run at the same time
@@ -66,7 +66,7 @@ class ReferenceCache:
             whole_files.write(self._path, hashlib.sha256(content).digest() + content)
         self._new = False
 
-    def _learn(self, ahead: int) -> None:
+    def learn(self, ahead: int = 0) -> None:
         """Read values from the device, for all but the last `ahead` batches."""
         while len(self._pending) > ahead:
             keys, value = self._pending.popleft()

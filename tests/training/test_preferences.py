@@ -18,11 +18,13 @@ from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.data import DataConfig, DataError, Shard
 from lora_jax.data.example_reader import Words
 from lora_jax.data.preferences import preferences as pairs_of
-from lora_jax.training import causal_lm, dry_run, loop, reference_cache
+from lora_jax.sweeps.config import GroupConfig, Member
+from lora_jax.training import causal_lm, dry_run, export, loop, reference_cache
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.preference_losses import FREE, LOSSES, Answers, Strength
 from lora_jax.training.preferences import LossName, PreferenceConfig, loss, preferences
 from lora_jax.training.text import ModelConfig
+from tests.sweeps.test_group_step import close
 from tests.training import runs, tiny
 
 ZERO = {
@@ -247,6 +249,52 @@ def test_a_hostile_cache_is_not_used(
     out = capsys.readouterr().out
     assert "note: the reference is computed for each batch" in out and str(file.parent) in out
     assert found["after"] == expected["after"]
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("name", ["sigmoid", pytest.param("kto", marks=pytest.mark.slow)])
+def test_members_of_a_group_share_the_reference(
+    name: LossName, folder: pathlib.Path, tmp_path: pathlib.Path, cache: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Members that differ in beta and in the loss leave what they leave alone. Each example is
+    scored once by the reference, so K runs cost (2 K + 1) / 3 K of K single ones, or less."""
+    short = config_of(folder, preference=name, steps=8, evaluate_every=4)
+    members = {"a": short, "b": dataclasses.replace(short, beta=0.1, undesirable_weight=0.5)}
+    members["seed"] = dataclasses.replace(short, seed=1)
+    if name != "kto":
+        members["ipo"] = dataclasses.replace(short, preference="ipo")
+    scored, plain = [], reference_cache.ReferenceCache.values
+
+    def values(self: Any, batch: Any, refer: Any) -> Any:
+        return plain(self, batch, lambda rows: (scored.append(1), refer(rows))[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_cache.ReferenceCache, "values", values)
+        group = [Member(name, config) for name, config in members.items()]
+        runs.train_group(tmp_path / "group", GroupConfig(members=tuple(group)))
+    if name == "sigmoid":  # the 48 pairs to learn in the orders of two seeds, and the 16 others
+        assert len(scored) <= 6 + 6 + 2
+    for name, config in members.items():
+        runs.train_in(tmp_path / name, dataclasses.replace(config, cached_reference=False))
+        found, expected = (
+            export.load(tmp_path / path / name if path else tmp_path / name, "last")
+            for path in ("group", "")
+        )
+        close(found, expected)
+        one, other = (
+            json.loads((tmp_path / path / name / "summary.json").read_text())["after"]
+            for path in ("group", "")
+        )
+        assert one["validation"] == pytest.approx(other["validation"], rel=1e-4, abs=1e-5)
+
+
+def test_a_group_whose_members_change_the_reference(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    pissa = config_of(folder, lora=LoraConfig(rank=2, alpha=4.0, init="pissa"))
+    with pytest.raises(ConfigError, match=r"reference, .* got lora.init 'pissa' and 0 parameters"):
+        runs.train_group(tmp_path / "group", GroupConfig(members=(Member("a", pissa),)))
 
 
 def test_the_reference_of_a_dry_run(

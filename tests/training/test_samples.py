@@ -5,11 +5,13 @@ import html
 import json
 import pathlib
 
+import jax
 import pytest
 
 from lora_jax.cli import report
 from lora_jax.data.config import DataConfig
 from lora_jax.models import DecoderConfig
+from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.training.causal_lm import causal_lm, words_of
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.config_json import to_dict
@@ -104,3 +106,18 @@ def test_texts_without_a_question_have_no_samples(tmp_path: pathlib.Path) -> Non
     config = dataclasses.replace(config, select=None)
     with pytest.raises(ConfigError, match=r"samples\.prompts.*no validation example"):
         runs.train_in(tmp_path / "run", config)
+
+
+def test_members_of_a_group_write_no_samples(tmp_path: pathlib.Path) -> None:
+    group = GroupConfig(members=(Member("a", config_of(tmp_path)),))
+    with pytest.raises(ConfigError, match=r"--samples\.prompts is for one run, and 'a' is a"):
+        runs.train_group(tmp_path / "group", group)
+
+
+def test_one_process_writes_samples(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"samples\.prompts must be 0 with several processes"):
+        causal_lm(config)
