@@ -1,7 +1,7 @@
 """Serve 10,000 requests from 8 threads with 4 adapters, while adapters come and go.
 
     python -m benchmarks.serving_threads
-    python -m benchmarks.serving_threads --requests 1000
+    python -m benchmarks.serving_threads --requests 1000 --no-swaps
 
 The model is a tiny Llama with random weights. A third of the requests are streams, and half of
 these are cancelled after two pieces. Meanwhile adapters are swapped: one name stands for one of two
@@ -94,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--prompts", type=int, default=60, help="different prompts")
+    parser.add_argument("--no-swaps", action="store_true", help="leave the adapters as they are")
     options = parser.parse_args()
     compiled: list[str] = []
 
@@ -110,11 +111,14 @@ def main() -> None:
         folder = pathlib.Path(name)
         write_base(folder / "base")
         write_adapters(folder)
-        print(served(folder, prompts, options.requests, compiled))
+        print(served(folder, prompts, options, compiled))
 
 
-def served(folder: pathlib.Path, prompts: list[str], requests: int, compiled: list[str]) -> str:
+def served(
+    folder: pathlib.Path, prompts: list[str], options: argparse.Namespace, compiled: list[str]
+) -> str:
     """Serve all requests, check the answers, and return the figures."""
+    requests: int = options.requests
     alone: dict[tuple[str, str], str] = {}
     for own in "abcd":
         single = serving.open(folder / own, slots=1, batch_size=1, max_tokens=64)
@@ -156,7 +160,7 @@ def served(folder: pathlib.Path, prompts: list[str], requests: int, compiled: li
                     memory.append(allocated())
 
     def swap() -> None:
-        while done[0] < requests:
+        while done[0] < requests and not options.no_swaps:
             server.add("swapped", folder / "cd"[swaps[0] % 2])
             server.add("brief", folder / "b")
             server.remove("brief")

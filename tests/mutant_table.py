@@ -231,6 +231,13 @@ MUTANTS = (  # name, where, old, new, test
     Mutant("rows-draw-alike", "serving",
         "jax.random.fold_in(jax.random.key(seed), row)", "jax.random.key(seed)",
         "tests/serving/test_generation.py::test_draws_have_the_probabilities[sampling0-kept0]"),
+    Mutant("slots-in-use-again", "serving/server.py:_put",
+        "free - engine.busy()", "free",
+        "tests/serving/test_server.py::test_a_removed_adapter_answers_what_came_before"),
+    Mutant("cancelled-rows-stay", "serving/generation.py:turn",
+        "for row, job in self._running.items() if not job.over}",
+        "for row, job in self._running.items()}",
+        "tests/serving/test_server.py::test_cancelling_frees_the_row[close]"),
     # ---- analysis, experiments, report
     Mutant("phi-by-the-larger-side", "analysis",
         "np.minimum(rows[:, None], columns)", "np.maximum(rows[:, None], columns)",

@@ -35,7 +35,7 @@ from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
 from lora_jax.errors import LoraError
 from lora_jax.serving import jsonl
-from lora_jax.serving.classifier import Classifier, adapter_of
+from lora_jax.serving.classifier import Classifier, adapter_of, predict
 from lora_jax.serving.jsonl import JsonLine
 from lora_jax.serving.served_adapters import Served
 from lora_jax.serving.server import Server
@@ -68,8 +68,7 @@ def run(options: PredictOptions, _: Console, console: Console) -> None:
         with _advice(source, writer):
             window = list(islice(read, options.window))  # before the model: its errors come at once
         served = options.served((models.BertConfig, models.VitConfig), console)
-        server = Server(served, batch_size=options.batch_size)
-        classifier = server.classifier
+        classifier = Server(served, batch_size=options.batch_size).classifier
         tasks = classifier.tasks.values()
         kinds = [f"{len(task.labels)} classes" if task.labels else "a number" for task in tasks]
         each = [f"{name}: {kind}" for name, kind in zip(served.names, kinds, strict=True)]
@@ -80,7 +79,7 @@ def run(options: PredictOptions, _: Console, console: Console) -> None:
                 broken = _broken(window, served, classifier) if options.skip_broken else {}
                 faults += broken.values()
                 good = [line for line in window if line.where not in broken]
-                answers = server.answers(good, bar.advance) if good else iter(())
+                answers = predict(served, classifier, good, bar.advance) if good else iter(())
                 for line in window:
                     error = broken.get(line.where)
                     writer.write([{**line.value, "error": error} if error else next(answers)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax import models, paths
@@ -120,13 +120,7 @@ class Server:
                     raise LoraError(f"{line.where}: {len(given)} texts, expected {fields}")
                 text = dict(zip(fields, given, strict=True))
             lines.append(JsonLine({**text, **line.value}, line.where))
-        return list(self.answers(lines))
-
-    def answers(
-        self, lines: Sequence[JsonLine], done: Callable[[int], None] = lambda size: None
-    ) -> Iterator[dict[str, Any]]:
-        """Classify lines, as `lora_jax.serving.classifier.predict` does."""
-        return predict(self._served, self.classifier, lines, done)
+        return list(predict(self._served, self.classifier, lines))
 
     def generate(
         self,
