@@ -235,8 +235,7 @@ MUTANTS = (  # name, where, old, new, test
         "free - engine.busy()", "free",
         "tests/serving/test_server.py::test_a_removed_adapter_answers_what_came_before"),
     Mutant("cancelled-rows-stay", "serving/generation.py:turn",
-        "for row, job in self._running.items() if not job.over}",
-        "for row, job in self._running.items()}",
+        "{row: job for row, job in self._running.items() if not job.over}", "self._running",
         "tests/serving/test_server.py::test_cancelling_frees_the_row[close]"),
     # ---- analysis, experiments, report
     Mutant("phi-by-the-larger-side", "analysis",
