@@ -186,14 +186,15 @@ def test_adapters_come_and_go_under_load(setup: Setup, alone: Any) -> None:
 
 
 def test_a_removed_adapter_answers_what_came_before(setup: Setup, alone: Any) -> None:
-    server = opened(setup, "one", slots=1)
-    texts = server.stream(PROMPTS[1], "one", max_new_tokens=NEW)
+    server = opened(setup, "two", slots=1)
+    texts = server.stream(PROMPTS[1], "two", max_new_tokens=NEW)
     first = next(texts)
-    server.remove("one")
-    with pytest.raises(LoraError, match="no adapter is called 'one'"):
-        server.generate(PROMPTS[:1], "one")
+    server.remove("two")
+    with pytest.raises(LoraError, match="no adapter is called 'two'"):
+        server.generate(PROMPTS[:1], "two")
     server.add("new", setup.path("one"))  # waits until the only slot is free
-    assert first + "".join(texts) == alone["one", PROMPTS[1]].text
+    assert first + "".join(texts) == alone["two", PROMPTS[1]].text
+    assert server.generate(PROMPTS[:1], "new", max_new_tokens=NEW) == [alone["one", PROMPTS[0]]]
 
 
 @pytest.mark.parametrize("way", ["close", "with", "drop"])
