@@ -17,12 +17,13 @@ from lora_jax.errors import LoraError
 class Sampling:
     """The choice of the next token.
 
-    temperature: 0 takes the most likely token. Above 0, the logits are divided by it, and a token
-        is sampled.
-    top_k: sample only from this many most likely tokens. None: from all.
-    top_p: sample only from the fewest most likely tokens that together have this probability, among
-        the tokens that top_k leaves. None: from all of these.
-    seed: the seed. The samples of a row depend on the seed and on the number of the row.
+    Attributes:
+      temperature: 0 takes the most likely token. Above 0, the logits are divided by it, and a token
+          is sampled.
+      top_k: sample only from this many most likely tokens. None: from all.
+      top_p: sample only from the fewest most likely tokens that together have this probability,
+          among the tokens that top_k leaves. None: from all of these.
+      seed: the seed. The samples of a row depend on the seed and on the number of the row.
     """
 
     temperature: float = 0.0

@@ -26,9 +26,10 @@ AdapterNames = str | Sequence[str] | None
 class Answer(NamedTuple):
     """A generated text.
 
-    text: the text, without its prompt.
-    tokens: its number of tokens.
-    finish: "stop" if it ended by itself, "length" if there was no room for more.
+    Attributes:
+      text: the text, without its prompt.
+      tokens: its number of tokens.
+      finish: "stop" if it ended by itself, "length" if there was no room for more.
     """
 
     text: str
@@ -41,6 +42,13 @@ class Server:
 
     All methods may be called from several threads, whose requests share batches. There is no thread
     in the background: the requests are computed while somebody waits for one of them.
+
+    Args:
+      served: the base and its first adapters.
+      slots: as for `open`; 0: as many as there are adapters.
+      batch_size, max_tokens, allow_other_base: as for `open`.
+      prompts: what turns prompts into requests. None: the templates and stop tokens that the
+        adapters name.
     """
 
     def __init__(

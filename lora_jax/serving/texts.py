@@ -46,6 +46,11 @@ class Texts(Iterator[TextPiece]):
 
     Closing it, leaving its `with` block or dropping it cancels what is not written yet, and frees
     the rows of the batch. Pieces that nobody takes are kept.
+
+    Args:
+      pieces: the pieces; their `row` is the number of the text, and their `finish` says why a text
+        ends there ("stop" or "length").
+      jobs: the jobs to cancel.
     """
 
     def __init__(self, pieces: Iterator[TextPiece], jobs: Sequence[Job]) -> None:
