@@ -44,12 +44,13 @@ ARROWS: dict[str, set[str]] = {
     | {"primitives", "spec", "transform", "updates"},
     "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
     | {"layout", "models", "multi", "paths", "system", "transform"},
-    "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
-    | {"errors", "frozen", "layout", "models", "multi", "paths", "primitives"}
-    | {"resolve", "sharding", "spec", "system", "transform", "updates"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
     | {"spec", "system", "updates"},
+    "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
+    | {"errors", "frozen", "layout", "models", "multi", "paths", "primitives"}
+    | {"resolve", "serving", "sharding", "spec", "system", "transform"}
+    | {"updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
     | {"primitives", "sharding", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}

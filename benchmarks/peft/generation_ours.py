@@ -9,18 +9,22 @@ import numpy as np
 from benchmarks.peft.narrow import narrow
 from benchmarks.peft.worker import digest, prompts, serve
 from lora_jax import models
-from lora_jax.serving.generation import Decoder, Prompt, stream
+from lora_jax.serving.generation import Decoder
+from lora_jax.serving.jobs import Prompt
 
 
 def main() -> None:
     narrow()
     folder, length, new, _, *rows = sys.argv[1:]
     source = models.open(folder)
-    decoder = Decoder(source.config, source.load(source.config))
+    params, room = source.load(source.config), int(length) + int(new)
+    decoders = {
+        int(count): Decoder(source.config, params, rows=int(count), capacity=room) for count in rows
+    }
 
     def run(count: int, tokens: int) -> np.ndarray:
         asked = [Prompt(row) for row in prompts(count, int(length))]
-        pieces = list(stream(decoder, asked, tokens, batch_size=count))
+        pieces = list(decoders[count].read(decoders[count].submit(asked, tokens)))
         written = np.array([piece.token for piece in pieces]).reshape(tokens, count)
         return written.T
 

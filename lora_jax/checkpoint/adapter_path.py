@@ -35,16 +35,25 @@ def find_one(path: str) -> tuple[str, RemotePath]:
     return found[0]
 
 
+def is_there(path: str) -> bool:
+    """Return whether there is an adapter at a path, or a run that will have one."""
+    folder = storage.folder_at(path)
+    return bool(_found(folder)) or (folder / "checkpoints").exists()
+
+
 def _at(path: str) -> list[tuple[str, RemotePath]]:
     folder = storage.folder_at(path)
+    if not (found := _found(folder)):
+        raise LoraError(f"no adapter at {path}: {_there(folder)}")
+    return found
+
+
+def _found(folder: RemotePath) -> list[tuple[str, RemotePath]]:
     own = adapter_in(folder)
     if own is not None:
         return [(_own_name(own), own)]
     runs = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [(run.name, own) for run in runs if (own := adapter_in(run)) is not None]
-    if not found:
-        raise LoraError(f"no adapter at {path}: {_there(folder)}")
-    return found
+    return [(run.name, own) for run in runs if (own := adapter_in(run)) is not None]
 
 
 def _runs(found: list[tuple[str, RemotePath]]) -> list[str]:

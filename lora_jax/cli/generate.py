@@ -3,6 +3,7 @@
     lora-jax generate --adapter runs/definitions --prompt "tree:"
     lora-jax generate --adapter runs/a --adapter b=runs/b2 --file in.jsonl --out out.jsonl
     lora-jax generate --base REFERENCE --prompt "Once upon a time" --temperature 0.8
+    lora-jax generate --adapter runs/chats --chat
 
 Every adapter continues each --prompt, and each plain line of a file or of stdin; without adapters,
 the base does. A line of JSONL names its adapter:
@@ -26,22 +27,25 @@ examples of the adapter.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
+from rich.text import Text
 
-from lora_jax import models, paths
+from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
 from lora_jax.cli.text_sinks import BlockSink, JsonlSink, Sink, TypedSink, transcribe
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, prompts
-from lora_jax.serving.generation import Decoder, stream
+from lora_jax.serving.generation import Decoder
 from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
 from lora_jax.serving.served_adapters import BASE_NAME, Served
-from lora_jax.system.console import Console, command, say
+from lora_jax.serving.server import Server
+from lora_jax.system.console import Console, command, printable, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,78 +73,98 @@ class GenerateOptions(AdapterOptions):
     """A text of one token that ends the generated text, in addition to the usual end tokens."""
     batch_size: int = 8
     """Prompts that are continued at the same time."""
-    chat: bool = True
+    chat: bool = False
+    """Keep a conversation: each line of stdin is a message, which is answered at once."""
+    template: bool = True
     """Put a prompt into the chat template, as a user's message: for adapters that were trained on
     conversations, and for the base alone if it has a template."""
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     """Read prompts, generate texts and write them to `console`; print messages to `aside`."""
-    source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
+    source = None
+    if not options.chat:
+        source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
     if not options.adapter and options.base is None:
         raise LoraError(
             "no model: give --adapter PATH, a run directory of train.py, or --base REFERENCE, such "
             f"as\n  --base {models.SMOLLM2}"
         )
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.chat:
+        _converse(options, sampling, console, aside)
+        return
     # The prompts are read before the model, so that their errors come at once.
     skip = options.skip_broken
     given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
     served = options.served(models.DecoderConfig, aside)
-    decoder = _decoder(served)
-    asked = Prompts(served, options.stop, options.base_too, options.chat)
+    asked = Prompts(served, options.stop, options.base_too, options.template)
     requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
     faults = [request.error for request in requests if request.error]
     if requests and len(faults) == len(requests):
         raise LoraError(f"no prompt can be used:\n{listed(faults)}")
-    _check_base_alone(served, requests)
     say(aside, _opening(served, asked))
     good = [number for number, request in enumerate(requests) if not request.error]
-    written = stream(
-        decoder,
-        [requests[number].prompt for number in good],
-        options.max_new_tokens,
-        sampling,
-        options.batch_size,
-    )
-    pieces = (piece._replace(row=good[piece.row]) for piece in written)
+    asking = [requests[number] for number in good]
+    server = _server(served, asked, asking, options)
+    texts = server.texts(asking, options.max_new_tokens, sampling)
     with aside.status("reading the prompts; the first time this compiles ..."):
-        first = list(islice(pieces, 1))
+        first = list(islice(texts, 1))
     with _sink(options, source, requests, console, aside) as sink:
-        transcribe(chain(first, pieces), requests, served.source.tokenizer(), sink)
+        transcribe(chain(first, texts), good, requests, sink)
     if faults:
         say(aside, skipped(faults, len(requests), options.out))
-    say(aside, _closing(decoder, len(good)))
+    say(aside, _closing(server.decoder, len(good)))
 
 
-def _decoder(served: Served) -> Decoder:
-    """Return the decoder. A single adapter may have parameters of the base trained in full."""
-    params: Any = served.params
-    for member in served.members:
-        if not member.trainable:
+def _converse(
+    options: GenerateOptions, sampling: Sampling, console: Console, aside: Console
+) -> None:
+    """Answer each line of stdin, with the whole conversation before it, until stdin ends."""
+    for name in ("prompt", "file", "out"):
+        if getattr(options, name):
+            raise LoraError(f"--chat and --{name} exclude each other: drop one")
+    served = options.served(models.DecoderConfig, aside)
+    asked = Prompts(served, options.stop, chat=options.template)
+    name = served.names[0] if served.names else BASE_NAME
+    if len(served.names) > 1 or name not in asked.chats:
+        raise LoraError(
+            "--chat keeps a conversation with one adapter that was trained on conversations, or "
+            f"with a base that has a chat template; got {', '.join(served.names) or 'the base'}"
+        )
+    say(aside, f"{_opening(served, asked)}\nWrite a message; /new begins another conversation.")
+    server = Server(served, batch_size=1, max_tokens=2_048, prompts=asked)
+    messages: list[dict[str, str]] = []
+    for line in filter(None, map(str.strip, sys.stdin)):
+        messages, answer = [*messages, {"role": "user", "content": line}], ""
+        if line == "/new":
+            messages = []
             continue
-        if len(served.members) > 1:
-            raise LoraError(
-                f"adapter {member.name!r} ({member.folder}) was trained together with parameters "
-                "of the base itself, which cannot be mixed in a batch:\n"
-                f"{listed(member.trainable)}\nopen it alone"
-            )
-        leaves = paths.flatten(params)
-        own = {path: x.astype(leaves[path].dtype) for path, x in member.trainable.items()}
-        params = paths.replace(params, own)
-    return Decoder(served.config, params, *(served.stack if served.members else ()))
+        try:
+            most = options.max_new_tokens
+            with server.stream(messages, max_new_tokens=most, sampling=sampling) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    console.print(Text(printable(piece)), end="", soft_wrap=True)
+        except LoraError as error:  # the message is forgotten, and the conversation goes on
+            say(aside, str(error))
+            messages = messages[:-1]
+            continue
+        console.print()
+        messages.append({"role": "assistant", "content": answer})
 
 
-def _check_base_alone(served: Served, requests: Sequence[Request]) -> None:
-    """Raise if the base is asked for, but the adapter has replaced parameters of it."""
-    if any(member.trainable for member in served.members):
-        for request in requests:
-            if request.name == BASE_NAME:
-                raise LoraError(
-                    f"{BASE_NAME!r} is asked for, and {served.names[0]!r} was trained together "
-                    "with parameters of the base itself: run the base alone, with --base and no "
-                    "--adapter"
-                )
+def _server(
+    served: Served, asked: Prompts, requests: Sequence[Request], options: GenerateOptions
+) -> Server:
+    """Return a server with as many rows as there are prompts, up to --batch-size, and as long."""
+    longest = max((len(request.prompt.tokens) for request in requests), default=1)
+    return Server(
+        served,
+        batch_size=min(options.batch_size, 1 << max(0, len(requests) - 1).bit_length()),
+        max_tokens=-(-(longest + options.max_new_tokens) // 64) * 64,
+        prompts=asked,
+    )
 
 
 def _sink(
@@ -160,7 +184,7 @@ def _sink(
 
 def _opening(served: Served, asked: Prompts) -> str:
     if not served.names:
-        said = ", prompts in its chat template (--no-chat: as they are)" if asked.chats else ""
+        said = ", prompts in its chat template (--no-template: as they are)" if asked.chats else ""
         return f"{served.reference} alone, no adapter{said}"
     each = [
         f"{name}: trained on prompts like {asked.templates[name].text!r}"
@@ -176,12 +200,12 @@ def _opening(served: Served, asked: Prompts) -> str:
 def _closing(decoder: Decoder, count: int) -> str:
     speed, programs = decoder.speed, len(decoder.compiled)
     said = [f"{count:,} prompt{'s' * (count != 1)}"]
-    if speed.read:
-        rate = speed.read / max(speed.reading, 1e-9)
-        said.append(f"{speed.read:,} tokens read at {rate:,.0f}/s")
-    if speed.written:
-        rate = speed.written / max(speed.writing, 1e-9)
-        said.append(f"{speed.written:,} written at {rate:,.1f}/s")
+    if speed["read"]:
+        rate = speed["read"] / max(speed["reading"], 1e-9)
+        said.append(f"{speed['read']:,} tokens read at {rate:,.0f}/s")
+    if speed["written"]:
+        rate = speed["written"] / max(speed["writing"], 1e-9)
+        said.append(f"{speed['written']:,} written at {rate:,.1f}/s")
     if programs:
         seconds = sum(decoder.compiled.values())
         said.append(f"{seconds:.1f} s to compile {programs} program{'s' * (programs != 1)}")

@@ -35,10 +35,10 @@ from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
 from lora_jax.errors import LoraError
 from lora_jax.serving import jsonl
-from lora_jax.serving.classifier import Classifier, adapter_of, predict
+from lora_jax.serving.classifier import Classifier, adapter_of
 from lora_jax.serving.jsonl import JsonLine
 from lora_jax.serving.served_adapters import Served
-from lora_jax.serving.text_classifier import TextClassifier
+from lora_jax.serving.server import Server
 from lora_jax.system.console import Console, command, say
 
 
@@ -68,8 +68,10 @@ def run(options: PredictOptions, _: Console, console: Console) -> None:
         with _advice(source, writer):
             window = list(islice(read, options.window))  # before the model: its errors come at once
         served = options.served((models.BertConfig, models.VitConfig), console)
-        classifier = _classifier(served, options.batch_size)
-        kinds = [f"{len(t.labels)} classes" if t.labels else "a number" for t in classifier.tasks]
+        server = Server(served, batch_size=options.batch_size)
+        classifier = server.classifier
+        tasks = classifier.tasks.values()
+        kinds = [f"{len(task.labels)} classes" if task.labels else "a number" for task in tasks]
         each = [f"{name}: {kind}" for name, kind in zip(served.names, kinds, strict=True)]
         say(console, opening(served, each))
         window, began = window if source else _typed(options, served, classifier), time.monotonic()
@@ -78,7 +80,7 @@ def run(options: PredictOptions, _: Console, console: Console) -> None:
                 broken = _broken(window, served, classifier) if options.skip_broken else {}
                 faults += broken.values()
                 good = [line for line in window if line.where not in broken]
-                answers = predict(served, classifier, good, bar.advance) if good else iter(())
+                answers = server.answers(good, bar.advance) if good else iter(())
                 for line in window:
                     error = broken.get(line.where)
                     writer.write([{**line.value, "error": error} if error else next(answers)])
@@ -121,15 +123,6 @@ def _broken(window: Sequence[JsonLine], served: Served, classifier: Classifier) 
     return found
 
 
-def _classifier(served: Served, batch_size: int) -> Classifier:
-    """Return the classifier for this kind of base."""
-    if isinstance(served.config, models.VitConfig):
-        from lora_jax.serving.image_classifier import ImageClassifier  # needs an extra
-
-        return ImageClassifier(served, batch_size)
-    return TextClassifier(served, batch_size)
-
-
 def _typed(options: PredictOptions, served: Served, classifier: Classifier) -> list[JsonLine]:
     """Return the examples of the command line, each for every adapter."""
     flag, given = ("--text", options.text) if options.text else ("--image", options.image)
@@ -137,7 +130,7 @@ def _typed(options: PredictOptions, served: Served, classifier: Classifier) -> l
         raise LoraError(
             f"the adapters classify {classifier.unit}: give --{classifier.unit[:-1]}, not {flag}"
         )
-    for name, task in zip(served.names, classifier.tasks, strict=True):
+    for name, task in zip(served.names, classifier.tasks.values(), strict=True):
         if len(task.fields) > 1:
             raise LoraError(
                 f"adapter {name!r} takes two texts, {task.fields[0]!r} and {task.fields[1]!r}; "
@@ -146,7 +139,7 @@ def _typed(options: PredictOptions, served: Served, classifier: Classifier) -> l
     return [
         JsonLine({task.fields[0]: one, "adapter": name}, f"{flag} {one[:40]!r}")
         for one in given
-        for name, task in zip(served.names, classifier.tasks, strict=True)
+        for name, task in zip(served.names, classifier.tasks.values(), strict=True)
     ]
 
 

@@ -11,6 +11,8 @@ from rich.text import Text
 from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
 from lora_jax.data.example_reader import Reader, Words, form_of
+from lora_jax.data.forms import answers
+from lora_jax.models.text.example import place_of
 from lora_jax.models.text.tokens import TextTruncation, TokenRow
 from lora_jax.system import table
 from lora_jax.system.console import Console, say
@@ -28,7 +30,10 @@ def show(data: DataConfig, words: Words, count: int, console: Console) -> None:
     where = f"{source.name}, split {data.train_split!r}"
     form = form_of(data, some[0], where)
     counts = TextTruncation()
-    read = list(Reader(data, words, form, where).rows(some, counts))
+    reader = Reader(data, words, form, where)
+    said = [(one, row) for row in some for one in answers(form.of(row, where))]
+    texts, places = zip(*((one, place_of(row, where)) for one, row in said), strict=True)
+    read = [reader.within(row, counts) for row in reader.whole(texts, places, counts)]
     coloured = console.color_system is not None and console.is_terminal
     how = "learned is green" if coloured else "learned is in [[ ]]"
     say(console, f"{where}: {len(rows):,} examples of the form {form.name!r}; {how}\n")

@@ -13,13 +13,11 @@ from typing import Any, Self
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from lora_jax.cli.adapter_options import FileBar
-from lora_jax.serving.generation import Piece
 from lora_jax.serving.jsonl import Writer, in_order
 from lora_jax.serving.prompts import FIELD, Request
+from lora_jax.serving.texts import TextPiece
 from lora_jax.system.console import Console, printable
 
 
@@ -34,30 +32,24 @@ class Sink(contextlib.ExitStack):
 
 
 def transcribe(
-    pieces: Iterable[Piece], requests: Sequence[Request], tokenizer: Tokenizer, sink: Sink
+    texts: Iterable[TextPiece], numbers: Sequence[int], requests: Sequence[Request], sink: Sink
 ) -> None:
-    """Decode the tokens of all texts, and pass the text to `sink` as it comes."""
+    """Pass the texts to `sink` as they come; row i of them is the request `numbers[i]`."""
 
     def finished() -> Iterator[tuple[int, dict[str, Any]]]:
         for number, request in enumerate(requests):
             if request.error:
                 yield number, {"error": request.error}
-        # The text of a token may depend on the token before it (a space at the start of a word).
-        going: dict[int, tuple[DecodeStream, dict[str, Any]]] = {}
-        for row, token, finish in pieces:
-            if row not in going:
-                read = list(requests[row].prompt.tokens)
-                stream = DecodeStream(ids=read, skip_special_tokens=True)
-                going[row] = stream, {"text": "", "tokens": 0}
-            stream, answer = going[row]
-            if token is not None:
-                more = stream.step(tokenizer, token) or ""
-                answer["text"] += more
+        going: dict[int, dict[str, Any]] = {}
+        for piece in texts:
+            number = numbers[piece.row]
+            answer = going.setdefault(number, {"text": "", "tokens": 0})
+            if piece.token is not None:
+                answer["text"] += piece
                 answer["tokens"] += 1
-                sink.grow(row, more)
-            if finish is not None:
-                del going[row]
-                yield row, {**answer, "finish": finish}
+                sink.grow(number, piece)
+            if piece.finish is not None:
+                yield number, {**going.pop(number), "finish": piece.finish}
 
     for number, answer in enumerate(in_order(finished())):
         sink.finish(number, answer)

@@ -162,9 +162,11 @@ def _packed_jsonl(path: Path) -> list[Example]:
 
 
 def _json(path: Path) -> list[Example]:
-    """Read a JSON file with a list of objects; the line of an example is its place in the list."""
+    """Read a JSON file with a list of objects, or an object of objects; the line of an example is
+    its place among them."""
     data = regular_files.read(path, DataError, most=_MOST_JSON, given=True)
     rows = json_file.parse(data, str(path), DataError)
+    rows = list(rows.values()) if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(
             f"{path}: expected a list of objects [{{...}}, ...]; with an object on each line, the "

@@ -44,6 +44,11 @@ class Preference:
     chosen: Said
     rejected: Said
 
+    @property
+    def judged(self) -> tuple[tuple[Said, bool], ...]:
+        """Its answers, and whether each of them is good."""
+        return (self.chosen, True), (self.rejected, False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
@@ -51,6 +56,18 @@ class Judged:
 
     said: Said
     good: bool
+
+    @property
+    def judged(self) -> tuple[tuple[Said, bool], ...]:
+        """See `Preference`."""
+        return ((self.said, self.good),)
+
+
+def answers(said: Said | Preference | Judged) -> tuple[Said, ...]:
+    """Return the one text of an example, or the better and the worse of a pair."""
+    if isinstance(said, Preference | Judged):
+        return tuple(answer for answer, _ in said.judged)
+    return (said,)
 
 
 @dataclasses.dataclass(frozen=True)

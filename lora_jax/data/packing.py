@@ -55,13 +55,13 @@ class Packing:
         return row | {"loss_weight": np.zeros(self.length, np.float32)}
 
     def pack(self, number: int, rows: Sequence[TokenRow]) -> grain.IterDataset:
-        """Pack stream `number` by first fit, with several rows that are filled at the same time."""
+        """Pack stream `number` by best fit, with several rows that are filled at the same time."""
         seed = None if self.seed is None else (self.seed, number)
         stream = Stream(rows, seed, ENDLESS if self.epochs is None else self.epochs)
         dataset = grain.MapDataset.source(stream).to_iter_dataset(IN_THREAD)
         if not self.together:
             return dataset.map(self._alone)
-        packed = experimental.FirstFitPackIterDataset(
+        packed = experimental.BestFitPackIterDataset(
             dataset,
             length_struct=dict.fromkeys(("input_ids", "targets", "loss_weight"), self.length),
             num_packing_bins=_BINS,

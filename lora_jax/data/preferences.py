@@ -1,8 +1,9 @@
-"""Pairs of answers, of which the first is better, in batches padded to a few lengths."""
+"""Pairs of answers, of which the first is better, and judged answers, in padded batches."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
 from lora_jax.data.epochs import Epochs, EpochTable
 from lora_jax.data.example_reader import Reader, Words, form_of
-from lora_jax.data.forms import Preference
+from lora_jax.data.forms import Judged, Preference
 from lora_jax.data.labels import Labels
 from lora_jax.data.status import tracked
 from lora_jax.errors import DataError
@@ -39,6 +40,7 @@ def preferences(
     seed: int = 0,
     epochs: int | None = 1,
     set_apart: bool = False,
+    judged: bool = False,
 ) -> Batches:
     """Make batches of B pairs, the better answer first, of T tokens.
 
@@ -52,6 +54,9 @@ def preferences(
     The answers are the assistant's messages after the prompt. A pair of which one answer has
     nothing left to learn within `config.max_length` is left out, and counted.
 
+    With `judged` each answer is an example of its own, the first of two. The second is its prompt
+    with the answer before it in the batch. `good`, [B] float32, is 1 for a good answer, else 0.
+
     Args:
       config: the config of the data.
       words: the tokenizer, and what else the model makes of text.
@@ -61,29 +66,36 @@ def preferences(
       seed: the seed of the order.
       epochs: the number of epochs. None: without end.
       set_apart: see `language_modelling`.
+      judged: whether each answer stands by itself; pairs are taken apart.
 
     Raises:
-      DataError: the examples are not pairs.
+      DataError: the examples are neither pairs nor judged answers as `judged` says.
     """
     source = open_data(config, set_apart)
     examples = source.examples(split)
     some = examples[: min(len(examples), config.limit(split) or len(examples))]
     where = f"{source.name}, split {split!r}"
     form = form_of(config, some[0], where)
-    if form.name != "preference":
+    if form.name not in ("preference", *(("judged", "judged_messages") if judged else ())):
+        hint = " (--preference kto learns from them)" if form.name.startswith("judged") else ""
         raise DataError(
-            f"{place_of(some[0], where)}: the example has the form {form.name!r}; preferences are "
-            "learned from pairs with the fields chosen and rejected, and perhaps prompt"
+            f"{place_of(some[0], where)}: the example has the form {form.name!r}{hint}; "
+            "preferences are learned from pairs with the fields chosen and rejected, and perhaps "
+            f"prompt{', and by kto also from answers with a label' if judged else ''}"
         )
     truncation = TextTruncation()
     reader = Reader(config, words, form, where)
     rows: list[TokenRow] = []
+    good: list[bool] = []
     for chunk in chunks(tracked(some, f"tokenising {split}", len(some)), 200):
-        rows += _pairs(reader, [form.of(e, where) for e in chunk], chunk, where, truncation)
+        found = _answers(reader, [form.of(e, where) for e in chunk], chunk, where, truncation)
+        for row, is_good in found:
+            rows.append(row)
+            good.append(is_good)
     if not rows:
-        raise DataError(f"{where}: no pair has two answers within data.max_length")
-    tokens = collect(rows)
-    longest = tokens.lengths.reshape(-1, 2).max(1) - 1
+        raise DataError(f"{where}: no example has all its answers within data.max_length")
+    tokens, each = collect(rows), 1 if judged else 2
+    longest = tokens.lengths.reshape(-1, each).max(1) - 1
     table = PairTable(
         epochs=Epochs(
             np.searchsorted(config.lengths, longest), batch_size, seed if shuffle else None, epochs
@@ -92,13 +104,14 @@ def preferences(
         tokens=tokens,
         lengths=config.lengths,
         pad=padding_id(words.tokenizer),
+        good=np.array(good, np.float32) if judged else None,
     )
-    count = int(tokens.lengths.sum())
+    count = int(tokens.lengths.sum()) * (2 // each)
     places = sum(2 * batch_size * table.length(chosen) for chosen in table.epochs.plan(0))
     facts = TextFacts(
         source=source.name,
         split=split,
-        examples=len(tokens) // 2,
+        examples=len(tokens) // each,
         batches=table.epochs.batches,
         tokens=count,
         padding=1 - count / places,
@@ -108,28 +121,35 @@ def preferences(
     return dataclasses.replace(table.batches(facts), labels=None)
 
 
-def _pairs(
+def _answers(
     reader: Reader,
-    pairs: Sequence[Preference],
-    examples: Sequence[Example],
+    examples: Sequence[Preference | Judged],
+    rows: Sequence[Example],
     where: str,
     truncation: TextTruncation,
-) -> list[TokenRow]:
-    """Return two rows for each pair that has two answers within the limit."""
-    said = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    places = [place_of(example, where) for example in examples for _ in range(2)]
-    rows = [reader.within(row, truncation) for row in reader.whole(said, places, truncation)]
-    whole = [(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]
-    return [row for pair in whole if all(len(ids) for ids, _ in pair) for row in pair]
+) -> list[tuple[TokenRow, bool]]:
+    """Return the answers of each example whose answers are all within the limit, and judgements."""
+    flat = [answer for example in examples for answer in example.judged]
+    places = [place_of(r, where) for r, e in zip(rows, examples, strict=True) for _ in e.judged]
+    whole = iter(reader.whole([said for said, _ in flat], places, truncation))
+    kept = []
+    for example in examples:
+        own = [(reader.within(next(whole), truncation), good) for _, good in example.judged]
+        kept += own if all(len(ids) for (ids, _), _ in own) else []
+    return kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairTable(EpochTable):
-    """The tokenised pairs: rows 2 i and 2 i + 1 are the better and the worse answer of pair i."""
+    """The tokenised answers: rows 2 i and 2 i + 1 are the better and the worse answer of pair i.
+
+    With `good` each row is an example of its own.
+    """
 
     tokens: Tokens
     lengths: tuple[int, ...]
     pad: int
+    good: NDArray[np.float32] | None = None
 
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
@@ -138,15 +158,35 @@ class PairTable(EpochTable):
         shape = (len(rows), 2, self.length(chosen))
         ids, targets = np.full(shape, self.pad, np.int32), np.full(shape, self.pad, np.int32)
         marks = np.zeros(shape, np.float32)
-        for i, pair in enumerate(rows.tolist()):
-            for side in range(2):
-                own, learned = self.tokens[2 * pair + side]
+        for i, example in enumerate(rows.tolist()):
+            for side, (own, learned) in enumerate(self._sides(chosen, example)):
+                own, learned = own[: shape[2] + 1], learned[: shape[2] + 1]
                 size = len(own) - 1
                 ids[i, side, :size], targets[i, side, :size] = own[:-1], own[1:]
                 marks[i, side, :size] = learned[1:]
         reference = np.zeros((len(rows), 2), np.float32)
-        return {"input_ids": ids, "targets": targets, "loss_weight": marks, "reference": reference}
+        found = {"input_ids": ids, "targets": targets, "loss_weight": marks, "reference": reference}
+        return found if self.good is None else {**found, "good": self.good[rows]}
 
     def length(self, chosen: NDArray[np.int64]) -> int:
         """Return the bucket of a batch, which has room for its longest answer."""
-        return self.lengths[self.epochs.sizes[chosen].max()]
+        if self.good is None:
+            return self.lengths[self.epochs.sizes[chosen].max()]
+        asked, whole = self._asked[chosen], self.tokens.lengths[chosen]
+        needed = max(whole.max(), (asked + np.roll(whole - asked, 1)).max()) - 1
+        return self.lengths[min(np.searchsorted(self.lengths, needed), len(self.lengths) - 1)]
+
+    def _sides(self, chosen: NDArray[np.int64], example: int) -> tuple[TokenRow, TokenRow]:
+        """Return the two answers of an example of the batch that has those `chosen`."""
+        if self.good is None:
+            return self.tokens[2 * example], self.tokens[2 * example + 1]
+        other = int(chosen[np.flatnonzero(chosen == example)[0] - 1])
+        own, before = self.tokens[example], self.tokens[other]
+        asked, cut = self._asked[example], self._asked[other]
+        ids = np.concatenate([own[0][:asked], before[0][cut:]])
+        return own, (ids, np.concatenate([own[1][:asked], before[1][cut:]]))
+
+    @functools.cached_property
+    def _asked(self) -> NDArray[np.int64]:
+        """The number of tokens of each row before the first that is learned."""
+        return np.array([np.argmax(marks[1:]) + 1 for _, marks in self.tokens], np.int64)

@@ -104,6 +104,24 @@ def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = N
     )
 
 
+def with_rows(cache: Cache, own: Cache, places: Array, shift: Array) -> Cache:
+    """Replace the rows `places` of a cache by other ones of the same capacity.
+
+    Their slots are rotated by `shift`, so that they end where the next step writes (a query finds
+    tokens by their positions). A place that the cache does not have is left out.
+    """
+
+    def put(into: Array, rows: Array, axis: int) -> Array:
+        turned = jnp.roll(rows.astype(into.dtype), shift, axis)
+        return into.at[places].set(turned, mode="drop")
+
+    return Cache(
+        jax.tree.map(lambda into, rows: put(into, rows, -1), cache.keys, own.keys),
+        jax.tree.map(lambda into, rows: put(into, rows, -2), cache.values, own.values),
+        put(cache.positions, own.positions, -1),
+    )
+
+
 class Fresh(NamedTuple):
     """The entries of new tokens, collected layer by layer: a `Cache` of T slots, or with unrolled
     layers the entries of the layers so far. `at` is the current layer; a Python int in unrolled

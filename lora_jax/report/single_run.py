@@ -24,6 +24,7 @@ def report(run: SavedRun, base: BaseChoice) -> Report:
         sections=(
             Section("Scores", (_scores(run),)),
             Section("Curves", _curves(run)),
+            *_samples(run),
             *update_analysis.sections(run.path, base),
             Section("Settings", (settings.table([run.config]),)),
             Section("Time and memory", _costs(run)),
@@ -103,6 +104,17 @@ def _scores(run: SavedRun) -> Block:
         tuple(rows),
         ("split", "number"),
     )
+
+
+def _samples(run: SavedRun) -> list[Section]:
+    """Return a section of what the model answered before training, and what it does now."""
+    found = [] if run.summary is None else run.summary.get("samples", [])
+    if not found:
+        return []
+    names = ("asked", "expected", "before", "after")
+    rows = [(str(i), *(s.get(n, formatting.NONE) for n in names)) for i, s in enumerate(found, 1)]
+    caption = "Answers to questions of the validation split, before and by the best adapter."
+    return [Section("Samples", (Table(caption, ("", *names), tuple(rows), names),))]
 
 
 def _curves(run: SavedRun) -> tuple[Block, ...]:

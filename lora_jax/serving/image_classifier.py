@@ -55,3 +55,8 @@ class ImageClassifier(Classifier):
         how = self._how
         found = {row: pixels(decode(row[0], how.channels, row[1]), how) for row in {*rows}}
         return (np.stack([found[row] for row in rows]),)
+
+    def blank(self, length: int) -> tuple[NDArray[Any], ...]:
+        """See `Classifier`. All images have one size."""
+        size = self._how.size
+        return (np.zeros((1, *size, self._how.channels), np.float32),)

@@ -18,7 +18,7 @@ from lora_jax.models.text.tokens import Encoder
 from lora_jax.models.weights import chat_files
 from lora_jax.multi.stack import BASE
 from lora_jax.serving import jsonl
-from lora_jax.serving.generation import Prompt
+from lora_jax.serving.jobs import Prompt
 from lora_jax.serving.jsonl import JsonLine, LineError
 from lora_jax.serving.served_adapters import BASE_NAME, Served
 
@@ -97,17 +97,39 @@ class Prompts:
         common = {_stop_id(tokenizer, text) for text in stop}
         if served.config.eos_id is not None:
             common.add(served.config.eos_id)
-        self.templates = {m.name: t for m in served.members if (t := _template(m)) is not None}
-        self.chats = _chats(served, chat)
         added = tokenizer.get_added_tokens_decoder().values()
+        self._added = [token.content for token in added]
         self._control = tuple(token.content for token in added if token.special)
-        self._stops = {m.name: common | _end_ids(tokenizer, m) for m in served.members}
-        self._stops[BASE_NAME] = common
-        for name, template in self.chats.items():
-            end = end_of_turn(template, [token.content for token in added])
-            found = None if end is None else tokenizer.token_to_id(end)
+        self.tokenizer, self._chat = tokenizer, chat
+        self.templates, self.chats = dict[str, Template](), dict[str, ChatTemplate]()
+        if chat and served.source.chat_template is not None:
+            self.chats[BASE_NAME] = chat_files.open_template(served.source)
+        self._common, self._stops = common, {BASE_NAME: common}
+        self._end(BASE_NAME)
+        for member in served.members:
+            self.add(member)
+        self._base_too = base_too
+
+    def add(self, member: SavedAdapter) -> None:
+        """Find the template of an adapter and its stop tokens."""
+        name, about, source = member.name, member.about, self._served.source
+        self.templates.pop(name, None)
+        self.chats.pop(name, None)
+        if (template := _template(member)) is not None:
+            self.templates[name] = template
+        if self._chat and about.get("chat") is True:
+            own, base = about.get("template"), self.chats.get(BASE_NAME)
+            if isinstance(own, str):
+                base = ChatTemplate(own, source.special_tokens, str(member.folder))
+            self.chats[name] = base or chat_files.open_template(source)
+        self._stops[name] = self._common | _end_ids(self.tokenizer, member)
+        self._end(name)
+
+    def _end(self, name: str) -> None:
+        """Add the token that ends a turn in the chat template of an adapter."""
+        if name in self.chats and (end := end_of_turn(self.chats[name], self._added)) is not None:
+            found = self.tokenizer.token_to_id(end)
             self._stops[name] = self._stops[name] | (set() if found is None else {found})
-        self._plain = (*served.names, *([BASE_NAME] if base_too or not served.members else []))
 
     def all(
         self, given: Sequence[JsonLine | str], where: str, *, keep_broken: bool = False
@@ -132,14 +154,16 @@ class Prompts:
         return found
 
     def _of_text(self, text: str, where: str) -> list[Request]:
-        *others, last = (self._request(name, text, {FIELD: text}, where) for name in self._plain)
+        names = self._served.names
+        plain = (*names, *([BASE_NAME] if self._base_too or not names else []))
+        *others, last = (self._request(name, text, {FIELD: text}, where) for name in plain)
         return [*others, dataclasses.replace(last, size=_size(text))]
 
     def _of_line(self, line: JsonLine) -> Request:
         if line.fault is not None:
             raise line.fault
         number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
-        name = BASE_NAME if number == BASE else self._served.names[number]
+        name = BASE_NAME if number == BASE else self._served.slots[number].name
         if "messages" in line.value:
             text = self._conversation(line, name)
             return self._request(name, text, line.value, line.where, line.size, rendered=True)
@@ -217,24 +241,6 @@ def _template(member: SavedAdapter) -> Template | None:
         raise LoraError(f"{member.folder} says that its prompt is {str(said)[:80]!r}")
     template = Template(said, "prompt")
     return template if template.fields else None
-
-
-def _chats(served: Served, wanted: bool) -> dict[str, ChatTemplate]:
-    """Return the chat templates by the name of the adapter, and for the base."""
-    if not wanted:
-        return {}
-    source = served.source
-    base = chat_files.open_template(source) if source.chat_template is not None else None
-    found = {} if base is None else {BASE_NAME: base}
-    for member in served.members:
-        if member.about.get("chat") is not True:
-            continue
-        own = member.about.get("template")
-        if isinstance(own, str):
-            found[member.name] = ChatTemplate(own, source.special_tokens, str(member.folder))
-        else:
-            found[member.name] = base or chat_files.open_template(source)
-    return found
 
 
 def _end_ids(tokenizer: Tokenizer, member: SavedAdapter) -> set[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.analysis.from_base import init_from_base
 from lora_jax.bases.recipe import STORED, requantised
 from lora_jax.checkpoint import adapter_path
-from lora_jax.checkpoint.fingerprint import fingerprint
+from lora_jax.checkpoint.fingerprint import Fingerprint, fingerprint
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError, listed, nearest
@@ -44,13 +45,20 @@ class Served:
     reference: the reference of the base, as the user or the adapters name it.
     source: the opened model with its tokenizer and chat template.
     config: the config of the model, with the settings that the adapters were trained with.
-    members: the adapters; the position of each is its id.
+    members: the adapters that were opened with it.
+    lock: held while adapters come and go, and from the look-up of an id to its use.
     """
 
     reference: str
     source: models.Source
     config: Any
     members: tuple[SavedAdapter, ...]
+    lock: Any = dataclasses.field(default_factory=threading.RLock, init=False, repr=False)
+
+    @functools.cached_property
+    def slots(self) -> dict[int, SavedAdapter]:
+        """The adapters by their ids, at first the positions of the members."""
+        return dict(enumerate(self.members))
 
     @functools.cached_property
     def params(self) -> Tree:
@@ -59,45 +67,58 @@ class Served:
         It is `{"bert": ...}` or `{"vit": ...}` without a head for an encoder, the whole model for a
         decoder.
         """
+        for member in self.members:
+            self._check(member)
+        return self._loaded
+
+    @functools.cached_property
+    def _loaded(self) -> Tree:
         recipe, method = self.recipe, self.changed_by
         params = self.source.load(self.config, keep_quantised=recipe == {"scheme": STORED})
         params = {self.root.strip("/"): params} if self.root else params
         floats, params = params, params if recipe is None else requantised(params, recipe)
-        if method is not None:
-            quantised = None if recipe is None else params
-            layout = self.members[0].layout
-            params = init_from_base(layout, floats, method, quantised=quantised).params
-        self._check(params)
-        return params
-
-    def _check(self, params: Tree) -> None:
-        """Raise unless every adapter was trained on this base, or may be used on it and fits."""
-        flat = paths.flatten(params)
-        strict = any(not member.allow_other_base for member in self.members)
-        ours = fingerprint(params) if strict else {}
-        for member in self.members:
-            try:
-                member.check_base(ours)
-                member.layout.check_params(flat)
-            except LoraError as error:
-                own = member.model.get("reference", "a base that it does not name")
-                raise LoraError(
-                    f"adapter {member.name!r}, trained on {own}, is not for the base "
-                    f"{self.reference}:\n{error}"
-                ) from error
+        if method is None:
+            return params
+        quantised = None if recipe is None else params
+        return init_from_base(self.members[0].layout, floats, method, quantised=quantised).params
 
     @functools.cached_property
-    def stack(self) -> tuple[Layout, Stack]:
-        """`(layout, stacked)` of all adapters. There must be at least one."""
+    def _identity(self) -> Fingerprint:
+        return fingerprint(self._loaded)
+
+    def _check(self, member: SavedAdapter) -> None:
+        """Raise unless an adapter was trained on this base, or may be used on it and fits."""
+        try:
+            member.check_base({} if member.allow_other_base else self._identity)
+            member.layout.check_params(paths.flatten(self._loaded))
+        except LoraError as error:
+            own = member.model.get("reference", "a base that it does not name")
+            raise LoraError(
+                f"adapter {member.name!r}, trained on {own}, is not for the base "
+                f"{self.reference}:\n{error}"
+            ) from error
+
+    def read(self, name: str, path: str, allow_other_base: bool = False) -> SavedAdapter:
+        """Read one more adapter, and check that it is for this base as it is."""
+        member = _read(adapter_path.find_one(path)[1], name, allow_other_base)
+        both = (*self.members[:1], member)
+        shared_base.shared_settings(both, self.reference, True)
+        shared_base.shared_recipe(both)
+        shared_base.shared_change(both)
+        self._check(member)
+        return member
+
+    def stack(self, slots: int | None = None) -> tuple[Layout, Stack]:
+        """`(layout, stacked)` of the adapters, with so many slots. There must be at least one."""
         on_host = (jax.tree.map(np.asarray, m.parameters) for m in self.members)
         return stack_adapters(
-            [Adapter(m.layout, x) for m, x in zip(self.members, on_host, strict=True)]
+            [Adapter(m.layout, x) for m, x in zip(self.members, on_host, strict=True)], size=slots
         )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the adapters, in the order of their ids."""
-        return tuple(member.name for member in self.members)
+        return tuple(member.name for _, member in sorted(self.slots.items()))
 
     @property
     def recipe(self) -> Mapping[str, Any] | None:
@@ -156,8 +177,8 @@ class Served:
         None is the only adapter, or the base if there is none. `where` is the place of the request,
         for the error message.
         """
-        if name is None and len(self.members) <= 1:
-            return 0 if self.members else BASE
+        if name is None and len(self.slots) <= 1:
+            return next(iter(self.slots), BASE)
         if name is None:
             raise LoraError(
                 f"{where} does not say which adapter it is for, and there are several:\n"
@@ -171,7 +192,7 @@ class Served:
                 f"{where}: no adapter is called {name!r}; nearest: {near!r}. There are:\n"
                 f"{listed(self.names, 10)}\nanother one is opened with --adapter {name}=PATH"
             )
-        return self.names.index(name)
+        return next(i for i, member in self.slots.items() if member.name == name)
 
 
 def open_adapters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,17 +54,25 @@ class TextClassifier(Classifier):
     def prepare_model(self, served: Served, width: int) -> nn.Module:
         """See `Classifier`. The tokenizer is read too."""
         self.cut, self.tokens = TextTruncation(), 0
-        self.lengths = sorted({length for task in self.tasks for length in task.lengths})
+        self.lengths = sorted({n for task in self.tasks.values() for n in task.lengths})
         if self.lengths[-1] > served.config.max_positions:
             raise LoraError(
                 f"an adapter takes texts of {self.lengths[-1]} tokens, but the base has positions "
                 f"for {served.config.max_positions}; is it the base that it was trained on?"
             )
         tokenizer, rows = served.source.tokenizer(), served.config.vocab_size
-        limits = {task.lengths[-1] for task in self.tasks}
-        self._encoders = {limit: Encoder(tokenizer, limit, rows) for limit in limits}
-        self._pad = padding_id(tokenizer)
-        return models.BertClassifier(served.config, width, _pooling(served.members))
+        self._encoder = functools.cache(lambda limit: Encoder(tokenizer, limit, rows))
+        self._pad, self._pooling = padding_id(tokenizer), _pooling(served.members)
+        return models.BertClassifier(served.config, width, self._pooling)
+
+    def add(self, i: int, member: SavedAdapter) -> None:
+        """See `Classifier`."""
+        if (own := _pooling([member])) != self._pooling:
+            raise LoraError(
+                f"the head of adapter {member.name!r} pools by {own!r}, and the others by "
+                f"{self._pooling!r}"
+            )
+        super().add(i, member)
 
     def example_of(self, line: JsonLine, task: ClassifierTask) -> TextOrPair:
         """See `Classifier`. Numbers are read as text, as in training."""
@@ -79,28 +88,35 @@ class TextClassifier(Classifier):
         """Return the tokens of each text, cut to the limit of its adapter's task."""
         limits = [self.tasks[adapter].lengths[-1] for adapter in adapters]
         encoded: list[Any] = [None] * len(examples)
-        for limit, encoder in self._encoders.items():
+        for limit in {*limits}:
             for pair in (False, True):
                 own = [
                     i
                     for i in range(len(examples))
                     if limits[i] == limit and isinstance(examples[i], tuple) == pair
                 ]
-                found = encoder.truncate([examples[i] for i in own], self.cut) if own else []
+                found = (
+                    self._encoder(limit).truncate([examples[i] for i in own], self.cut)
+                    if own
+                    else []
+                )
                 for i, encoding in zip(own, found, strict=True):
                     encoded[i] = encoding
         self.tokens += sum(len(encoding.ids) for encoding in encoded)
         return encoded
 
     def length_of(self, row: Any) -> int:
-        """See `Classifier`. The length is the number of tokens."""
-        return len(row.ids)
+        """See `Classifier`. It is the first one that has room for the tokens."""
+        return next(length for length in self.lengths if length >= len(row.ids))
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
         """Return token ids, mask and token types, as in the batches of training."""
-        longest = max(len(row.ids) for row in rows)
-        length = next(length for length in self.lengths if length >= longest)
+        length = max(map(self.length_of, rows))
         return padded([(row.ids, row.type_ids) for row in rows], length, self._pad)
+
+    def blank(self, length: int) -> tuple[NDArray[Any], ...]:
+        """See `Classifier`."""
+        return padded([([0], [0])], length, self._pad)
 
     def facts(self, count: int) -> tuple[str, ...]:
         (said,), cut = super().facts(count), self.cut

@@ -19,17 +19,19 @@ import jax
 import numpy as np
 
 from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.layout import Layout
 from lora_jax.multi.stack import Scaled
 from lora_jax.sharding import gathered
 from lora_jax.sweeps import batches
 from lora_jax.sweeps.group_program import GroupProgram
-from lora_jax.sweeps.members import OpenMember
+from lora_jax.sweeps.members import BASE_ALONE, OpenMember
 from lora_jax.sweeps.padded_state import HostState, only_trained, unstack
 from lora_jax.sweeps.step import CPU_MEMBERS
 from lora_jax.training.config import MeshConfig
 from lora_jax.training.metrics import DelayedMetrics
 from lora_jax.training.open_run import BatchLoss, NonFiniteError
 from lora_jax.training.state import State, Trained
+from lora_jax.training.step import Compiled, reference_step
 from lora_jax.training.workload import Loss
 
 Tree = Any  # a pytree
@@ -73,6 +75,7 @@ class Group:
         self._programs: dict[Any, GroupProgram] = {}
         self._program: GroupProgram
         self._evaluated_member: OpenMember | None = None
+        self._refer: Compiled | None = None
         self._delayed = DelayedMetrics()
         self._held: HostState | None = None
         self.compile_seconds = 0.0
@@ -119,7 +122,7 @@ class Group:
             if not member.live:
                 rows.append(None)
                 continue
-            batch = next(member.run.data)
+            batch = self._referred(member, next(member.run.data))
             member.step += 1
             lines.append((index, member, member.step, member.run.count(batch)))
             rows.append(self._marked(member, batch))
@@ -141,6 +144,8 @@ class Group:
             moving |= {member for _, member, *_ in line["moved"]}
         for member in moving:
             member.run.notes.add("train", time.monotonic() - began)
+        for member in self.members[:1]:
+            member.references.write()
 
     def compiled(self) -> jax.stages.Compiled:
         """Return the step, compiled for the first batches of the members."""
@@ -169,6 +174,7 @@ class Group:
 
         def batch_loss(batch: Any) -> Loss:
             self._evaluated_member = member
+            batch = self._referred(member, batch)
             found: Loss = program.batch_loss(scaled, frozen, {**batch, **marks})
             self._evaluated_member = None
             return found
@@ -217,6 +223,19 @@ class Group:
         else:
             for member in self.members:
                 member.run.notes.add("compile", seconds)
+
+    def _referred(self, member: OpenMember, batch: Any) -> Any:
+        """Return a batch with the reference by the base alone, if the loss has a reference."""
+        setup, frozen = member.run.setup, self._frozen
+        if setup.workload.reference is None:
+            return batch
+        if self._refer is None:
+            self._refer = Compiled(reference_step(setup.workload, Layout(())), self._compiling)
+        refer = self._refer
+        second = lambda rows: refer(BASE_ALONE, frozen, setup.place.batch(rows))  # noqa: E731
+        own = np.asarray(member.references.values(batch, second))
+        member.references.learn()  # the next member has the same examples
+        return {**batch, "reference": own}
 
     def _marked(self, member: OpenMember, batch: Any) -> Any:
         return {**batch, **member.marks} if self._program.marked else batch

@@ -22,21 +22,25 @@ Tree = Any  # a pytree
 
 
 def joined(members: Sequence[OpenMember], example: Any) -> tuple[Workload, bool]:
-    """Return the workload of all members, and whether their batches must be marked for it."""
+    """Return the workload of all members, and whether their batches must be marked for it.
+
+    They are marked if the parameters differ in shape, or if the plain workloads are not one program
+    and can be joined.
+    """
     workloads = [member.run.setup.workload for member in members]
     marked = len({str(paths.shapes(workload.params)) for workload in workloads}) > 1
     if marked:
         _check_joinable(members)
+    different = list({workload_settings(m.config): m for m in reversed(members)}.values())
+    if not marked and all(w.common and w.common.join for w in workloads):
+        marked = len({_program(m.run.setup.workload, example) for m in different}) > 1
     whole = _join(workloads) if marked else workloads[0]
-    known = {workload_settings(members[0].config): None}
-    for member in members[1:]:
-        if workload_settings(member.config) in known:
-            continue
-        known[workload_settings(member.config)] = None
+    program = _program(whole, example | members[0].marks if marked else example)
+    for member in reversed(different):
         own = member.run.setup.workload
         other = _join([own, *workloads]) if marked else own
         batch = example | member.marks if marked else example
-        if _program(other, batch) != _program(whole, batch):
+        if _program(other, batch) != program:
             raise ConfigError(
                 f"the models or the losses of {members[0].name!r} and {member.name!r} are not the "
                 "same program; the members of a group may differ in their data, adapters, heads' "

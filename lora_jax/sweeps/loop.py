@@ -28,6 +28,7 @@ from lora_jax.training import directory, processes, sizes, summary
 from lora_jax.training.checkpoints import steps_in
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.directory import Summary
+from lora_jax.training.text import TextConfig
 
 # If free slots would cost this many steps in total, the group is compiled again without them.
 WORTH = 200
@@ -65,7 +66,7 @@ def run(
         for name, own in _configs(config, path).items():
             stack.enter_context(directory.enter(name, own))
             if directory.summary(path / name) is None:
-                waiting[name] = own
+                waiting[name] = directory.dated(path / name, own)
         while waiting:
             key = next(iter(waiting.values())).group_key
             alike = {name: own for name, own in waiting.items() if own.group_key == key}
@@ -89,6 +90,7 @@ def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
     for member in config.members:
         own = member.config
         alone = {"--from": own.start_from is not None, "--profile": own.profile > 0}
+        alone |= {"--samples.prompts": isinstance(own, TextConfig) and own.samples.prompts > 0}
         for option in (option for option, given in alone.items() if given):
             raise ConfigError(
                 f"{option} is for one run, and {member.name!r} is a member of a group: train it "

@@ -22,7 +22,7 @@ from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
 from lora_jax.sweeps.padded_state import HostState, StateShapes
 from lora_jax.sweeps.step import Settings, is_plain
-from lora_jax.training import initial, mesh, optimizer, step
+from lora_jax.training import initial, mesh, optimizer, reference_cache, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig
 from lora_jax.training.config_file import workload_of
@@ -34,6 +34,7 @@ Tree = Any  # a pytree
 
 # The structure of the optimizer state does not depend on the settings.
 TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
+BASE_ALONE: Any = {"base": {}, "adapters": {}}  # as `State.trained`
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,6 +44,7 @@ class OpenMember:
     host: its state while it is in no group.
     example: its first batch.
     step: the number of steps it has taken.
+    references: the values of the reference, which all members of a group share.
     error: the reason why it stopped, if it did.
     """
 
@@ -52,6 +54,7 @@ class OpenMember:
     host: HostState
     example: Batch
     step: int
+    references: reference_cache.ReferenceCache
     paused: bool = False
     error: str | None = None
 
@@ -115,6 +118,7 @@ class Opener(contextlib.ExitStack):
         self._grid, self._report = grid, report
         self._workloads: dict[Any, OpenedWorkload] = {}
         self.base: SharedBase | None = None
+        self._references: reference_cache.ReferenceCache | None = None
         self._changed: tuple[Mapping[str, Any], Tree] | None = None  # `about`, adapters
 
     def open(
@@ -137,16 +141,21 @@ class Opener(contextlib.ExitStack):
             )
         layout = layouts[spec]
         step.check_apart(layout, trainable)
-        if workload.reference is not None:
+        if workload.reference is not None and (lora.changes_base or trainable):
             raise ConfigError(
-                f"{name}: the loss has a reference, which runs in a group cannot share yet; train "
-                "each by itself"
+                f"{name}: members of a group share the base alone as their reference, so it may "
+                f"not change: got lora.init {lora.init!r} and {len(trainable)} parameters trained "
+                "in full (lora.trainable); train each by itself"
             )
         workload, adapters = self._changed_base(config, workload, layout, place, key, trainable)
         base = self.base
         weights = step.adapted_weights(layout, base.frozen)
         state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place, weights))
         setup = Setup(config, workload, place, layout, base.frozen, base.fingerprint, path, began)
+        if self._references is None:
+            alone, start = dataclasses.replace(setup, layout=Layout(())), BASE_ALONE
+            opened = reference_cache.opened(alone, start, self._report)
+            self._references = opened or reference_cache.ReferenceCache(None)
         checkpoints = self.enter_context(Checkpoints(path / "checkpoints", report=self._report))
         if newest is not None:
             checkpoints.forget_after(newest)
@@ -156,7 +165,8 @@ class Opener(contextlib.ExitStack):
         fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
         new = checkpoints.latest is None
         state = run.resume(fresh(trainable, key, weights, adapters) if new else state_shapes.like)
-        return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
+        host, known = state_shapes.host(state), self._references
+        return OpenMember(name, run, state_shapes, host, example, run.start, known)
 
     def _changed_base(
         self,

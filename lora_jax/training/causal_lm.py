@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from lora_jax import models
 from lora_jax.data.catalogue import open_data
 from lora_jax.data.example_reader import Words, form_of
-from lora_jax.data.forms import Preference
+from lora_jax.data.forms import Judged, Preference
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.models.text.conversation import Conversation
 from lora_jax.models.weights import chat_files
-from lora_jax.training import pretrained, scores, text
+from lora_jax.training import pretrained, samples, scores, text
 from lora_jax.training.method import LORA, Method
-from lora_jax.training.pretrained import Pretrained, RunBatches
+from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Loss, Workload, check_select
 
@@ -35,17 +35,19 @@ def causal_lm(config: TextConfig) -> Workload:
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
     text.check_positions(config, source.config)
-    data = functools.partial(_open_data, config, source)
     model_config = config.model.apply_to(source.config)
     method = config.method_for(model_config, config.data.max_length)
 
     select = config.select or "loss"
-    check_select(select, scores.names(scores.token_scores))
+    own = samples.functions(config.samples)
+    check_select(select, [*scores.names(scores.token_scores), *own])
+    words = words_of(source, config.data.template, config.day)
+    batches = functools.partial(batches_of, config.data, words)
     model = models.DecoderModel(model_config)
     return pretrained.workload(
         config,
         Pretrained(source, model_config, method=method),
-        data,
+        functools.partial(pretrained.open_batches, config, batches),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
         of_data=functools.partial(about_data, config, source),
@@ -57,22 +59,18 @@ def causal_lm(config: TextConfig) -> Workload:
         better="lower" if select in ("loss", "perplexity") else "higher",
         size=real_tokens,
         unit="tokens",
+        samples=samples.samples_of(config, words, model_config),
     )
 
 
-def words_of(source: models.Source, template: str | None = None) -> Words:
-    """Return what a decoder makes of text, with the template of a file or its own."""
+def words_of(source: models.Source, template: str | None = None, day: str | None = None) -> Words:
+    """Return what a decoder makes of text, with the template of a file or its own, on a day."""
     return Words(
         source.tokenizer(),
         source.config.vocab_size,  # type: ignore[union-attr]  # `open_model` checks it
-        functools.partial(chat_files.open_template, source, template),
+        functools.partial(chat_files.open_template, source, template, day),
         source.special_tokens.get("eos_token"),
     )
-
-
-def _open_data(config: TextConfig, source: models.Source) -> RunBatches:
-    words = words_of(source, config.data.template)
-    return pretrained.open_batches(config, functools.partial(batches_of, config.data, words))
 
 
 def about_data(config: TextConfig, source: models.Source) -> dict[str, Any]:
@@ -86,7 +84,8 @@ def about_data(config: TextConfig, source: models.Source) -> dict[str, Any]:
     first = opened.examples(data.train_split)[0]
     said = form_of(data, first, opened.name).of(first, opened.name)
     template = None if data.template is None else chat_files.read_text(data.template)
-    chat = isinstance(said.chosen if isinstance(said, Preference) else said, Conversation)
+    said = said.judged[0][0] if isinstance(said, Preference | Judged) else said
+    chat = isinstance(said, Conversation)
     return {"prompt": None, "eos": eos, "chat": chat, "template": template}
 
 

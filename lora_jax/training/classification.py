@@ -36,7 +36,12 @@ def classification(config: TextConfig) -> Workload:
     )
     smoothing = config.label_smoothing
     require(smoothing == 0, "label_smoothing", smoothing, "0 for a classifier")
-    data = text.open_text(config, batches_of, source)
+    count = config.samples.prompts
+    require(count == 0, "samples.prompts", count, "0 for a classifier")
+    text.check_positions(config, source.config)
+    vocabulary = source.config.vocab_size
+    of_data = functools.partial(batches_of, config.data, source.tokenizer(), vocabulary=vocabulary)
+    data = pretrained.open_batches(config, of_data)
     labels = data.train.labels or Labels(())
     model_config = config.model.apply_to(source.config)
     model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)

@@ -251,6 +251,9 @@ class Config(Checked):
     gradients are summed in float32, weighted by tokens: the step equals that of the whole batch."""
     seed: int = 0
     """Seed of the adapters, the new head, dropout and the order of the data."""
+    day: str | None = incidental(None)
+    """The date that a chat template is told (strftime_now), as 2026-12-03. None: the day on which
+    the run began."""
     evaluate_every: int = changeable(100)
     """Steps between evaluations on the validation split, which also pick the best adapter."""
     patience: int | None = changeable(None)

@@ -15,6 +15,8 @@ report/          the report, if `lora-jax report` was run
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -114,13 +116,22 @@ def _ours(path: pathlib.Path) -> bool:
 
 def _claim(path: pathlib.Path, config: Config) -> None:
     """Write config.json, or check that the run in the directory may go on with the config."""
-    file = path / "config.json"
+    file, config = path / "config.json", dated(path, config)
     if file.is_file():
         continuation.reopen(path, read_config(path), config)
         return
     if config.start_from is not None:
         adapter_path.find_one(config.start_from)  # raises before a run directory is begun
     whole_files.write_json(file, to_dict(config))
+
+
+def dated(path: pathlib.Path, config: Config) -> Config:
+    """Return the config with the day on which the run in `path` began, unless it names another."""
+    if config.day is not None:
+        return config
+    there = (path / "config.json").is_file()
+    day = read_config(path).get("day") if there else None
+    return dataclasses.replace(config, day=day or datetime.date.today().isoformat())
 
 
 def finish(path: pathlib.Path, summary: Summary) -> None:

@@ -11,7 +11,7 @@ import optax
 
 from lora_jax.sharding import gathered
 from lora_jax.system.console import Console
-from lora_jax.training import metrics
+from lora_jax.training import metrics, reference_cache
 from lora_jax.training.open_run import BatchLoss, Run
 from lora_jax.training.profiler import Profiler
 from lora_jax.training.progress import Display
@@ -52,6 +52,8 @@ class Loop:
         self._frozen = gathered(setup.frozen)
         self._step = Compiled(step, notes.compiling("train"), shown[0], **options)
         self._refer = Compiled(reference_step(workload, layout), notes.compiling("train"), shown[2])
+        self._known = reference_cache.opened(setup, self._start, self._display.say)
+        self._referred_flops = 0.0  # of the reference of the last batch
         self._batch_loss = Compiled(
             batch_loss, notes.compiling("evaluate"), shown[1], out_shardings=place.whole
         )
@@ -63,6 +65,8 @@ class Loop:
     def __exit__(self, *error: Any) -> None:
         self._profiler.close()
         self._display.__exit__(*error)
+        if self._known is not None:
+            self._known.write()
         self.run.close()
 
     def steps(self) -> range:
@@ -77,7 +81,9 @@ class Loop:
             rows = next(run.data)
             batch = self._referred(run.setup.place.batch(rows))
             arguments = (self.state, self._frozen, batch)
-            counted = {"flops": self._flops(*arguments)} if run.setup.place.peak else {}
+            counted = {}
+            if run.setup.place.peak:
+                counted["flops"] = self._step.flops(*arguments) + self._referred_flops
             self._profiler.begin(step, self._step.knows(batch), self._settle)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 self.state, values = self._step(*arguments)
@@ -88,7 +94,8 @@ class Loop:
 
     def evaluate_before(self) -> None:
         """Evaluate every split before the first step."""
-        self.run.evaluate_before(self.batch_loss(self.state.trained))
+        trained = self.state.trained
+        self.run.evaluate_before(self.batch_loss(trained), trained=lambda: trained)
 
     def validate(self, step: int) -> None:
         """Evaluate on the validation split if there is one, and save the adapter if it is best."""
@@ -99,6 +106,8 @@ class Loop:
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint in the background, after every step up to this one is known good."""
         self.settle()
+        if self._known is not None:
+            self._known.write()
         self.run.checkpoint(step, self.state)
 
     def batch_loss(self, trained: Trained) -> BatchLoss:
@@ -107,14 +116,19 @@ class Loop:
 
     def _referred(self, batch: Any) -> Any:
         """Return a batch with what the reference says of it, if the loss has a reference."""
+        self._referred_flops = 0.0
         if self._start is None:
             return batch
-        return self._refer(self._start, self._frozen, batch)
+        known = self._known
+        own = self._second_pass(batch) if known is None else known.values(batch, self._second_pass)
+        return {**batch, "reference": jax.device_put(own, batch["reference"].sharding)}
 
-    def _flops(self, state: State, frozen: Any, batch: Any) -> float:
-        """Return the FLOPs of a step, with its reference."""
-        own = self._step.flops(state, frozen, batch)
-        return own if self._start is None else own + self._refer.flops(self._start, frozen, batch)
+    def _second_pass(self, batch: Any) -> jax.Array:
+        arguments = (self._start, self._frozen, batch)
+        if self.run.setup.place.peak:
+            self._referred_flops = self._refer.flops(*arguments)
+        own: jax.Array = self._refer(*arguments)
+        return own
 
     def settle(self) -> None:
         """Report every step taken so far. This waits for the device."""

@@ -21,6 +21,7 @@ class Notes:
     seconds: activity -> seconds spent on it so far.
     flops: of the products of the steps so far; 0 if the peak of the devices is not known.
     history: the settings that were changed on the way, each time with the step before them.
+    samples: texts "before" and "after" (by the best adapter), with what is asked and expected.
     shift: batches of the data before the first of this batch size, minus the steps before it.
     """
 
@@ -32,6 +33,7 @@ class Notes:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     flops: float = 0.0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
     shift: int = 0
 
     @contextlib.contextmanager

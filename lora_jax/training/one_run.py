@@ -53,6 +53,7 @@ def run(
         if finished is not None:
             say(console, f"{path} is finished; --fresh deletes it and starts again.")
             return finished
+        config = directory.dated(path, config)
         grid = mesh.make(config.mesh)
         with jax.set_mesh(grid):
             return train(config, grid, path, console, evaluated)

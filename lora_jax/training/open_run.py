@@ -18,6 +18,7 @@ import numpy as np
 
 from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
 from lora_jax.errors import LoraError, listed
+from lora_jax.frozen import join
 from lora_jax.layout import Layout
 from lora_jax.training import continuation, directory, export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
@@ -84,6 +85,7 @@ class Run:
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
         self._speed = Throughput()
+        self._written: list[dict[str, str]] = []  # the newest samples
 
     def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
@@ -135,13 +137,23 @@ class Run:
             self._screen.step(line)
 
     def evaluate(
-        self, step: int, split: str, batch_loss: BatchLoss, note: str = ""
+        self,
+        step: int,
+        split: str,
+        batch_loss: BatchLoss,
+        note: str = "",
+        trained: Callable[[], Trained] | None = None,
     ) -> dict[str, float]:
-        """Evaluate a split; write, show and return its scores."""
+        """Evaluate a split, and samples by `trained`; write, show and return the scores."""
         with self.notes.clock("evaluate"):
             workload, place = self.setup.workload, self.setup.place
             batches = workload.evaluation[split](place.shard)
             numbers = evaluate(batch_loss, workload, place, batches)
+            if workload.samples is not None and trained is not None:
+                own = trained()
+                params = join(own["base"], self.setup.frozen)
+                self._written, scores = workload.samples(self.setup.layout, params, own["adapters"])
+                numbers |= scores
         return self._evaluated(step, split, numbers, note)
 
     def _evaluated(
@@ -156,17 +168,24 @@ class Run:
         return numbers
 
     def evaluate_before(
-        self, batch_loss: BatchLoss, known: Mapping[str, dict[str, float]] | None = None
+        self,
+        batch_loss: BatchLoss,
+        known: Mapping[str, dict[str, float]] | None = None,
+        trained: Callable[[], Trained] | None = None,
     ) -> None:
-        """Evaluate every split before the first step."""
+        """Evaluate every split before the first step, and samples by `trained`."""
         for split in self.setup.workload.evaluation:
             note = "  (before)"
             if known is None:
-                self.notes.before[split] = self.evaluate(0, split, batch_loss, note)
+                by = trained if split == "validation" else None
+                self.notes.before[split] = self.evaluate(0, split, batch_loss, note, by)
             else:
                 self.notes.before[split] = self._evaluated(0, split, known[split], note)
             if split == "validation":
                 check_select(self.setup.workload.select, self.notes.before[split])
+                self.notes.samples = [dict(sample) for sample in self._written]
+                for sample in self.notes.samples:
+                    sample["before"] = sample.pop("text")
 
     def validate(self, step: int, batch_loss: BatchLoss, trained: Callable[[], Trained]) -> None:
         """Evaluate on the validation split if there is one, and save the adapter if it is best.
@@ -175,13 +194,15 @@ class Run:
         """
         if "validation" not in self.setup.workload.evaluation:
             return
-        numbers = self.evaluate(step, "validation", batch_loss)
+        numbers = self.evaluate(step, "validation", batch_loss, trained=trained)
         self.notes.last = numbers
         # Process 0 decides for all: if they differed, one would save and wait for the others.
         better = processes.by_first(lambda: self._is_better(numbers))
         self.notes.without_best = 0 if better else self.notes.without_best + 1
         if better:
             self.notes.best = {"step": step, **numbers}
+            for sample, new in zip(self.notes.samples, self._written, strict=True):
+                sample["after"] = new["text"]
             self.export("best", trained())
 
     @property

@@ -1,4 +1,4 @@
-"""Losses of pairs of answers: DPO and its kin, with a reference, and ORPO and SimPO without one.
+"""Losses of answers: DPO, its kin and KTO, with a reference, and ORPO and SimPO without one.
 
 With c and r the sums over the answer's tokens of log p - log p_reference, for the better (c) and
 the worse answer (r), D = c - r, S(x) = -log sigmoid(x), s = sigmoid, e the smoothing, n the number
@@ -13,11 +13,16 @@ of tokens of an answer:
 | apo_zero  | 1 - s(beta c) + s(beta r)                              | 1              |
 | nca_pair  | S(beta c) + S(-beta c)/2 + S(-beta r)/2                | 2 ln 2         |
 
+kto takes one answer that is judged by itself, with the log-ratio c, and z, the largest of 0 and the
+mean log-ratio of the batch's prompts with answers to other prompts, which has no gradient. It is
+wD (1 - s(beta (c - z))) for a good answer and wU (1 - s(beta (z - c))) for a bad one: wD/2 and wU/2
+with c = z = 0.
+
 orpo and simpo take no reference: with a the mean log-probability of an answer's tokens, they are
 -a+ + beta S(l), l = logit(exp a+) - logit(exp a-), and S(beta (a+ - a-) - gamma).
 
 Sources: DPO, arXiv 2305.18290; cDPO and robust, 2403.00409; IPO, 2310.12036; APO, 2408.06266; NCA,
-2402.05369; ORPO, 2403.07691; SimPO, 2405.14734; the names are TRL's.
+2402.05369; KTO, 2402.01306; ORPO, 2403.07691; SimPO, 2405.14734; the names are TRL's.
 """
 
 from __future__ import annotations
@@ -34,14 +39,16 @@ class Answers(NamedTuple):
     """Two answers to each of B prompts.
 
     chosen, rejected: [B] float32, the log-probability of the whole answer, without that by the
-        reference if the loss has one.
+        reference if the loss has one. For kto these are the answer's, and z.
     chosen_tokens, rejected_tokens: [B] float32, the number of its tokens.
+    good: [B] float32, 1 if an answer that is judged by itself is good, and 0 if it is bad.
     """
 
     chosen: jax.Array
     rejected: jax.Array
     chosen_tokens: jax.Array
     rejected_tokens: jax.Array
+    good: jax.Array | float = 1.0
 
     @property
     def means(self) -> tuple[jax.Array, jax.Array]:
@@ -51,11 +58,13 @@ class Answers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """The numbers of a loss: beta, the smoothing e, and gamma of simpo."""
+    """The numbers of a loss: beta, the smoothing e, gamma of simpo, and wD and wU of kto."""
 
     beta: float = 0.1
     smoothing: float = 0.0
     gamma: float = 0.5
+    desirable: float = 1.0
+    undesirable: float = 1.0
 
 
 def _s(x: jax.Array) -> jax.Array:
@@ -88,6 +97,12 @@ def _apo_zero(x: Answers, by: Strength) -> jax.Array:
 def _nca_pair(x: Answers, by: Strength) -> jax.Array:
     chosen, rejected = by.beta * x.chosen, by.beta * x.rejected
     return _s(chosen) + _s(-chosen) / 2 + _s(-rejected) / 2
+
+
+def _kto(x: Answers, by: Strength) -> jax.Array:
+    gain = by.beta * (x.chosen - x.rejected)
+    good, bad = by.desirable * jax.nn.sigmoid(-gain), by.undesirable * jax.nn.sigmoid(gain)
+    return jnp.where(jnp.asarray(x.good) > 0, good, bad)
 
 
 def _orpo(x: Answers, by: Strength) -> jax.Array:
@@ -123,7 +138,9 @@ LOSSES: Mapping[str, Callable[[Answers, Strength], jax.Array]] = {
     "ipo": _ipo,
     "apo_zero": _apo_zero,
     "nca_pair": _nca_pair,
+    "kto": _kto,
     "orpo": _orpo,
     "simpo": _simpo,
 }
 FREE = ("orpo", "simpo")  # they take no reference
+JUDGED = ("kto",)  # they take answers that are judged by themselves

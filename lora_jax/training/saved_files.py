@@ -53,6 +53,10 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     for when in ("before", "after"):
         if not all(_are_scores(scores) for scores in found[when].values()):
             raise LoraError(f"{file}: {when!r} holds values other than numbers; {_SUMMARY_CURE}")
+    samples = found.get("samples", [])
+    whole = isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples)
+    if not whole or not all(isinstance(x, str) for s in samples for x in s.values()):
+        raise LoraError(f"{file}: 'samples' holds values other than texts; {_SUMMARY_CURE}")
     speeds = (n for n in found if n.endswith("_per_second") and not n.startswith("steps_"))
     if not any(isinstance(found[name], _NUMBER) for name in speeds):
         raise LoraError(f"{file} has no speed except steps_per_second; {_SUMMARY_CURE}")

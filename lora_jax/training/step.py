@@ -230,14 +230,14 @@ def evaluation_step(
 def reference_step(
     workload: Workload, layout: Layout
 ) -> Callable[[Mapping[str, Any], Tree, Any], Any]:
-    """Return `refer(start, frozen, batch)`, the batch with the reference by `start`."""
+    """Return `refer(start, frozen, batch)`, the reference by `start`."""
     adapted = adapt(layout, workload.apply)
 
     def refer(start: Mapping[str, Any], frozen: Tree, batch: Any) -> Any:
         assert workload.reference is not None
         params = join(start["base"], frozen)
         outputs = adapted(params, start["adapters"], batch, train=False, key=None)
-        return {**batch, "reference": workload.reference(outputs, batch)}
+        return workload.reference(outputs, batch)
 
     return refer
 
@@ -249,7 +249,12 @@ def with_reference(
     if workload.reference is None:
         return take
     refer = reference_step(workload, layout)
-    return lambda state, frozen, batch: take(state, frozen, refer(state.trained, frozen, batch))
+
+    def taken(state: State, frozen: Tree, batch: Any) -> Any:
+        own = refer(state.trained, frozen, batch)
+        return take(state, frozen, {**batch, "reference": own})
+
+    return taken
 
 
 class Compiled:

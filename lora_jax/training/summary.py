@@ -72,6 +72,7 @@ def summarise(
         "last_validation": notes.last,
         "stopped_early": run.is_over,
         "history": notes.history,
+        "samples": notes.samples,
         "merged_difference": difference,
         "compile_seconds": spent.get("compile", 0.0),
         "train_seconds": spent.get("train", 0.0),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import tyro
+
 from lora_jax import models
-from lora_jax.data.batches import Batches
 from lora_jax.data.config import DataConfig
 from lora_jax.models.config import BuiltInConfig
+from lora_jax.system.checked import Checked
 from lora_jax.training import pretrained
 from lora_jax.training.config import require
 from lora_jax.training.method import LORA, Method
-from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, RunBatches
+from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,22 @@ class ModelConfig(PretrainedModelConfig):
         return dataclasses.replace(config, head_dropout=head)
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig(Checked):
+    """Texts that a decoder writes at each evaluation (`lora_jax.training.samples`)."""
+
+    _path = "samples."
+    _bounds: ClassVar = {"at least 0": ("prompts",), "at least 1": ("new_tokens",)}
+
+    prompts: int = 0
+    """The number of questions, the first ones of the validation split. Their answers are compared
+    with the expected ones (exact_match, rouge_l); the record and the report show them."""
+    new_tokens: int = 64
+    """The largest number of tokens of an answer."""
+    score: tyro.conf.Suppress[Callable[[str, str], float] | None] = None
+    """A function of a text and the expected one, whose mean is a score by the function's name."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(PretrainedConfig):
     """A run that trains a pretrained language model on text."""
@@ -64,6 +81,8 @@ class TextConfig(PretrainedConfig):
     """The data."""
     label_smoothing: float = 0.0
     """Decoders: share of each label that is spread over the whole vocabulary in training."""
+    samples: SamplesConfig = SamplesConfig()
+    """Decoders: texts that are written at each evaluation."""
 
     def method_for(self, model: BuiltInConfig, length: int) -> Method:
         """Return what is trained next to the adapters and the new head: nothing.
@@ -73,19 +92,6 @@ class TextConfig(PretrainedConfig):
           length: the number of tokens of the longest row.
         """
         return LORA
-
-
-Pipeline = Callable[..., Batches]  # batches_of in classification or language_modelling
-
-
-def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> RunBatches:
-    model = source.config
-    assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
-    check_positions(config, model)
-    of_data = functools.partial(
-        pipeline, config.data, source.tokenizer(), vocabulary=model.vocab_size
-    )
-    return pretrained.open_batches(config, of_data)
 
 
 def check_positions(config: TextConfig, model: models.BertConfig | models.DecoderConfig) -> None:

@@ -89,6 +89,8 @@ class Workload:
       reference: `reference(outputs, batch)` returns `batch["reference"]` from the outputs of the
         model as the run begins, in evaluation: with the adapter of --from, or with none. None: the
         loss needs no reference.
+      reference_program: a text that decides, with the arrays, what `reference` returns, [B, 2]: the
+        values are then kept on disk (`lora_jax.training.reference_cache`). None: they are not.
       params: the base parameters, or their `jax.ShapeDtypeStruct`s if `load` returns the arrays.
       train: `train(shard)` returns a new training iterator, at its first batch, over this process's
         rows of every batch (`shard.take` takes them from a whole batch). The global batches depend
@@ -117,6 +119,8 @@ class Workload:
       common: how several runs can share this workload. None: every member of a group loads the base
         to check that it is the same, and all must have the same shapes.
       about: JSON values that users of the adapters need; exported with the adapters.
+      samples: `samples(layout, params, adapters)` returns texts that the model writes, and their
+        scores, which join the scores of the validation split (`lora_jax.training.samples`).
       floats: if the weights are quantised while they are loaded, the workload without this
         (`lora_jax.training.quantised`).
     """
@@ -141,6 +145,8 @@ class Workload:
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     common: Common | None = None
     reference: Callable[[Any, Any], jax.Array] | None = None
+    samples: Callable[..., Any] | None = None
+    reference_program: str | None = None
     floats: Workload | None = None
 
     def arrays(self, shardings: Tree) -> Tree:

@@ -238,7 +238,8 @@ def test_exports_of_base_parameters_are_served(
     export.save(tmp_path, "best", found.layout, found.trained, frozen, about)
     served = served_adapters.open_adapters([str(tmp_path)], models.BertConfig)
     texts = ["word1 word2 word3", "word4"]
-    scores = dict(text_classifier.TextClassifier(served, batch_size=2).scores([0, 0], texts))
+    made = text_classifier.TextClassifier(served, batch_size=2)
+    scores = dict(made.read(made.submit([0, 0], texts)))
     ids, mask = np.full((2, 12), 1, np.int32), np.zeros((2, 12), bool)
     for row, text in enumerate(texts):
         tokens = served.source.tokenizer().encode(text).ids

@@ -261,6 +261,51 @@ config = TextConfig(
         self.line = ("--config", str(file))
 
 
+class ChatRun(Run):
+    """A tiny Llama on packed conversations, with samples at each evaluation."""
+
+    workload, data = "causal_lm", "chats"
+    _CONFIG = """
+from lora_jax.data.config import DataConfig
+from lora_jax.training.causal_lm import causal_lm
+from lora_jax.training.config import LoraConfig, OptimizerConfig
+from lora_jax.training.preferences import PreferenceConfig, preferences
+from lora_jax.training.text import ModelConfig, SamplesConfig, TextConfig
+
+config = {kind}(
+    workload={workload},
+    model=ModelConfig(reference={base!r}),
+    data=DataConfig(source={data!r}, batch_size=4, eval_batch_size=8, max_length=96),
+    lora=LoraConfig(rank=4, targets=("**/kernel",), dropout=0.1),
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
+    samples=SamplesConfig(prompts=3, new_tokens=8),
+    steps=15,
+    evaluate_every=5,
+    checkpoint_every=5,
+)
+"""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        found = tiny.write_chat(folder / "chat")
+        kind = {"causal_lm": "TextConfig", "preferences": "PreferenceConfig"}[self.workload]
+        values = {"base": found["base"], "data": found[self.data]}
+        text = self._CONFIG.format(kind=kind, workload=self.workload, **values)
+        (folder / "chat.py").write_text(text)
+        self.line = ("--config", str(folder / "chat.py"))
+
+
+class PairsRun(ChatRun):
+    """A tiny Llama on pairs of answers, from an adapter, which is the reference."""
+
+    workload, data = "preferences", "pairs"
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        earlier = ("--run-dir", str(folder / "earlier"), "--steps", "5")
+        self.line += ("--from", str(self.prepare("earlier", *self.line, *earlier)))
+
+
 class TwoProcesses(Run):
     """One run on two processes, one of which is killed; the other has to stop too."""
 

@@ -18,8 +18,9 @@ from rich.console import Console
 import lora_jax
 from lora_jax import models
 from lora_jax.cli import generate, text_sinks
-from lora_jax.serving.generation import Piece, Prompt
+from lora_jax.serving.jobs import Piece, Prompt
 from lora_jax.serving.prompts import Request
+from lora_jax.serving.texts import decoded
 from tests.training import tiny
 
 NEW = 6
@@ -89,7 +90,7 @@ def test_a_prompt_is_put_into_the_chat_template(
     def texts(rows: list[Any], *more: str) -> list[str]:
         return [row["text"] for row in answers(tmp_path, rows, *setup.given("talks"), *more)]
 
-    (expected,) = texts(["word5 word1 word6"], "--no-chat")
+    (expected,) = texts(["word5 word1 word6"], "--no-template")
     messages = [{"role": "user", "content": "word1"}]
     assert texts(["word1"]) == texts([{"messages": messages}]) == [expected]
     source = tmp_path / "messages.jsonl"
@@ -174,7 +175,8 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
                 seen.append(file.getvalue())
 
     with sink:
-        text_sinks.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
+        texts = decoded(pieces(), requests, tiny.tokenizer(pair=False))
+        text_sinks.transcribe(texts, range(len(requests)), requests, sink)
     assert all("word4" in text for text in seen) if count == 1 else "word5" in seen[2]
     assert "word4 word5" not in seen[0]
     text = seen[-1]
@@ -191,7 +193,8 @@ def test_answers_wait_for_those_before_them() -> None:
         yield Piece(0, 8, "length")
 
     with text_sinks.BlockSink(Console(file=file), requests) as sink:
-        text_sinks.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
+        texts = decoded(pieces(), requests, tiny.tokenizer(pair=False))
+        text_sinks.transcribe(texts, range(len(requests)), requests, sink)
     assert file.getvalue() == "[one] word1 word4\n[two] word1\n"
 
 
@@ -266,3 +269,53 @@ def test_an_adapter_of_another_base(
     arguments = [*setup.given("one"), "--base", str(other), "--prompt", "word1"]
     assert generate.main(arguments) == 1
     assert "adapter 'one', trained on" in (error := said(capsys)) and "is not for the base" in error
+
+
+def test_a_conversation_goes_on(
+    setup: Setup,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each line is answered as a file of the messages so far would be."""
+    lines = "word1 word6\n\nword2\n" + "word3 " * 99 + "\n/new\nword2\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert generate.main([*setup.given("talks"), "--chat", "--max-new-tokens", str(NEW)]) == 0
+    out, err = capsys.readouterr()
+    first, second, third = out.splitlines()
+    assert (
+        "Write a message; /new begins another conversation." in err
+        and "has positions for 64" in err
+    )
+
+    def answer(*messages: str) -> str:
+        roles = ("user", "assistant", "user")
+        said = [{"role": r, "content": m} for r, m in zip(roles, messages, strict=False)]
+        (row,) = answers(tmp_path, [{"messages": said}], *setup.given("talks"))
+        return str(row["text"])
+
+    assert first == answer("word1 word6")
+    assert second == answer("word1 word6", first, "word2") != third
+    assert third == answer("word2")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--prompt", "a"], "--chat and --prompt"),
+        (["--no-template"], "one adapter that was trained on conversations"),
+    ],
+)
+def test_a_conversation_takes_no_prompts(
+    setup: Setup, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main([*setup.given("talks"), "--chat", *more]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("one",), ("talks", "two")])
+def test_a_conversation_is_with_one_that_talks(
+    setup: Setup, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main([*setup.given(*names), "--chat"]) == 1
+    assert "one adapter that was trained on conversations" in capsys.readouterr().err

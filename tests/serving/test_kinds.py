@@ -44,7 +44,8 @@ def test_predict_is_what_training_evaluates(runs: dict[str, Any], kind: str) -> 
     (member,) = served.members
     assert {t.kind for t in member.layout.targets} == {kind}
     rows = (run.parent / "data/validation.jsonl").read_text().splitlines()
-    found = dict(made.scores([0] * len(rows), [json.loads(row)["text"] for row in rows]))
+    texts = [json.loads(row)["text"] for row in rows]
+    found = dict(made.read(made.submit([0] * len(rows), texts)))
     wanted = classifiers.evaluated(run, config)
     for i in found:
         np.testing.assert_allclose(found[i], wanted[i], atol=1e-5 * np.abs(wanted[i]).max() + 1e-6)
@@ -54,10 +55,10 @@ def test_two_kinds_for_one_matrix_are_refused(runs: dict[str, Any]) -> None:
     paths = [str(runs[kind][0]) for kind in ("loha", "dora")]  # LoHa is served as plain factors
     served = served_adapters.open_adapters(paths, models.BertConfig)
     with pytest.raises(LoraError, match=r"by the kind 'dora' in adapter 1, and by 'lora'"):
-        assert served.stack
+        assert served.stack()
     alone = served_adapters.open_adapters([str(runs["bias"][0])], models.BertConfig)
     with pytest.raises(LoraError, match="'bias' has no factors"):
-        assert alone.stack
+        assert alone.stack()
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "bias"])

@@ -88,6 +88,11 @@ def predicted(
     return [json.loads(row) for row in out.read_text().splitlines()]
 
 
+def scores(made: classifier.Classifier, ids: Any, texts: Any) -> dict[int, Any]:
+    """The scores of each text."""
+    return dict(made.read(made.submit(ids, texts)))
+
+
 def assert_near(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     if isinstance(one["prediction"], float):
@@ -117,7 +122,7 @@ def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> N
     served, made = opened
     rows = mixed(trained)
     ids = [served.names.index(row["adapter"]) for row in rows]
-    found = dict(made.scores(ids, [row["text"] for row in rows]))
+    found = scores(made, ids, [row["text"] for row in rows])
     assert sorted(found) == list(range(len(rows)))
     expected = {
         name: classifiers.evaluated(trained.folder / name, config)
@@ -133,7 +138,7 @@ def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> N
         assert found[i].shape == wanted.shape
         np.testing.assert_allclose(found[i], wanted, atol=1e-5 * np.abs(wanted).max() + 1e-6)
     # Outputs of another adapter are clearly different.
-    two = dict(made.scores([1] * len(rows), [row["text"] for row in rows]))
+    two = scores(made, [1] * len(rows), [row["text"] for row in rows])
     assert max(np.abs(two[i][:1] - found[i][:1]).max() for i in range(len(rows))) > 0.05
 
 
@@ -169,12 +174,12 @@ def test_one_program_for_each_length(opened: Opened) -> None:
     short, long = "word1 word2", " ".join(["word3"] * 14)
     for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
         for text in (short, long):
-            assert len(dict(made.scores(ids, [text] * len(ids)))) == len(ids)
-    assert sorted(made.compiled) == [8, 16]
+            assert len(scores(made, ids, [text] * len(ids))) == len(ids)
+    assert sorted(made.compiled) == [(rows, n) for rows in (1, 4) for n in (8, 16)]
     assert made.cut.examples == 0
-    list(made.scores([0], [f"{long} {long}"]))
+    scores(made, [0], [f"{long} {long}"])
     assert (made.cut.examples, made.cut.tokens) == (1, 14)
-    assert sorted(made.compiled) == [8, 16]
+    assert len(made.compiled) == 4
 
 
 def test_a_pair_is_read_from_its_two_fields(trained: Trained, tmp_path: pathlib.Path) -> None:
@@ -231,12 +236,12 @@ def test_a_line_that_cannot_be_classified(
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
     sized = [
         jsonl.JsonLine({"text": text, "adapter": "two"}, "here", size)
-        for size, text in ((100, WORDS), (1, "word1"))
+        for size, text in ((100, f"{WORDS} {WORDS}"), (1, "word1"))
     ]
     done: list[int] = []
     served, made = opened[0], text_classifier.TextClassifier(opened[0], 1)
     first = next(classifier.predict(served, made, sized, done.append))
-    assert (first["text"], done) == (WORDS, [1, 100])
+    assert (first["text"], done) == (f"{WORDS} {WORDS}", [1, 100])
 
 
 def test_errors_are_lines_on_stderr(

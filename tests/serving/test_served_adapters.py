@@ -120,7 +120,7 @@ def test_a_base_is_opened_with_all_that_is_on_it(
     served = served_adapters.open_adapters([f"x={runs}/a", f"{runs}/b"], KIND)
     assert served.names == ("x", "b")
     jax.tree.map(np.testing.assert_array_equal, served.params, params)
-    layout, stacked = served.stack
+    layout, stacked = served.stack()
     assert [t.rank for t in layout.targets] == [2, 2]
     for i, rank in enumerate((1, 2)):
         own, wanted = random_adapter(params, rank)

@@ -13,7 +13,8 @@ import numpy as np
 
 import lora_jax
 from lora_jax import models
-from lora_jax.serving.generation import Decoder, Prompt, stream
+from lora_jax.serving.generation import Decoder
+from lora_jax.serving.jobs import Prompt
 from tests.programs import compiled
 
 CONFIG = models.DecoderConfig(
@@ -91,9 +92,9 @@ class Generated:
 
 
 def generate(decoder: Decoder, prompts: Sequence[Prompt], **how: Any) -> list[Generated]:
-    """Return the output of `stream`, prompt by prompt."""
+    """Return the tokens of each prompt."""
     found = [Generated([], None) for _ in prompts]
-    for piece in stream(decoder, prompts, **how):
+    for piece in decoder.read(decoder.submit(prompts, **how)):
         if piece.token is not None:
             found[piece.row].tokens.append(piece.token)
         found[piece.row].finish = piece.finish

@@ -29,12 +29,14 @@ def run(path: pathlib.Path, *arguments: str, config: str = OWN) -> dict[str, Any
     return json.loads((path / "summary.json").read_text())
 
 
-def train_in(path: pathlib.Path, config: Config, devices: Any = None) -> dict[str, Any]:
+def train_in(
+    path: pathlib.Path, config: Config, devices: Any = None, console: Any = None
+) -> dict[str, Any]:
     """Train one run in a folder, without a command line, on all devices or these."""
     path.mkdir(parents=True, exist_ok=True)
     grid = mesh.make(config.mesh, devices)
     with jax.set_mesh(grid):
-        return one_run.train(config, grid, path, train.Console(quiet=True))
+        return one_run.train(config, grid, path, console or train.Console(quiet=True))
 
 
 def train_group(path: pathlib.Path, config: GroupConfig, devices: Any = None) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import pathlib
 import shutil
@@ -14,13 +15,17 @@ import numpy as np
 import pytest
 
 import train
+from lora_jax import training
 from lora_jax.cli import train as command_line
+from lora_jax.data.config import DataConfig
 from lora_jax.sweeps.config import GroupConfig, Member
-from lora_jax.training import metrics
+from lora_jax.training import directory, metrics
 from lora_jax.training.causal_lm import causal_lm
-from lora_jax.training.config import Config
+from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
 from lora_jax.training.notes import Notes
 from lora_jax.training.open_run import Run
+from lora_jax.training.text import ModelConfig, TextConfig
+from tests.training import tiny
 from tests.training.runs import OWN, ROOT, SMALL, assert_same_run, run, train_group, train_in
 from tests.training.test_text import text_config
 
@@ -181,3 +186,33 @@ def test_members_of_a_group_stop_early_and_are_extended(tmp_path: pathlib.Path) 
     for path, steps in (("whole", 20), ("extended", 12), ("extended", 20)):
         train_group(tmp_path / path, GroupConfig(members=(member("a", 1e-3, steps, None),)))
     assert_same_run(tmp_path / "extended/a", tmp_path / "whole/a", 20)
+
+
+def test_a_template_tells_the_day_on_which_the_run_began(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a run that goes on after midnight would read other tokens."""
+    found = tiny.write_chat(tmp_path)
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}\n" + template.read_text())
+
+    def on(day: int, name: str, steps: int) -> pathlib.Path:
+        today = types.SimpleNamespace(today=lambda: datetime.date(2001, 2, day))
+        monkeypatch.setattr(directory, "datetime", types.SimpleNamespace(date=today))
+        config = TextConfig(
+            workload=causal_lm,
+            model=ModelConfig(reference=found["base"]),
+            data=DataConfig(found["chats"], max_length=96, batch_size=8, eval_batch_size=8),
+            lora=LoraConfig(rank=2, targets=("layers*/attention/*/kernel",)),
+            optimizer=OptimizerConfig(schedule="constant"),
+            run_dir=str(tmp_path / name),
+            steps=steps,
+            evaluate_every=2,
+        )
+        return training.run(config, quiet=True).path
+
+    on(3, "extended", 2)
+    one, other, later = on(4, "extended", 4), on(3, "whole", 4), on(4, "later", 4)
+    assert_same_run(one, other, 4)
+    assert json.loads((one / "config.json").read_text())["day"] == "2001-02-03"
+    assert (later / "metrics.jsonl").read_bytes() != (one / "metrics.jsonl").read_bytes()

@@ -18,7 +18,6 @@ import lora_jax
 from lora_jax import models
 from lora_jax.cli import train as command_line
 from lora_jax.data.config import DataConfig
-from lora_jax.data.language_modelling import language_modelling
 from lora_jax.data.process_slice import Shard
 from lora_jax.training import scores, text
 from lora_jax.training.causal_lm import causal_lm
@@ -124,7 +123,7 @@ def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
     table = dataclasses.replace(small.CONFIG, positions="learned", max_positions=15)
     source: Any = types.SimpleNamespace(config=table)
     with pytest.raises(ConfigError, match=r"data.max_length must be at most 15, the positions of"):
-        text.open_text(config, language_modelling, source)
+        text.check_positions(config, source.config)
 
 
 def test_a_score_that_there_is_not_is_an_error_at_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tokenizers import pre_tokenizers, processors
 from lora_jax import models, paths
 from lora_jax.models.weights import families
 
+CHAT = pathlib.Path(__file__).parents[1] / "golden" / "golden_chat"
 WORDS = [f"word{i}" for i in range(40)]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
@@ -131,6 +133,35 @@ def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Pa
                 tensors[name] = np.ascontiguousarray(turned)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def write_chat(folder: pathlib.Path, count: int = 60) -> dict[str, str]:
+    """Write a decoder with a chat template, and conversations and pairs; return their places."""
+    base = write_model(
+        folder / "base", {**LLAMA, "vocab_size": 400, "max_position_embeddings": 128}
+    )
+    shutil.copy(CHAT / "tokenizer.json", base)
+    shutil.copy(CHAT / "chatml.jinja", base / "chat_template.jinja")
+    (base / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    random, chats, pairs = np.random.default_rng(0), [], []
+    for _ in range(count):
+        one, other = random.choice(WORDS, 2, replace=False).tolist()
+        turns = [("user", f"say {one}"), ("assistant", one)] * int(random.integers(1, 3))
+        chats.append({"messages": [{"role": who, "content": text} for who, text in turns]})
+        prompt, *said = (
+            [{"role": who, "content": text}]
+            for who, text in (
+                ("user", f"say {one}"),
+                ("assistant", one),
+                ("assistant", f"{other} {other}"),
+            )
+        )
+        pairs.append({"prompt": prompt, "chosen": said[0], "rejected": said[1]})
+    found = {"base": str(base)}
+    for name, rows in {"chats": chats, "pairs": pairs}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found[name] = str(folder / f"{name}.jsonl")
+    return found
 
 
 def tokenizer(pair: bool) -> tokenizers.Tokenizer:

@@ -58,6 +58,7 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         where: str,
         tools: ChatTemplate | None = None,
+        day: str | None = None,
     ) -> None:
         """Hold the template.
 
@@ -66,10 +67,11 @@ class ChatTemplate:
           variables: what it may name, such as the special tokens (`bos_token`, `eos_token`).
           where: the place of the template, for messages.
           tools: the template for conversations with tools. None: the same.
+          day: the date that `strftime_now` tells, as 2026-12-03. None: today.
         """
         self._tools = tools
         self.text, self.where = text, where
-        self._settings = {"template": text, "variables": dict(variables)}
+        self._settings = {"template": text, "variables": dict(variables), "day": day}
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self._marks = False

@@ -60,6 +60,8 @@ def conversation(messages: Any, where: str, tools: Any = None) -> Conversation:
         messages = _parsed(messages, f"{where}: the messages")
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: expected a list of messages, got {shown(messages)}")
+    if all(isinstance(turn, list) for turn in messages):
+        messages = _by_senders(messages, where)
     checked = [_message(m, f"{where}, message {i}") for i, m in enumerate(messages, 1)]
     weights = [[m.pop(name, 1) for name in _WEIGHTS] for m in checked]
     learned = [
@@ -102,6 +104,21 @@ def of_turns(turns: Any, where: str, system: Any = None, tools: Any = None) -> C
             raise DataError(f"{place}: nobody is called {shown(name)}; nearest: {near[0]!r}")
         messages.append({"role": role, "content": value})
     return conversation(messages, where, tools)
+
+
+def _by_senders(turns: Sequence[Any], where: str) -> list[Any]:
+    """Return the messages of turns that are lists of {"sender", "text"}; the first is the user."""
+    found, roles = list[Any](), dict[str, str]()
+    for number, turn in enumerate(turns, 1):
+        if not turn or not all(isinstance(u, Mapping) and {"sender", "text"} <= {*u} for u in turn):
+            expected = "expected texts with a sender"
+            raise DataError(f"{where}, turn {number}: {expected}, got {shown(turn)}")
+        names = {str(utterance["sender"]) for utterance in turn}
+        role = roles.setdefault(min(names), "assistant" if roles else "user")
+        if len(names) > 1 or len(roles) > 2:
+            raise DataError(f"{where}, turn {number}: a third sender, or two in one turn")
+        found.append({"role": role, "content": "\n".join(str(u["text"]) for u in turn)})
+    return found
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:

@@ -113,14 +113,16 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **{name: options[name] for name in names})
 
 
-def environment() -> Sandbox:
-    """Return the environment in which chat templates are compiled."""
+def environment(day: str | None = None) -> Sandbox:
+    """Return the environment in which chat templates are compiled; None is the present moment."""
     made = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _raise
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    time = datetime.datetime
+    moment = time.now if day is None else lambda: time.fromisoformat(day)
+    made.globals["strftime_now"] = lambda form: moment().strftime(form)
     made.globals["namespace"] = _Namespace
     return made
 
@@ -142,7 +144,7 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, list
 def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     """Yield the answer to each line; {"error": text} if the template fails."""
     settings = json.loads(next(lines))
-    made = environment()
+    made = environment(settings.get("day"))
     try:
         template = made.from_string(settings["template"])
         names = [value for _, kind, value in made.lex(settings["template"]) if kind == "name"]

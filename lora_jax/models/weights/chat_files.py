@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,19 +17,21 @@ _SETTINGS = "tokenizer_config.json"
 _MORE = "additional_chat_templates"
 
 
-def open_template(source: Source, file: str | None = None) -> ChatTemplate:
-    """Return the chat template of a model, or of a file with Jinja text.
+def open_template(source: Source, file: str | None = None, day: str | None = None) -> ChatTemplate:
+    """Return the chat template of a model, or of a file with Jinja text, on a day (None: today).
 
     Raises:
       TokenizerError: the file cannot be read.
       DataError: the model has no template.
     """
     if file is not None:
-        return ChatTemplate(read_text(file), source.special_tokens, file)
-    return template_of(source.chat_templates, source.special_tokens, str(source.path))
+        return ChatTemplate(read_text(file), source.special_tokens, file, day=day)
+    return template_of(source.chat_templates, source.special_tokens, str(source.path), day)
 
 
-def template_of(found: Mapping[str, str], variables: Mapping[str, str], where: str) -> ChatTemplate:
+def template_of(
+    found: Mapping[str, str], variables: Mapping[str, str], where: str, day: str | None = None
+) -> ChatTemplate:
     """Return the chat template, from templates by name: `default`, and `tool_use` for tools."""
     if "default" not in found:
         raise DataError(
@@ -36,13 +39,10 @@ def template_of(found: Mapping[str, str], variables: Mapping[str, str], where: s
             "trained on conversations. Take its instruct version, or name a file with the Jinja "
             "text of a template (data.template)."
         )
+    make = functools.partial(ChatTemplate, variables=variables, day=day)
     tools = found.get("tool_use")
-    return ChatTemplate(
-        found["default"],
-        variables,
-        f"the chat template of {where}",
-        tools=None if tools is None else ChatTemplate(tools, variables, f"tool_use of {where}"),
-    )
+    used = None if tools is None else make(tools, where=f"tool_use of {where}")
+    return make(found["default"], where=f"the chat template of {where}", tools=used)
 
 
 def templates(folder: Path) -> Mapping[str, str]:
