@@ -5,7 +5,7 @@ Command:   python train.py --config configs/llama3_70b.py --plan --plan-devices 
 Hardware:  2 CPU cores for the plan; one GPU of 80 GB for the run
 Minutes:   half of one for the plan
 Result:    one device: 39.5 GB of weights, 2.5 GB of adapters and optimizer, 8.0 GB of activations
-           and temporaries, 50.0 GB in all; eight devices: 14.3 GB each (docs/plan.md)
+           and temporaries, 50.0 GB in all; eight devices: 12.2 GB each (docs/plan.md)
 
 The shapes are Meta's: 80 layers, width 8192, 64 heads of 128, 8 of them for keys and values, an MLP
 of 28672, 128256 tokens, an untied output head. Base weights are NF4 with double quantisation;

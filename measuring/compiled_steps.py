@@ -95,6 +95,19 @@ class Compiled(NamedTuple):
             and shape.size >= least
         ]
 
+    def copies_of_codes(self, case: Case) -> list[str]:
+        """The arrays that the program makes of every layer's codes of a weight, as in a device."""
+        least = LAYERS * WIDTH * HIDDEN // (2 * case.sizes[1] * case.sizes[2])
+        return [
+            f"{i.kind} {shape}"
+            for i in self.module.instructions
+            for shape in i.results
+            if i.kind in ("fusion", "copy", "transpose")
+            and shape.dtype in ("u8", "s8")
+            and LAYERS in shape.dims
+            and shape.size >= least
+        ]
+
     @property
     def on_the_host(self) -> list[str]:
         """The instructions that move arrays between device and host."""

@@ -247,5 +247,20 @@ MUTANTS = (  # name, where, old, new, test
     Mutant("seeds-that-differ-in-more", "report",
         '_differences(*pair, ()) == ["seed"]', '"seed" in _differences(*pair, ())',
         "tests/report/test_pieces.py::test_seeds_that_differ_in_nothing_else_are_compared"),
+    # ---- preferences
+    Mutant("kto-measures-by-its-own-answers", "data/preferences.py:_sides",
+        "chosen[np.flatnonzero(chosen == example)[0] - 1]",
+        "chosen[np.flatnonzero(chosen == example)[0]]",
+        "tests/training/test_preferences.py::test_a_judged_answer_comes_with_that_before_it"),
+    Mutant("bad-answers-are-raised", "training/preference_losses.py:_kto",
+        "jnp.where(jnp.asarray(x.good) > 0, good, bad)", "good",
+        "tests/training/test_trl.py"),
+    Mutant("reference-of-another-adapter", "training/reference_cache.py:opened",
+        "digests(arrays)", 'digests({"base": arrays["base"]})',
+        "tests/training/test_preferences.py::test_another_base_or_adapter_has_another_cache"),
+    Mutant("changed-cache-is-used", "training/reference_cache.py:_read",
+        "hashlib.sha256(rows).digest() != total or len(rows) % _RECORD.itemsize",
+        "len(rows) % _RECORD.itemsize",
+        "tests/training/test_preferences.py::test_a_hostile_cache_is_not_used"),
 )
 # fmt: on

@@ -29,11 +29,15 @@ from lora_jax.models.layers import (
     kept_weights,
     noisy,
     norm,
+    partition,
+    sharded,
     stack,
     tensor_axis,
 )
 from lora_jax.models.rope import angles, rotate
 from lora_jax.models.sight import Sight, View, either, positions_in, visible
+
+_BY_TOKENS = ("tensor", "fsdp")  # how logits are sharded over the vocabulary
 
 
 class _Flow(NamedTuple):
@@ -154,8 +158,8 @@ class DecoderModel(nn.Module):
           ValueError: the rows are too long, or a choice in the config is unknown.
         """
         positions, views = self._whole(input_ids, mask, segment_ids, positions)
-        x, head, _ = self._run(input_ids, positions, views, deterministic=deterministic)
-        return head(x)
+        x, weight, _ = self._run(input_ids, positions, views, deterministic=deterministic)
+        return self._logits(weight, x)
 
     def loss(
         self,
@@ -183,7 +187,19 @@ class DecoderModel(nn.Module):
           The cross entropy, float32 [B, T].
         """
         positions, views = self._whole(input_ids, None, segment_ids, positions)
-        x, head, _ = self._run(input_ids, positions, views, deterministic=deterministic)
+        x, weight, _ = self._run(input_ids, positions, views, deterministic=deterministic)
+        size, tied = self.config.vocab_size, self.config.tied
+        # Over `fsdp` either the weight is gathered for each chunk, or it is sharded by the
+        # vocabulary and the chunk's tokens and their gradients move: the smaller of the two.
+        few = 2 * input_ids.shape[0] * chunk <= size and partition((size,), _BY_TOKENS) is not None
+        if few:
+            weight = sharded(weight, *(() if tied else (None,)), _BY_TOKENS)
+
+        def head(x: Array) -> Array:
+            if not few:
+                return self._logits(weight, x)
+            return sharded(self._logits(weight, sharded(x, "data")), "data", None, _BY_TOKENS)
+
         return chunked_cross_entropy(head, x, targets, chunk, smoothing)
 
     def decode(
@@ -209,9 +225,9 @@ class DecoderModel(nn.Module):
           `lora_jax.models.cache.written` writes into the other.
         """
         positions, views = self._following(input_ids, mask, positions, cache)
-        x, head, fresh = self._run(input_ids, positions, views, cache, last)
+        x, weight, fresh = self._run(input_ids, positions, views, cache, last)
         assert fresh is not None
-        return head(x), Cache(fresh.keys, fresh.values, positions)
+        return self._logits(weight, x, few=True), Cache(fresh.keys, fresh.values, positions)
 
     @nn.compact
     def _run(
@@ -222,8 +238,8 @@ class DecoderModel(nn.Module):
         cache: Cache | None = None,
         last: int | None = None,
         deterministic: bool = True,
-    ) -> tuple[Array, Callable[[Array], Array], Fresh | None]:
-        """Return the inputs of the head, the head, and the entries of the tokens for a cache."""
+    ) -> tuple[Array, Array, Fresh | None]:
+        """Return the head's inputs, its weight, and the entries of the tokens for a cache."""
         config, fresh = self.config, None
         check_choice("norm", config.norm, NORMS)
         check_choice("activation", config.activation, ACTIVATIONS)
@@ -243,20 +259,21 @@ class DecoderModel(nn.Module):
         if last is not None:
             x = x[:, -last:]
         x = norm(config, "norm", config.norm)(x)
-        equation = "btd,vd->btv" if config.tied else "btd,dv->btv"
         weight = embed.embedding if config.tied else _DecoderHead(config, name="lm_head")()
+        return x, weight, fresh
 
-        def head(x: Array) -> Array:
-            kernel = weight.astype(config.dtype)
-            if config.tied and cache is not None:
-                # For few rows XLA's CPU compiler would transpose the whole table at every step,
-                # were it the right-hand side.
-                logits = jnp.einsum("vd,btd->vbt", kernel, x, preferred_element_type=jnp.float32)
-                return capped(logits.transpose(1, 2, 0), config.logit_cap)
-            logits = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
-            return capped(logits, config.logit_cap)
-
-        return x, head, fresh
+    def _logits(self, weight: Array, x: Array, few: bool = False) -> Array:
+        """Return the logits, float32 [B, T, V], of the head's inputs x; `few` rows at a time."""
+        config = self.config
+        kernel = weight.astype(config.dtype)
+        if config.tied and few:
+            # For few rows XLA's CPU compiler would transpose the whole table at every step, were it
+            # the right-hand side.
+            logits = jnp.einsum("vd,btd->vbt", kernel, x, preferred_element_type=jnp.float32)
+            return capped(logits.transpose(1, 2, 0), config.logit_cap)
+        equation = "btd,vd->btv" if config.tied else "btd,dv->btv"
+        logits = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+        return capped(logits, config.logit_cap)
 
     def _whole(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -20,11 +22,13 @@ class Gathered(Base):
 
     inner: the base.
     places: the placement of the last two axes of each of its arrays at a use.
+    parts: for each array, into how many parts its columns are cut before a use. 1: they are not.
     """
 
     inner: QuantisedMatrix
     mesh: Mesh
     places: tuple[PartitionSpec, ...]
+    parts: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,14 +40,23 @@ class Gathered(Base):
 
     def dense(self) -> Array:
         arrays, tree = jax.tree.flatten(self.inner)
-        lead = [PartitionSpec.UNCONSTRAINED] * len(self.inner.lead)
-        where = [NamedSharding(self.mesh, PartitionSpec(*lead, *place)) for place in self.places]
-        return jax.tree.unflatten(
-            tree, map(jax.lax.with_sharding_constraint, arrays, where)
-        ).dense()
+        return jax.tree.unflatten(tree, map(self._whole, arrays, self.places, self.parts)).dense()
+
+    def _whole(self, x: Array, place: PartitionSpec, parts: int) -> Array:
+        lead, shape = len(self.inner.lead), x.shape
+        free = [PartitionSpec.UNCONSTRAINED] * lead
+        if parts == 1:
+            return self._constrained(x, *free, *place)
+        # A GPU gathers along the first axis. To gather along another one, XLA would transpose the
+        # codes of all layers before it begins, and keep them.
+        cut = jnp.moveaxis(x.reshape(*shape[:-1], parts, -1), -2, lead)
+        return jnp.moveaxis(self._constrained(cut, *free, None, *place), lead, -2).reshape(shape)
+
+    def _constrained(self, x: Array, *axes: Any) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
 
-jax.tree_util.register_dataclass(Gathered, ["inner"], ["mesh", "places"])
+jax.tree_util.register_dataclass(Gathered, ["inner"], ["mesh", "places", "parts"])
 
 
 def gathered(params: Any, axes: Sequence[str] = ("fsdp",)) -> Any:
@@ -90,4 +103,10 @@ def _gathered(base: QuantisedMatrix, axes: Sequence[str]) -> Base:
     if on_tpu or not any(name in wide for place in places for names in place for name in names):
         return base
     kept = [[tuple(n for n in names if n not in wide) or None for names in p] for p in places]
-    return Gathered(base, mesh, tuple(PartitionSpec(*place) for place in kept))
+    parts = [
+        math.prod(mesh.shape[name] for name in names) if names and new is None else 1
+        for names, new in (
+            (p[-1], k[-1]) if p else ((), None) for p, k in zip(places, kept, strict=True)
+        )
+    ]
+    return Gathered(base, mesh, tuple(PartitionSpec(*place) for place in kept), tuple(parts))

@@ -42,9 +42,11 @@ def compiled(case: Case) -> Compiled:
 
 @every
 def test_no_stack_of_floats_and_nothing_on_the_host(case: Case) -> None:
-    """No float array has the shape of all layers' weights; a bfloat16 base is not widened."""
+    """No float array has the shape of all layers' weights, no bfloat16 base is widened, no GPU
+    copies the codes of all layers."""
     found = compiled(case)
     assert not found.floats_of_a_stack(case)
+    assert case.device == "tpu-v5e" or not found.copies_of_codes(case)
     assert not found.on_the_host
     assert "nvoluntary full rematerialization" not in found.log
 

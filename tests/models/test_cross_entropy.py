@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -12,9 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax import models
+from lora_jax import models, paths, sharding
+from lora_jax.models.placement import rules
+from lora_jax.planner import hlo
+from lora_jax.planner.collectives import collectives
 from lora_jax.training.causal_lm import apply_of, token_loss
 from tests import laws
 from tests.models.options import random_params
@@ -102,6 +108,38 @@ def test_no_array_holds_all_logits(chunk: int | None) -> None:
 
 def shapes(text: str) -> list[str]:
     return re.findall(r"f32\[([\d,]+)\]", text)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_over_fsdp_no_chunk_gathers_the_head(tied: bool) -> None:
+    """The chunk's tokens go to the head, which each device has for its part of the vocabulary."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    config = dataclasses.replace(CONFIG, tied=tied, vocab_size=2 * V)  # 64 divides it
+    model, params = models.DecoderModel(config), small_params(config)
+    rows = {name: jnp.asarray(np.repeat(x, 4, 0)) for name, x in batch().items()}
+
+    def loss(params: Any, rows: Any) -> Any:
+        keys = ("input_ids", "targets", "segment_ids", "positions")
+        each = model.apply({"params": params}, *map(rows.get, keys), chunk=5, method="loss")
+        return (each * rows["loss_weight"]).sum()
+
+    expected = jax.jit(jax.value_and_grad(loss))(params, rows)
+    place = functools.partial(NamedSharding, mesh)
+    specs = sharding.place(params, dict(mesh.shape), table=rules(config))
+    with jax.set_mesh(mesh):
+        flat = {
+            path: jax.device_put(x, place(specs[path])) for path, x in paths.flatten(params).items()
+        }
+        placed = paths.replace(params, flat)
+        rows = jax.device_put(rows, place(P("fsdp")))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(placed, rows).compile()
+        found = compiled(placed, rows)
+    moved = collectives(hlo.parse(compiled.as_text()))
+    whole = config.vocab_size * config.hidden_size // 2  # a device's part over tensor
+    assert all(c.times == 1 for c in moved if c.result.size >= whole)
+    assert max(c.times for c in moved) > 1  # of a chunk
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.few(1)
