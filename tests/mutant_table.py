@@ -234,9 +234,6 @@ MUTANTS = (  # name, where, old, new, test
     Mutant("slots-in-use-again", "serving/server.py:_put",
         "free - engine.busy()", "free",
         "tests/serving/test_server.py::test_a_removed_adapter_answers_what_came_before"),
-    Mutant("cancelled-rows-stay", "serving/generation.py:turn",
-        "{row: job for row, job in self._running.items() if not job.over}", "self._running",
-        "tests/serving/test_server.py::test_cancelling_frees_the_row[close]"),
     # ---- analysis, experiments, report
     Mutant("phi-by-the-larger-side", "analysis",
         "np.minimum(rows[:, None], columns)", "np.maximum(rows[:, None], columns)",
