@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=1_000_000)
     asked = parser.parse_args()
     count = asked.lines
-    words = words_of(models.open(models.SMOLLM2))
+    words = words_of(models.open(models.SMOLLM2))()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chats.jsonl"
         with path.open("w") as file:

@@ -122,7 +122,7 @@ def _show_examples(options: ShowOptions, console: Console, aside: Console) -> No
         source = pretrained.open_model(
             reference or models.SMOLLM2, models.DecoderConfig, "only a decoder learns texts"
         )
-        words = causal_lm.words_of(source, data.template)
+        words = causal_lm.words_of(source, data.template)()
     shown_examples.show(data, words, options.count, console)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,12 +43,13 @@ def causal_lm(config: TextConfig) -> Workload:
     own = samples.functions(config.samples)
     check_select(select, [*scores.names(scores.token_scores), *own])
     words = words_of(source, config.data.template, config.day)
-    batches = functools.partial(batches_of, config.data, words)
     model = models.DecoderModel(model_config)
     return pretrained.workload(
         config,
         Pretrained(source, model_config, method=method),
-        functools.partial(pretrained.open_batches, config, batches),
+        lambda: pretrained.open_batches(
+            config, functools.partial(batches_of, config.data, words())
+        ),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
         of_data=functools.partial(about_data, config, source),
@@ -63,14 +65,24 @@ def causal_lm(config: TextConfig) -> Workload:
     )
 
 
-def words_of(source: models.Source, template: str | None = None, day: str | None = None) -> Words:
-    """Return what a decoder makes of text, with the template of a file or its own, on a day."""
-    return Words(
-        source.tokenizer(),
-        source.config.vocab_size,  # type: ignore[union-attr]  # `open_model` checks it
-        functools.partial(chat_files.open_template, source, template, day),
-        source.special_tokens.get("eos_token"),
-    )
+def words_of(
+    source: models.Source, template: str | None = None, day: str | None = None
+) -> Callable[[], Words]:
+    """Return a function that opens what a decoder makes of text; a plan does not call it.
+
+    The template is that of a file, or the model's own, on a day.
+    """
+
+    @functools.cache
+    def words() -> Words:
+        return Words(
+            source.tokenizer(),
+            source.config.vocab_size,  # type: ignore[union-attr]  # `open_model` checks it
+            functools.partial(chat_files.open_template, source, template, day),
+            source.special_tokens.get("eos_token"),
+        )
+
+    return words
 
 
 def about_data(config: TextConfig, source: models.Source) -> dict[str, Any]:

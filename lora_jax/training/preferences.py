@@ -84,7 +84,6 @@ def preferences(config: PreferenceConfig) -> Workload:
     count = functools.partial(scores, "kl" if judged else "rewards/accuracies")
     check_select(select, ["loss", *count({}, 0.0), *samples.functions(config.samples)])
     words = causal_lm.words_of(source, config.data.template, config.day)
-    batches = functools.partial(batches_of, config.data, words, judged=judged)
     model, chunk = models.DecoderModel(model_config), config.model.loss_chunk or _CHUNK
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", "targets"), ((rows, 2, length), jnp.int32))
@@ -111,7 +110,9 @@ def preferences(config: PreferenceConfig) -> Workload:
     return pretrained.workload(
         config,
         Pretrained(source, model_config, method=method),
-        functools.partial(pretrained.open_batches, config, batches),
+        lambda: pretrained.open_batches(
+            config, functools.partial(batches_of, config.data, words(), judged=judged)
+        ),
         text.about(config, method),
         functools.partial(method.fresh, config.seed),
         join=lambda workloads: workloads[0],

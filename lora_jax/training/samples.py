@@ -45,7 +45,9 @@ class Question(NamedTuple):
 class Samples:
     """Writes the answers; its programs are compiled once in a run."""
 
-    def __init__(self, config: TextConfig, words: Words, model: DecoderConfig) -> None:
+    def __init__(
+        self, config: TextConfig, words: Callable[[], Words], model: DecoderConfig
+    ) -> None:
         """Nothing is read before the first call."""
         self._config, self._words, self._model = config, words, model
         self._decoder: Decoder | None = None
@@ -67,7 +69,7 @@ class Samples:
             if piece.token is not None:
                 tokens[piece.row].append(piece.token)
         self._decoder.put({})  # between evaluations it holds nothing
-        texts = map(str.strip, self._words.tokenizer.decode_batch(tokens))
+        texts = map(str.strip, self._words().tokenizer.decode_batch(tokens))
         found = [
             {"asked": q.asked, "expected": q.expected, "text": text}
             for q, text in zip(self._questions, texts, strict=True)
@@ -80,13 +82,15 @@ class Samples:
     @functools.cached_property
     def _questions(self) -> list[Question]:
         count = self._config.samples.prompts
-        found = list(islice(questions(self._config.data, self._words), count))
+        found = list(islice(questions(self._config.data, self._words()), count))
         expected = "0: no validation example has a question before its answer"
         require(bool(found), "samples.prompts", count, expected)
         return found
 
 
-def samples_of(config: TextConfig, words: Words, model: DecoderConfig) -> Samples | None:
+def samples_of(
+    config: TextConfig, words: Callable[[], Words], model: DecoderConfig
+) -> Samples | None:
     """Return what writes the samples of a run; None if it has none."""
     count, plain = config.samples.prompts, config.adaptation is config.lora
     expected = "0 with several processes or another method than LoRA"

@@ -351,7 +351,7 @@ def test_loss_and_gradient_are_those_of_two_models(name: LossName, folder: pathl
 
 def test_pairs_that_are_none(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "word1"}\n')
-    words = causal_lm.words_of(causal_lm.models.open(str(folder / "base")))
+    words = causal_lm.words_of(causal_lm.models.open(str(folder / "base")))()
     with pytest.raises(DataError, match=r"texts.jsonl:1: .*form 'text'; .* chosen and rejected"):
         pairs_of(DataConfig(str(tmp_path / "texts.jsonl")), words, "train", 2)
     with pytest.raises(ConfigError, match=r"smoothing must be below 0\.5"):
@@ -365,7 +365,7 @@ def test_a_pair_is_whole_or_left_out(folder: pathlib.Path, tmp_path: pathlib.Pat
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words: Words = causal_lm.words_of(causal_lm.models.open(str(folder / "base")))
+    words: Words = causal_lm.words_of(causal_lm.models.open(str(folder / "base")))()
     config = DataConfig(str(path), eos="word13", max_length=8)
     batches = pairs_of(config, words, "train", 2)
     (batch,) = list(batches)
@@ -382,7 +382,7 @@ def judged_rows(folder: pathlib.Path, tmp_path: pathlib.Path) -> tuple[DataConfi
     ]
     (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(str(tmp_path / "judged.jsonl"), eos="word13", max_length=8, buckets=(6, 8))
-    return config, causal_lm.words_of(causal_lm.models.open(str(folder / "base")))
+    return config, causal_lm.words_of(causal_lm.models.open(str(folder / "base")))()
 
 
 def test_a_judged_answer_comes_with_that_before_it(

@@ -90,7 +90,7 @@ def test_a_run_records_and_reports_what_it_answers(tmp_path: pathlib.Path) -> No
 def test_the_text_is_what_generation_would_write(tmp_path: pathlib.Path) -> None:
     """The question ends where the template asks for an answer, and its end is the turn's."""
     config = config_of(tmp_path)
-    words = words_of(open_model(config.model.reference, DecoderConfig, ""))
+    words = words_of(open_model(config.model.reference, DecoderConfig, ""))()
     tokenizer = words.tokenizer
     found = list(questions(config.data, words))
     assert found[0].expected == "word1"
