@@ -47,17 +47,14 @@ class GoldenRun:
 def model_of(config: Any, head: models.Head | None) -> tuple[Any, Any]:
     """Return `(f, inputs)` for the model of a config."""
     draw = np.random.default_rng(0)
+    model: Any = models.DecoderModel(config) if head is None else None
+    if head is not None:
+        model = models.classifier(config, head.num_classes, head.pooling)
     if isinstance(config, models.VitConfig):
-        assert head is not None
-        vit = models.VitClassifier(config, head.num_classes)
         pixels = draw.standard_normal((2, *config.image_size, config.channels))
-        return lambda p, x: vit.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
+        return lambda p, x: model.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
     ids = jnp.asarray(draw.integers(3, 19, (2, 7)), jnp.int32)
-    if head is None:
-        decoder = models.DecoderModel(config)
-        return lambda p, ids: decoder.apply({"params": p}, ids), ids
-    encoder = models.BertClassifier(config, head.num_classes, head.pooling)
-    return lambda p, ids: encoder.apply({"params": p}, ids), ids
+    return lambda p, ids: model.apply({"params": p}, ids), ids
 
 
 def write_run(
@@ -81,8 +78,8 @@ def write_run(
       scan: whether the layers are stacked.
       quantize: None, "stored", or a scheme of `lora_jax.quantize`.
       begin: None, or a method of `init_from_base`.
-      pooling: the pooling of an encoder's head.
-      labels: the classes of an encoder's head.
+      pooling: the pooling of an encoder's head; "last" for a decoder that classifies.
+      labels: the classes of the head.
       param_dtype: the dtype of the frozen weights.
 
     Returns:
@@ -97,7 +94,9 @@ def write_run(
         param_dtype=jnp.dtype(param_dtype),
     )
     pooling = "cls" if isinstance(config, models.VitConfig) else pooling
-    decodes = isinstance(config, models.DecoderConfig)
+    decodes = isinstance(config, models.DecoderConfig) and pooling != models.LAST
+    if pooling == models.LAST:
+        config = models.without_logits(config)
     head = None if decodes else models.Head(pooling, len(labels) or 1)
     f, inputs = model_of(config, head)
     about: dict[str, Any] = {
@@ -111,7 +110,7 @@ def write_run(
     }
     params = source.load(config, keep_quantised=quantize == STORED)
     trained: dict[str, Any] = {}
-    root = "vit" if isinstance(config, models.VitConfig) else "bert"
+    root = config.root
     draw = np.random.default_rng(len(name)).standard_normal
     if head is not None:
         about["labels"] = list(labels)

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -45,10 +45,10 @@ class AdapterOptions(BaseChoice):
             raise LoraError(f"nothing to answer: give {ways} or --file, or pipe lines in")
         return self.file if given else jsonl.STANDARD
 
-    def served(self, kind: type[Any] | tuple[type[Any], ...], console: Console) -> Served:
+    def served(self, task: Literal["predict", "generate"], console: Console) -> Served:
         """Open the adapters and their base, and show the progress on the console."""
         with OpeningBar(console) as bar:
-            return self.open(self.adapter, kind, bar.count)
+            return self.open(self.adapter, task, bar.count)
 
 
 def opening(served: Served, each: Sequence[str]) -> str:

@@ -105,7 +105,9 @@ def _peft(run: Served, options: ExportOptions, out: pathlib.Path, console: Conso
         task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
         hf_settings.check_head(run, merged=False)
     elif run.head is not None:
-        task, names = "FEATURE_EXTRACTION", models.hf_names(run.config, root=run.root)
+        decoder = run.head.pooling == models.LAST
+        task = "CAUSAL_LM" if decoder else "FEATURE_EXTRACTION"
+        names = models.hf_names(run.config, root=run.root)
         outputs = run.head.num_classes
         note = f"\nleft out: {run.head.pooling} pooling and the head of {outputs} outputs"
         kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}

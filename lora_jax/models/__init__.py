@@ -5,6 +5,10 @@ from lora_jax.errors import ModelError as ModelError
 from lora_jax.errors import WeightsError as WeightsError
 from lora_jax.models.bert import Bert as Bert
 from lora_jax.models.bert import BertClassifier as BertClassifier
+from lora_jax.models.classifier import LAST as LAST
+from lora_jax.models.classifier import DecoderClassifier as DecoderClassifier
+from lora_jax.models.classifier import classifier as classifier
+from lora_jax.models.classifier import without_logits as without_logits
 from lora_jax.models.config import BertConfig as BertConfig
 from lora_jax.models.config import DecoderConfig as DecoderConfig
 from lora_jax.models.config import Disentangled as Disentangled

@@ -161,6 +161,13 @@ class DecoderModel(nn.Module):
         x, weight, _ = self._run(input_ids, positions, views, deterministic=deterministic)
         return self._logits(weight, x)
 
+    def hidden(
+        self, input_ids: Array, mask: Array | None = None, deterministic: bool = True
+    ) -> Array:
+        """Compute the inputs of the head, [B, T, D] in `config.dtype`; see `__call__`."""
+        positions, views = self._whole(input_ids, mask, None, None)
+        return self._run(input_ids, positions, views, deterministic=deterministic)[0]
+
     def loss(
         self,
         input_ids: Array,

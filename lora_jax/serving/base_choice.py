@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
 from lora_jax.serving.served_adapters import Served, open_adapters
 
@@ -23,13 +23,13 @@ class BaseChoice:
     def open(
         self,
         adapters: Sequence[str],
-        kind: type[Any] | tuple[type[Any], ...],
+        task: Literal["predict", "generate"] | None = None,
         opened: Callable[[int, int], None] = lambda number, total: None,
     ) -> Served:
         """Open adapters with this base, as `open_adapters` does."""
         return open_adapters(
             adapters,
-            kind,
+            task,
             base=self.base,
             trust_base=self.trust_base,
             allow_other_base=self.allow_other_base,

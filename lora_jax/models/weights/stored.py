@@ -16,10 +16,11 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import WeightsError
-from lora_jax.models.bert import Bert, BertClassifier
+from lora_jax.models.bert import Bert
+from lora_jax.models.classifier import classifier
 from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig
 from lora_jax.models.decoder import DecoderModel
-from lora_jax.models.vit import Vit, VitClassifier
+from lora_jax.models.vit import Vit
 from lora_jax.models.weights.disk_arrays import Index
 from lora_jax.models.weights.tensor_names import TensorName, TensorNames
 
@@ -29,10 +30,11 @@ _SHOWN = 40  # a message lists at most this many names, and counts the rest
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A classification head that is loaded together with the encoder.
+    """A classification head that is loaded together with the model.
 
     Attributes:
-      pooling: how the head makes one vector of a text, see `lora_jax.models.bert.POOLINGS`.
+      pooling: how the head makes one vector of a text: one of `lora_jax.models.bert.POOLINGS`,
+        or "last" for a decoder.
       num_classes: the number of classes.
     """
 
@@ -87,7 +89,7 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
 
     Args:
       config: the config of the model.
-      head: the classification head of an encoder, if there is one.
+      head: the classification head, if there is one.
     """
     traced = _shapes(config, head, jax.sharding.get_abstract_mesh())
     return jax.tree.map(lambda x: x, traced)  # the caller may change the dictionaries
@@ -96,21 +98,14 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
 @functools.lru_cache(maxsize=32)
 def _shapes(config: StoredConfig, head: Head | None, _: object) -> ParameterTree:
     """Trace the model once for each mesh: a run asks for its shapes three times."""
-    model: Bert | BertClassifier | DecoderModel | Vit | VitClassifier
+    kinds = {BertConfig: Bert, DecoderConfig: DecoderModel, VitConfig: Vit}
+    model: Any = kinds[type(config)](config)
+    if head is not None:
+        model = classifier(config, head.num_classes, head.pooling)
+    example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if isinstance(config, VitConfig):
-        model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
-        pixels = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
-        return jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
-    if isinstance(config, DecoderConfig):
-        if head is not None:
-            raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
-        model = DecoderModel(config)
-    elif head is None:
-        model = Bert(config)
-    else:
-        model = BertClassifier(config, head.num_classes, head.pooling)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        example = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), example)["params"]
 
 
 def _check(stored: Stored, leaf: StoredParameter, config: StoredConfig) -> None:
@@ -143,7 +138,7 @@ def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[
     unknown = [raw[name] for name in raw if name not in wanted and not stored.table.skips(name)]
     if isinstance(config, DecoderConfig) and config.tied:
         # Some files repeat the embedding under the name of the head that is tied to it.
-        unknown = [name for name in unknown if name != "lm_head.weight"]
+        unknown = [name for name in unknown if name not in ("lm_head.weight", "output.weight")]
     if missing or unknown:
         raise WeightsError(
             f"{stored.origin} does not fit the configuration.\n"
@@ -173,8 +168,7 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
     # Scanned layers are traced as one layer, which is faster than tracing all of them.
     traced = dataclasses.replace(config, scan_layers=True, remat="none")
     left = flatten_dict(shapes(traced, head), sep="/")
-    before = "vit/" if isinstance(config, VitConfig) else "bert/"
-    rows = [(before if head else "", row) for row in stored.table.rows]
+    rows = [(f"{config.root}/" if head else "", row) for row in stored.table.rows]
     rows += [("", row) for row in (_rows_of(stored, head.pooling) if head else ())]
     leaves = []
     for before, row in rows:
