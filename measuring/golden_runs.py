@@ -95,7 +95,7 @@ def write_run(
     )
     pooling = "cls" if isinstance(config, models.VitConfig) else pooling
     decodes = isinstance(config, models.DecoderConfig) and pooling != models.LAST
-    if pooling == models.LAST:
+    if isinstance(config, models.DecoderConfig) and not decodes:
         config = models.without_logits(config)
     head = None if decodes else models.Head(pooling, len(labels) or 1)
     f, inputs = model_of(config, head)
