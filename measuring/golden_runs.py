@@ -49,7 +49,7 @@ def model_of(config: Any, head: models.Head | None) -> tuple[Any, Any]:
     draw = np.random.default_rng(0)
     model: Any = models.DecoderModel(config) if head is None else None
     if head is not None:
-        model = models.classifier(config, head.num_classes, head.pooling)
+        model = models.classifier(config, head)
     if isinstance(config, models.VitConfig):
         pixels = draw.standard_normal((2, *config.image_size, config.channels))
         return lambda p, x: model.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
@@ -98,7 +98,7 @@ def write_run(
     pooling = "cls" if isinstance(config, models.VitConfig) else pooling
     decodes = isinstance(config, models.DecoderConfig) and pooling != models.LAST
     if isinstance(config, models.DecoderConfig) and not decodes:
-        config = models.without_logits(config)
+        config = config.without_logits()
     head = None if decodes else models.Head(pooling, len(labels) or 1)
     f, inputs = model_of(config, head)
     about: dict[str, Any] = {

@@ -13,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
-from lora_jax.serving.base_choice import BaseChoice
-from lora_jax.serving.served_adapters import Served
+from lora_jax.serving.served_adapters import BaseChoice, Served
 from lora_jax.system.console import Bar, Console
 
 

@@ -42,8 +42,7 @@ from lora_jax.exchange.plain_run import PlainRun, plain_run
 from lora_jax.exchange.stored_base_adapter import over_stored_base
 from lora_jax.models.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
-from lora_jax.serving.base_choice import BaseChoice
-from lora_jax.serving.served_adapters import Served, open_run
+from lora_jax.serving.served_adapters import BaseChoice, Served, open_run
 from lora_jax.system import table
 from lora_jax.system.console import Bar, Console, command, say
 from lora_jax.system.whole_files import whole_folder, write_json, write_together

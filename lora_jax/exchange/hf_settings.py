@@ -14,10 +14,10 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.errors import LoraError
-from lora_jax.models.classifier import LAST
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.weights.families import parse
 from lora_jax.models.weights.folder import Folder
+from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.served_adapters import Served
 from lora_jax.system import regular_files
 from lora_jax.system.whole_files import FileWriter

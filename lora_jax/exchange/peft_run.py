@@ -114,7 +114,7 @@ def _classifier(
 ) -> _Found:
     head = head_of(found, source, config, given.pooling)
     if isinstance(config, models.DecoderConfig):
-        config = models.without_logits(config)
+        config = config.without_logits()
     base = {config.root: source.load(config)}
     if head is None and isinstance(config, models.BertConfig):
         names = models.hf_names(config, root="bert/")
@@ -127,7 +127,7 @@ def _classifier(
         return adapter, base, {}, ("no classification head: train.py --from adds one",)
     if head is None:
         raise LoraError("it has no head (score.weight), and neither has the base")
-    classifier = models.classifier(config, head.head.num_classes, head.head.pooling)
+    classifier = models.classifier(config, head.head)
 
     def apply(params: Any, ids: Any) -> Any:
         return classifier.apply({"params": params}, ids)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -298,6 +298,10 @@ class DecoderConfig(TextModelConfig):
         if self.rope_long is None or prompt > self.rope_long.length:
             return self.max_positions
         return min(self.max_positions, self.rope_long.length + 1)
+
+    def without_logits(self) -> Self:
+        """Return the config of the same decoder as a classifier: it has no `lm_head`."""
+        return dataclasses.replace(self, tied=True)
 
     @property
     def has_biases(self) -> bool:

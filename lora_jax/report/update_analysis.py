@@ -15,7 +15,7 @@ from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import ModuleIndex, Place, label
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system.console import USER_ERRORS
 from lora_jax.updates.kind import kind_of
 

@@ -220,6 +220,34 @@ def open_adapters(
     return found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseChoice:
+    """Which base model may be opened for adapters. The commands have these fields as options."""
+
+    base: str | None = None
+    """The base model, in the form of model.reference. None: the one that the adapter names."""
+    trust_base: bool = False
+    """Download the base that the adapter names even if lora_jax does not know its checksum."""
+    allow_other_base: bool = False
+    """Accept a base model other than the one that the adapter was trained on."""
+
+    def open(
+        self,
+        adapters: Sequence[str],
+        task: Literal["predict", "generate"] | None = None,
+        opened: Callable[[int, int], None] = lambda number, total: None,
+    ) -> Served:
+        """Open adapters with this base, as `open_adapters` does."""
+        return open_adapters(
+            adapters,
+            task,
+            base=self.base,
+            trust_base=self.trust_base,
+            allow_other_base=self.allow_other_base,
+            opened=opened,
+        )
+
+
 def open_run(path: str, base: str | None = None, trust_base: bool = False) -> Served:
     """Open one adapter on its base, of which no weight is read."""
     name, folder = adapter_path.find_one(path)
@@ -237,7 +265,7 @@ def open_base(
     source = models.open(reference)
     config = dataclasses.replace(source.config, **settings)
     if isinstance(config, models.DecoderConfig) and _on_last_token(members):
-        config = models.without_logits(config)
+        config = config.without_logits()
     return Served(reference, source, config, tuple(members))
 
 

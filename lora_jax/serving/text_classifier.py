@@ -63,7 +63,7 @@ class TextClassifier(Classifier):
         tokenizer, rows = served.source.tokenizer(), served.config.vocab_size
         self._encoder = functools.cache(lambda limit: Encoder(tokenizer, limit, rows))
         self._pad, self._pooling = padding_id(tokenizer), _pooling(served.members)
-        return models.classifier(served.config, width, self._pooling)
+        return models.classifier(served.config, models.Head(self._pooling, width))
 
     def add(self, i: int, member: SavedAdapter) -> None:
         """See `Classifier`."""

@@ -48,9 +48,9 @@ def classification(config: TextConfig) -> Workload:
     model_config, pooling = config.model.apply_to(source.config), str(config.model.pooling)
     if isinstance(model_config, models.DecoderConfig):
         require(pooling == "mean", "model.pooling", pooling, "left out for a decoder")
-        model_config, pooling = models.without_logits(model_config), models.LAST
-    model = models.classifier(model_config, labels.outputs, pooling)
+        model_config, pooling = model_config.without_logits(), models.LAST
     head = models.Head(pooling, labels.outputs)
+    model = models.classifier(model_config, head)
     method = config.method_for(model_config, config.data.lengths[-1])
 
     def draw() -> Tree:
@@ -108,8 +108,8 @@ def _joined(config: Any, pooling: str, method: Method, workloads: Sequence[Workl
             "method a group of its own"
         )
     widest = max(w.params["classifier"]["out"]["kernel"].shape[1] for w in workloads)
-    wide = models.classifier(config, widest, pooling)
-    params = models.shapes(config, models.Head(pooling, widest))
+    head = models.Head(pooling, widest)
+    wide, params = models.classifier(config, head), models.shapes(config, head)
     whole = {**params, **method.shapes()}
     return dataclasses.replace(first, apply=apply_of(wide, method), params=whole)
 

@@ -43,7 +43,7 @@ def reward(config: RewardConfig) -> Workload:
     count = config.samples.prompts
     require(count == 0, "samples.prompts", count, "0 for a reward model")
     text.check_positions(config, source.config)
-    model_config = models.without_logits(config.model.apply_to(source.config))
+    model_config = config.model.apply_to(source.config).without_logits()
     method = config.method_for(model_config, config.data.max_length)
     select = config.select or "accuracy"
     check_select(select, ["loss", *_SCORES])

@@ -90,7 +90,7 @@ def test_a_merged_folder_holds_the_merged_weights(
         assert own == {"score.weight"}
         kind = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
         assert kind == [{"llama": "Llama", "qwen2": "Qwen2"}[name] + "ForSequenceClassification"]
-        config, head = models.without_logits(config), models.Head(models.LAST, 3)
+        config, head = config.without_logits(), models.Head(models.LAST, 3)
     elif not isinstance(config, models.DecoderConfig):
         head = models.Head("cls" if name == "vit" else "roberta_head", 3)
     again = source.load(config, head=head)

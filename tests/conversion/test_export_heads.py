@@ -34,7 +34,7 @@ def opened(run: GoldenRun, folder: pathlib.Path, name: str, labels: int) -> Any:
     config = source.config
     head = models.Head(POOLINGS.get(type(config), "roberta_head"), labels)
     if isinstance(config, models.DecoderConfig):
-        config = models.without_logits(config)
+        config = config.without_logits()
     params = models.shapes(config, head) | {config.root: source.load(config)}
     zeros = lora_jax.paths.flatten({"classifier": params["classifier"]})
     params = lora_jax.paths.replace(params, {p: np.zeros(x.shape, "f4") for p, x in zeros.items()})

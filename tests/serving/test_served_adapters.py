@@ -21,7 +21,7 @@ from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.cli import generate, predict
 from lora_jax.report import update_analysis
 from lora_jax.serving import served_adapters
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from tests.training import tiny
 
 QUERY, UP = "bert/encoder/layer_{}/attention/query/kernel", "bert/encoder/layer_{}/mlp/up/kernel"

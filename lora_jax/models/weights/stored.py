@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +17,15 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import WeightsError
-from lora_jax.models.bert import Bert
-from lora_jax.models.classifier import classifier
+from lora_jax.models.bert import Bert, BertClassifier
 from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig
-from lora_jax.models.decoder import DecoderModel
-from lora_jax.models.vit import Vit
+from lora_jax.models.decoder import DecoderClassifier, DecoderModel
+from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights.disk_arrays import Index
 from lora_jax.models.weights.tensor_names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
+LAST = "last"  # the pooling of a decoder's head: the hidden state of the last token
 _SHOWN = 40  # a message lists at most this many names, and counts the rest
 
 
@@ -34,7 +35,7 @@ class Head:
 
     Attributes:
       pooling: how the head makes one vector of a text: one of `lora_jax.models.bert.POOLINGS`,
-        or "last" for a decoder.
+        or `LAST` for a decoder.
       num_classes: the number of classes.
     """
 
@@ -84,6 +85,20 @@ class StoredParameter:
         return (*self.stack, *self.shape)
 
 
+def classifier(config: StoredConfig, head: Head) -> nn.Module:
+    """Return the model of a config with a head; its parameters are `config.root` and `classifier`.
+
+    Args:
+      config: the config of the model.
+      head: the head.
+    """
+    if isinstance(config, VitConfig):
+        return VitClassifier(config, head.num_classes)
+    if isinstance(config, DecoderConfig):
+        return DecoderClassifier(config, head.num_classes)
+    return BertClassifier(config, head.num_classes, head.pooling)
+
+
 def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """Return the parameters of a model as ShapeDtypeStructs; nothing is allocated.
 
@@ -99,9 +114,7 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
 def _shapes(config: StoredConfig, head: Head | None, _: object) -> ParameterTree:
     """Trace the model once for each mesh: a run asks for its shapes three times."""
     kinds = {BertConfig: Bert, DecoderConfig: DecoderModel, VitConfig: Vit}
-    model: Any = kinds[type(config)](config)
-    if head is not None:
-        model = classifier(config, head.num_classes, head.pooling)
+    model: Any = kinds[type(config)](config) if head is None else classifier(config, head)
     example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if isinstance(config, VitConfig):
         example = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
