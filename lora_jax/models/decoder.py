@@ -21,11 +21,11 @@ from lora_jax.models.layers import (
     ACTIVATIONS,
     INITIAL,
     NORMS,
+    ClassifierHead,
     Embed,
     Mlp,
     by_rows,
     dense,
-    head_product,
     heads,
     kept_weights,
     noisy,
@@ -391,14 +391,4 @@ class DecoderClassifier(nn.Module):
         if mask is not None:
             at = at - jnp.argmax(mask[:, ::-1].astype(bool), axis=1)
         pooled = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
-        return _Head(self.config, self.num_classes, name="classifier")(pooled)
-
-
-class _Head(nn.Module):
-    config: DecoderConfig
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, pooled: Array) -> Array:
-        pooled = by_rows(pooled.astype(jnp.float32))
-        return head_product(self.config, self.num_classes, "out", bias=False)(pooled)
+        return ClassifierHead(self.config, self.num_classes, False, name="classifier")(pooled)
