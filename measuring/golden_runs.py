@@ -14,6 +14,7 @@ import lora_jax
 from lora_jax import LoraSpec, models, paths
 from lora_jax.analysis.from_base import init_from_base
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, recipe
+from lora_jax.models.weights.stored import LAST
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden" / "golden_models"
 LABELS = ("no", "maybe", "yes")
@@ -96,7 +97,7 @@ def write_run(
         param_dtype=jnp.dtype(param_dtype),
     )
     pooling = "cls" if isinstance(config, models.VitConfig) else pooling
-    decodes = isinstance(config, models.DecoderConfig) and pooling != models.LAST
+    decodes = isinstance(config, models.DecoderConfig) and pooling != LAST
     if isinstance(config, models.DecoderConfig) and not decodes:
         config = config.without_logits()
     head = None if decodes else models.Head(pooling, len(labels) or 1)

@@ -9,7 +9,7 @@ from lora_jax import models
 from lora_jax.errors import LoraError, listed
 from lora_jax.exchange import peft, peft_keys
 from lora_jax.models.weights.folder import Folder
-from lora_jax.models.weights.stored import stored_head
+from lora_jax.models.weights.stored import LAST, stored_head
 
 DENSE = "roberta_head"  # the pooling of a head with two products, as in all of Hugging Face's
 _MODULE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(weight|bias|lora_B\.weight)")
@@ -39,9 +39,9 @@ def head_of(
     if isinstance(config, models.DecoderConfig):
         if pooling is not None:
             raise LoraError(f"--pooling {pooling}: the head of a decoder reads its last token")
-        stored = stored_head(source.stored(), models.LAST)
+        stored = stored_head(source.stored(), LAST)
         rows = _rows(found).get("score") or next((x.shape[-1] for x in stored.values()), None)
-        return rows and FoundHead(models.Head(models.LAST, rows), "as every decoder's")
+        return rows and FoundHead(models.Head(LAST, rows), "as every decoder's")
     there = _modules(found, source, config)
     outputs = there.folder.get(there.deep) or there.folder.get(there.plain)
     if outputs is None and found.settings.get("task_type") != "FEATURE_EXTRACTION":

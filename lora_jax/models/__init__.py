@@ -22,7 +22,6 @@ from lora_jax.models.weights.source import MINILM as MINILM
 from lora_jax.models.weights.source import SMOLLM2 as SMOLLM2
 from lora_jax.models.weights.source import Source as Source
 from lora_jax.models.weights.source import open as open
-from lora_jax.models.weights.stored import LAST as LAST
 from lora_jax.models.weights.stored import Head as Head
 from lora_jax.models.weights.stored import classifier as classifier
 from lora_jax.models.weights.stored import shapes as shapes

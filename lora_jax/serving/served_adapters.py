@@ -29,6 +29,7 @@ from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.models.weights.families import table_of
+from lora_jax.models.weights.stored import LAST
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
@@ -314,7 +315,7 @@ def _members(
 
 def _on_last_token(members: Sequence[SavedAdapter]) -> bool:
     """Return whether adapters of a decoder classify."""
-    return any(member.model.get("pooling") == models.LAST for member in members)
+    return any(member.model.get("pooling") == LAST for member in members)
 
 
 def _check_task(served: Served, task: str | None) -> None:

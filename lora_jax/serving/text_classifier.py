@@ -13,6 +13,7 @@ from lora_jax import models
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.models.text.tokens import Encoder, TextOrPair, TextTruncation, padded, padding_id
+from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.classifier import Classifier, ClassifierTask, are_all
 from lora_jax.serving.jsonl import JsonLine
 from lora_jax.serving.served_adapters import Served
@@ -129,7 +130,7 @@ def _pooling(members: Sequence[SavedAdapter]) -> str:
     """Return the pooling that all heads share."""
     said = {member.name: member.model.get("pooling", "mean") for member in members}
     for name, pooling in said.items():
-        known = [*models.bert.POOLINGS, models.LAST]
+        known = [*models.bert.POOLINGS, LAST]
         if pooling not in known:  # a stranger's may be unhashable
             raise LoraError(f"adapter {name!r} says model.pooling is {str(pooling)[:80]!r}")
     if len(set(said.values())) > 1:

@@ -16,6 +16,7 @@ from lora_jax import models, paths
 from lora_jax.checkpoint.saved_adapter import EXTRA
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
+from lora_jax.models.weights.stored import LAST
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
 from lora_jax.training.method import LORA, Method
@@ -48,7 +49,7 @@ def classification(config: TextConfig) -> Workload:
     model_config, pooling = config.model.apply_to(source.config), str(config.model.pooling)
     if isinstance(model_config, models.DecoderConfig):
         require(pooling == "mean", "model.pooling", pooling, "left out for a decoder")
-        model_config, pooling = model_config.without_logits(), models.LAST
+        model_config, pooling = model_config.without_logits(), LAST
     head = models.Head(pooling, labels.outputs)
     model = models.classifier(model_config, head)
     method = config.method_for(model_config, config.data.lengths[-1])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax import models
 from lora_jax.data.preferences import preferences as batches_of
+from lora_jax.models.weights.stored import LAST
 from lora_jax.training import causal_lm, classification, pretrained, text
 from lora_jax.training.config import require
 from lora_jax.training.pretrained import Pretrained
@@ -71,11 +72,11 @@ def reward(config: RewardConfig) -> Workload:
     }
     return pretrained.workload(
         config,
-        Pretrained(source, model_config, model_config.root, models.Head(models.LAST, 1), method),
+        Pretrained(source, model_config, model_config.root, models.Head(LAST, 1), method),
         lambda: pretrained.open_batches(
             config, functools.partial(batches_of, config.data, words(), whole=True)
         ),
-        text.about(config, method, models.LAST, **fields),
+        text.about(config, method, LAST, **fields),
         draw,
         join=lambda workloads: workloads[0],
         apply=apply,

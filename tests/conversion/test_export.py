@@ -16,6 +16,7 @@ import lora_jax
 from lora_jax import LoraSpec, Rule, models, paths
 from lora_jax.cli import export as command
 from lora_jax.exchange import merged_weights, plain_run
+from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.served_adapters import open_run
 from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
 
@@ -67,8 +68,8 @@ def assert_close(found: Any, wanted: Any) -> None:
         ("deberta_v3", {}),
         ("modernbert", {}),
         ("vit", {}),
-        ("llama", {"pooling": models.LAST}),
-        ("qwen2", {"pooling": models.LAST, "scan": True}),
+        ("llama", {"pooling": LAST}),
+        ("qwen2", {"pooling": LAST, "scan": True}),
     ],
 )
 def test_a_merged_folder_holds_the_merged_weights(
@@ -78,7 +79,7 @@ def test_a_merged_folder_holds_the_merged_weights(
     run = write_run(tmp_path / "run", name, **options)
     assert export(run, tmp_path / "out", "--format", "hf") == 0
     base, merged = tensors(GOLDEN / name), tensors(tmp_path / "out")
-    classifies, head = options.get("pooling") == models.LAST, None
+    classifies, head = options.get("pooling") == LAST, None
     heads = ("score", "lm_head") if classifies else ("classifier",)
     model = {k: x.shape for k, x in base.items() if not k.startswith(heads)}
     assert {k: x.shape for k, x in merged.items() if not k.startswith(heads)} == model
@@ -90,7 +91,7 @@ def test_a_merged_folder_holds_the_merged_weights(
         assert own == {"score.weight"}
         kind = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
         assert kind == [{"llama": "Llama", "qwen2": "Qwen2"}[name] + "ForSequenceClassification"]
-        config, head = config.without_logits(), models.Head(models.LAST, 3)
+        config, head = config.without_logits(), models.Head(LAST, 3)
     elif not isinstance(config, models.DecoderConfig):
         head = models.Head("cls" if name == "vit" else "roberta_head", 3)
     again = source.load(config, head=head)

@@ -15,11 +15,12 @@ from lora_jax import LoraSpec, models
 from lora_jax.checkpoint import restore_about
 from lora_jax.cli import export as command
 from lora_jax.exchange import peft
+from lora_jax.models.weights.stored import LAST
 from measuring.golden_runs import GOLDEN, GoldenRun, write_run
 
 SPEC = LoraSpec(2, 3.0, "bert/encoder/layer_*/attention/*/kernel")
 ENCODERS = ["bert", "roberta", "distilbert", "deberta_v2", "deberta_v3", "modernbert"]
-POOLINGS: dict[type, str] = {models.VitConfig: "cls", models.DecoderConfig: models.LAST}
+POOLINGS: dict[type, str] = {models.VitConfig: "cls", models.DecoderConfig: LAST}
 # Other than BERT's they are as slow as whole runs.
 NAMES = [n if n == "bert" else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS]
 
@@ -72,7 +73,7 @@ def test_a_head_that_transformers_has_goes_out(
     pattern = "decoder/**/o/kernel" if decoder else "vit/encoder/**/kernel"
     spec = LoraSpec(2, 3.0, pattern) if decoder or name.startswith("vit") else SPEC
     classes = tuple("abcde"[:labels]) if labels > 1 else ()
-    pooling = models.LAST if decoder else "roberta_head"
+    pooling = LAST if decoder else "roberta_head"
     run = write_run(tmp_path / "run", name, labels=classes, spec=spec, pooling=pooling)
     assert export(run, tmp_path / "out", "--format", "peft") == 0
     assert f"num_labels={labels}" in capsys.readouterr().err
