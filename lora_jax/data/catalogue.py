@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lora_jax.data.topics import CORPORA, Topics
 from lora_jax.data.wordnet import NOTE as WORDNET_NOTE
 from lora_jax.data.wordnet import WordnetDefinitions
 from lora_jax.errors import DataError, nearest
+from lora_jax.system.extras import require
 
 # Name -> a function that makes the builder, and a note for readers of the results.
 _OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {
@@ -55,11 +57,12 @@ def open_source(name: str, data_dir: str | None = None) -> DataSource:
     if name.startswith("tfds:"):
         return _tfds(name, folder(data_dir))
     if name.endswith(SUFFIXES):
-        return Files(name)
+        return Files(_local(name))
     raise DataError(
         f"no data source {name!r}.\n  nearest: {', '.join(nearest(name, _OURS, 1))}\n"
         f"There are: {', '.join(_OURS)}; tfds:name/config:version; and files that end in "
-        f"{', '.join(SUFFIXES)}, as data/{{split}}.jsonl or train=a.csv,validation=b.csv"
+        f"{', '.join(SUFFIXES)}, as data/{{split}}.jsonl or train=a.csv,validation=b.csv, or "
+        "hub:org/name/{split}.jsonl"
     )
 
 
@@ -75,13 +78,34 @@ def open_data(config: ExamplesConfig, set_apart: bool = False) -> DataSource:
     # With any other split the name of the validation split is taken to be mistyped.
     alone = train in source.splits and set(source.splits) <= {train, config.test_split}
     share = config.eval_share if set_apart and alone and train != validation else None
-    return _files(config.source, source.stamps, train, validation, share)
+    return _files(source.name, source.stamps, train, validation, share)
 
 
 @functools.lru_cache(maxsize=4)  # the splits of a run share one source, and read a file once
 def _files(name: str, stamps: Any, train: str, validation: str, share: float | None) -> DataSource:
     source = Files(name)
     return source if share is None else SetApart(source, train, validation, share)
+
+
+_HUB = re.compile(r"hub:(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<files>[^=,]+)")
+
+
+def _local(name: str) -> str:
+    """Return the path of files; files of a data set on the hub are downloaded."""
+    if not name.startswith("hub:"):
+        return name
+    if (found := _HUB.fullmatch(name)) is None:
+        raise DataError(f"{name!r}: expected hub:organisation/name[@revision]/path/of/file.jsonl")
+    require("hub", name)
+    import huggingface_hub
+
+    files, how = found["files"], dict[str, Any](repo_type="dataset", revision=found["revision"])
+    wanted = [files.replace("{split}", "*")]
+    try:
+        folder = huggingface_hub.snapshot_download(found["name"], allow_patterns=wanted, **how)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} could not be downloaded:\n  {error}") from error
+    return str(Path(folder) / files)
 
 
 def _tfds(name: str, data_dir: Path) -> DataSource:

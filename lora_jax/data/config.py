@@ -93,7 +93,7 @@ class DataConfig(ExamplesConfig):
     source: str = "reviews"
     """reviews (movie-review snippets); reuters8, reuters52 and newsgroups (texts by topic); wordnet
     (words and definitions); tfds:name/config:version; or JSONL and CSV files, as data/{split}.jsonl
-    or train=a.csv,validation=b.csv."""
+    or train=a.csv,validation=b.csv, also of the hub, as hub:org/name@revision/{split}.jsonl."""
     text_fields: tuple[str, ...] = ("text",)
     """Classification: the field with the text, or the two fields of a pair of texts."""
     form: FormName = "auto"

@@ -176,7 +176,7 @@ def _json(path: Path) -> list[Example]:
 
 
 def _parquet(path: Path) -> list[Example]:
-    regular_files.check(path, DataError)
+    regular_files.check(path, DataError, given=True)
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:

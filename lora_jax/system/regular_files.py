@@ -46,9 +46,9 @@ def opened(path: AnyPath, error: MakeError, *, given: bool = False) -> BinaryIO:
     return file
 
 
-def check(path: AnyPath, error: MakeError) -> None:
+def check(path: AnyPath, error: MakeError, *, given: bool = False) -> None:
     """Raise as `opened` does, before a library opens the file by its name."""
-    opened(path, error).close()
+    opened(path, error, given=given).close()
 
 
 def read(path: AnyPath, error: MakeError, *, most: int = MOST_BYTES, given: bool = False) -> bytes:

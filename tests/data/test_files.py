@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from lora_jax.data import DataConfig, DataError, classification, language_modelling, open_source
+from lora_jax.data.catalogue import open_data
 
 
 def written(path: Path, text: str) -> str:
@@ -118,3 +120,34 @@ def test_one_file_has_no_validation_split(tmp_path: Path) -> None:
 def test_unknown_sources(name: str) -> None:
     with pytest.raises(DataError, match=r"(?s)no data source.*nearest.*tfds:"):
         open_source(name)
+
+
+def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read from the hub's cache, whose files are links to its blobs."""
+    asked, folder = [], tmp_path / "snapshots" / "abc" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for split in ("train", "test"):
+        written(tmp_path / "blobs" / split, json.dumps({"text": split}) + "\n")
+        (folder / f"{split}.jsonl").symlink_to(f"../../../blobs/{split}")
+
+    class Hub:
+        __spec__ = "a stand-in"
+
+        @staticmethod
+        def snapshot_download(name: str, **how: Any) -> str:
+            asked.append((name, how["repo_type"], how["revision"], how["allow_patterns"]))
+            if name == "some/lost":
+                raise OSError("no such data set")
+            return str(folder.parent)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    source = open_data(DataConfig("hub:some/set@v1/data/{split}.jsonl"))
+    assert set(source.splits) == {"train", "test"}
+    assert list(source.examples("test")) == [{"text": "test"}]
+    assert asked[0] == ("some/set", "dataset", "v1", ["data/*.jsonl"])
+    assert list(open_source("hub:some/set/data/train.jsonl").examples("train")) != []
+    with pytest.raises(DataError, match=r"some/lost/a.csv could not be downloaded:\n.*no such"):
+        open_source("hub:some/lost/a.csv")
+    with pytest.raises(DataError, match="expected hub:organisation/name"):
+        open_source("hub:some.jsonl")
