@@ -14,6 +14,7 @@ FormName = Literal[
     "messages",
     "conversations",
     "preference",
+    "preference_messages",
     "judged",
     "judged_messages",
     "completion",

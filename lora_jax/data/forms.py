@@ -3,6 +3,7 @@
 | form           | keys                                    | what is learned                      |
 |----------------|-----------------------------------------|--------------------------------------|
 | preference     | chosen, rejected (+ prompt)             | chosen rather than rejected          |
+| preference_messages | chosen_messages, rejected_messages | the same                             |
 | messages       | messages (+ tools)                      | the assistant's messages             |
 | conversations  | conversations (+ system, tools)         | what gpt says (ShareGPT)             |
 | judged         | prompt, completion, label               | what has a true label rather than    |
@@ -139,7 +140,8 @@ def _judged(row: Example, where: str) -> Judged:
 
 
 def _preference(row: Example, where: str) -> Preference:
-    chosen, rejected = row["chosen"], row["rejected"]
+    both = "chosen", "rejected"
+    chosen, rejected = (row[key if key in row else f"{key}_messages"] for key in both)
     prompt = row.get("prompt", row.get("conversations"))
     if prompt is None:
         if isinstance(chosen, str) and isinstance(rejected, str):
@@ -200,6 +202,7 @@ FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (
         Form("preference", ("chosen", "rejected"), _preference),
+        Form("preference_messages", ("chosen_messages", "rejected_messages"), _preference),
         Form("judged_messages", ("messages", "label"), _judged),
         Form("messages", ("messages",), _messages),
         Form("conversations", ("conversations",), _turns),

@@ -84,7 +84,8 @@ def preferences(
     some = examples[: min(len(examples), config.limit(split) or len(examples))]
     where = f"{source.name}, split {split!r}"
     form = form_of(config, some[0], where)
-    if form.name not in ("preference", *(("judged", "judged_messages") if judged else ())):
+    learned = ("preference", "judged") if judged else ("preference",)
+    if not form.name.startswith(learned):
         hint = " (--preference kto learns from them)" if form.name.startswith("judged") else ""
         raise DataError(
             f"{place_of(some[0], where)}: the example has the form {form.name!r}{hint}; "

@@ -9,6 +9,7 @@ configs/own_model.py). Every field of every class can be set on the command line
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -293,6 +294,10 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        try:
+            datetime.date.fromisoformat(self.day or "2000-01-01")
+        except ValueError:
+            raise ConfigError(f"day must be a date, as 2026-12-03, got {self.day!r}") from None
         for name in self.log_to:
             if name != "tensorboard":
                 extras.require(name, f"--log-to {name}")

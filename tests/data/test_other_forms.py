@@ -23,6 +23,7 @@ FILES = {
     "kto_demo.json": ("judged_messages", 2, "-2"),
     "toolcall_demo.json": ("conversations", 2, '"arguments": {"port": "Emden"}'),
     "v1_sft_demo.jsonl": ("messages", 1, "It is 10."),
+    "v1_dpo_demo.jsonl": ("preference_messages", 2, "The Baltic."),
     "chitchat.json": ("messages", 1, "I like rain\nand snow"),
 }
 # The real files: rows. The training split is what eval_share leaves of them.

@@ -21,7 +21,7 @@ from lora_jax.data.config import DataConfig
 from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.training import directory, metrics
 from lora_jax.training.causal_lm import causal_lm
-from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
+from lora_jax.training.config import Config, ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.notes import Notes
 from lora_jax.training.open_run import Run
 from lora_jax.training.text import ModelConfig, TextConfig
@@ -216,3 +216,8 @@ def test_a_template_tells_the_day_on_which_the_run_began(
     assert_same_run(one, other, 4)
     assert json.loads((one / "config.json").read_text())["day"] == "2001-02-03"
     assert (later / "metrics.jsonl").read_bytes() != (one / "metrics.jsonl").read_bytes()
+
+
+def test_a_day_is_a_date() -> None:
+    with pytest.raises(ConfigError, match="day must be a date, as 2026-12-03, got '3 December'"):
+        text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl", day="3 December")
