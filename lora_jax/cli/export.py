@@ -60,7 +60,7 @@ class ExportOptions(BaseChoice):
     """peft: faithful writes it as PEFT does, portable so that vLLM, SGLang, llama.cpp, LoRAX and
     Ollama all read it in the same way."""
     head: bool = True
-    """peft: False leaves the head of a classifier out, and describes its encoder alone."""
+    """peft: write the head of a classifier, too; without it the files describe its encoder."""
     base_name: str | None = None
     """peft: the base model to name in the adapter's configuration. None: the run's own base."""
 

@@ -236,7 +236,8 @@ class Run:
         """Export the adapter as `name`."""
         setup = self.setup
         about = setup.workload.about
-        export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
+        with self.notes.clock("checkpoint"):
+            export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
 
     def finish(self, summary: directory.Summary) -> None:
         """Write the summary, which marks the run as finished: it is never opened again.

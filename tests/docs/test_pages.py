@@ -81,7 +81,7 @@ def ours(words: list[str]) -> tuple[str, ...] | None:
 @functools.cache
 def help_of(program: tuple[str, ...], folder: pathlib.Path) -> str:
     log = folder / f"{len(list(folder.iterdir()))}.log"
-    assert forks.python([*program, "--help"], log) == 0, log.read_text()
+    assert forks.python([*program, "--help-all"], log) == 0, log.read_text()
     return log.read_text()
 
 
