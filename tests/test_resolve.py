@@ -82,8 +82,12 @@ def test_no_targets_is_an_empty_layout() -> None:
 def test_a_pattern_that_matches_nothing_names_the_nearest_paths() -> None:
     with pytest.raises(LoraError, match=r"'body/frist' matches no parameter(.|\n)*body/first"):
         resolved("body/frist")
-    with pytest.raises(LoraError, match="matches no parameter"):
+    with pytest.raises(LoraError, match="matches no parameter") as far:
         resolved("body/first", fold=("nowhere",))
+    assert "nearest" not in str(far.value)
+    with pytest.raises(LoraError) as whole:
+        resolved("**/body")  # the bias comes first in the tree
+    assert str(whole.value).index("body/first") < str(whole.value).index("body/bias")
 
 
 def test_a_match_that_no_product_consumes() -> None:
