@@ -39,6 +39,18 @@ def stack_first(layout: Layout, path: str, count: int, value: np.ndarray) -> np.
     return np.moveaxis(value, stack_axes(layout, path, count), range(count))
 
 
+def layer_of(target: Target, entry: HfModule) -> str:
+    """Return the layer of a module; one with several input axes has to say it."""
+    layer = entry.layer_of(target.path)
+    if not layer and len(target.inputs) > 1:
+        raise LoraError(
+            f"{target.path!r} has the input axes {target.inputs} of {target.shape}, and "
+            "nothing says whether they are heads or the window of a convolution: name it as "
+            f"HfModule({entry.name!r}, layer='linear'), or layer='conv'"
+        )
+    return layer
+
+
 def input_order(target: Target, layer: str) -> tuple[int, ...]:
     """Return the input axes of W in the module's order: a convolution has the channels first."""
     if layer != "conv":

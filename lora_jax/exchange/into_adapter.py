@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError
+from lora_jax.exchange import kind_arrays
 from lora_jax.exchange.axes import a_from_module, rows_of, rows_there
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse, twin_of
 from lora_jax.exchange.names import NameTable, TensorPlace
@@ -81,6 +82,8 @@ def _pieces(
 
 
 def _piece(place: TensorPlace, update: ModuleUpdate, name: str) -> _Piece:
+    if update.own is not None:
+        return _Piece(place.entry, place.at, update, name)
     rows = rows_there(place.entry, len(update.b), name)
     return _Piece(place.entry, place.at, update.of_rows(rows), name)
 
@@ -90,6 +93,12 @@ def _check_ties(
 ) -> None:
     """Check updates of a table that is also the output head: we change both, PEFT only one."""
     for path, found in pieces.items():
+        own = (found[0].update if path not in heads else heads[path]).own
+        if own is not None and (path in heads or is_shared(used[path])):
+            raise LoraError(
+                f"{path!r} is the embedding and the output head, and the file adapts it by the "
+                f"kind {own.kind!r}; give the model a head of its own (untie it)"
+            )
         head = heads.pop(path, None)
         if not is_shared(used[path]) or (head is None and ties):
             continue
@@ -115,6 +124,16 @@ def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
 
     Layers that are missing in the file stay zero, with the lengths of W for DoRA.
     """
+    placed = [(p.entry, p.at, p.update.own) for p in pieces if p.update.own is not None]
+    if placed:
+        for piece in pieces:
+            _check_index(target, piece)
+        if found := kind_arrays.into_target(target, placed, w):
+            return found
+        pieces = [
+            _piece(TensorPlace(target.path, e, at), kind_arrays.as_plain(target, e, own), p.module)
+            for (e, at, own), p in zip(placed, pieces, strict=True)
+        ]
     for piece in pieces:
         want = len(rows_of(target, piece.entry))
         if len(piece.update.b) != want:

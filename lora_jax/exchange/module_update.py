@@ -11,6 +11,24 @@ import numpy as np
 from lora_jax.errors import LoraError, listed
 
 
+class KindArrays(NamedTuple):
+    """The arrays of a kind other than LoRA for one module, each transposed to PyTorch's order.
+
+    An array of `Kind.axes` (*inputs, None, *outputs) is [outputs, None, inputs] here.
+
+    kind, rank, alpha: as in `lora_jax.Target`.
+    outputs: the module's outputs, if the arrays tell their number.
+    arrays: `{field: array}`. An input axis may be longer than the module's, which has its first
+      elements.
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    outputs: int
+    arrays: Mapping[str, np.ndarray]
+
+
 class ModuleUpdate(NamedTuple):
     """`W' = W + scale * b @ a` for a weight [out, in]; all arrays are NumPy's.
 
@@ -22,20 +40,22 @@ class ModuleUpdate(NamedTuple):
     layer: "linear", "embedding", "conv", or "experts": one expert of a parameter that holds all.
     stored_in_out: whether the module stores its weight as [in, out], as GPT-2's do. It is known
       when an adapter is written.
+    own: the arrays of another kind, with which `a` and `b` are None.
     """
 
     a: Any
     b: Any
-    alpha: float
+    alpha: float = 1.0
     scaling: str = "alpha/r"
     magnitude: Any = None
     bias: Any = None
     layer: str = "linear"
     stored_in_out: bool = False
+    own: KindArrays | None = None
 
     @property
     def rank(self) -> int:
-        return int(self.a.shape[0])
+        return 1 if self.a is None else int(self.a.shape[0])
 
     @property
     def scale(self) -> float:
@@ -178,7 +198,9 @@ def check_plain(
     """
     wrong = [*(f"{name}: trained as a whole" for name in modules.values), *more]
     for name, u in modules.updates.items():
-        if u.layer not in layers:
+        if u.own is not None:
+            wrong.append(f"{name}: the kind {u.own.kind!r}")
+        elif u.layer not in layers:
             wrong.append(f"{name}: {u.layer}")
         if u.magnitude is not None and not (dora and u.layer == "linear"):
             wrong.append(f"{name}: DoRA")

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters import Adapter, as_lora, check
+from lora_jax.adapters import Adapter, as_factors, check
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
-from lora_jax.exchange.axes import a_to_module, module_rows, rows_of
+from lora_jax.exchange.axes import a_to_module, layer_of, module_rows, rows_of
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse, twin_of
 from lora_jax.exchange.names import NameTable, written
 from lora_jax.exchange.whole_parameters import out_of_parameters
@@ -69,11 +69,11 @@ def _add_updates(pieces: Pieces, target: Target, parameters: Any, table: NameTab
     """Add the update of every slice of the stack, for every module of the parameter."""
     directed = isinstance(parameters, Directed)
     if not directed and not target.parts:
-        layout, adapters = as_lora(Layout((target,)), {target.path: parameters})
+        layout, adapters = as_factors(Layout((target,)), {target.path: parameters})
         (target,), parameters = layout.targets, adapters[target.path]
     kind = kind_of(target)
     factors = kind.factors(target, parameters)
-    assert factors is not None  # as_lora refuses kinds without factors
+    assert factors is not None  # as_factors refuses kinds without factors
     arrays = jax.tree.map(np.asarray, Factors(*factors))
     stack = target.sizes(target.stack)
     a = arrays.a.reshape(*stack, target.fan_in, -1)
@@ -83,13 +83,7 @@ def _add_updates(pieces: Pieces, target: Target, parameters: Any, table: NameTab
         lengths = np.asarray(parameters.magnitude).reshape(*stack, target.fan_out)
     ours = max(target.inputs) < min(target.outputs)  # whether W is [in, out]
     for entry in written(table.entries(target.path)):
-        layer = entry.layer_of(target.path)
-        if not layer and len(target.inputs) > 1:
-            raise LoraError(
-                f"{target.path!r} has the input axes {target.inputs} of {target.shape}, and "
-                "nothing says whether they are heads or the window of a convolution: name it as "
-                f"HfModule({entry.name!r}, layer='linear'), or layer='conv'"
-            )
+        layer = layer_of(target, entry)
         rows = rows_of(target, entry)
         columns = _own_columns(target, entry, a.shape[-1])
         if not len(columns):

@@ -27,6 +27,14 @@ REFUSED = {
     "use_bdlora": "block-diagonal factors; convert it to plain LoRA in PEFT",
     "use_qalora": "QALoRA, whose factors see pooled inputs; merge it in PEFT",
 }
+_LYCORIS = {"init_weights", "module_dropout", "rank_dropout", "use_effective_conv2d"}
+METHODS: dict[str, set[str]] = {
+    "LORA": set(),
+    "LOHA": _LYCORIS,
+    "LOKR": _LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
+    "VERA": {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
+}
+"""PEFT's methods that are read, each with settings of its own that the tensors repeat."""
 HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -124,10 +132,14 @@ class PeftConfig:
 
 def parse(json: Mapping[str, Any]) -> PeftConfig:
     fields = {f.name for f in dataclasses.fields(PeftConfig)}
-    if json.get("peft_type") != "LORA":
+    method = json.get("peft_type")
+    if not isinstance(method, str) or method not in METHODS:
         raise LoraError(
-            f"peft_type is {shown(json.get('peft_type'))}; of PEFT's methods LORA alone is read"
+            f"peft_type is {shown(method)}; of PEFT's methods {', '.join(METHODS)} are read"
         )
+    json = {k: v for k, v in json.items() if k not in METHODS[method]}
+    if method != "LORA" and "alpha" in json:
+        json["lora_alpha"] = json.pop("alpha")
     for key, value in json.items():
         if key in REFUSED and value not in OFF:
             raise LoraError(f"{key} is {shown(value)}: {REFUSED[key]}")

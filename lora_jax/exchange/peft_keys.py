@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.errors import LoraError, listed
+from lora_jax.exchange import peft_methods
 from lora_jax.exchange.module_update import Modules, ModuleUpdate
 from lora_jax.exchange.peft_config import ModuleSettings, PeftConfig
 
@@ -43,13 +44,15 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
     grouped: dict[str, Slots] = {}
     values: dict[str, np.ndarray] = {}
     base, rows = {}, {}
-    for key in tensors:
+    known = SLOTS | peft_methods.SLOTS
+    shared = peft_methods.SHARED.get(config.peft_type, set()) & {*tensors}
+    for key in [key for key in tensors if key not in shared]:
         name = key.removeprefix(PREFIX)
         x = tensors[key]
         x = x if x.dtype == np.float32 else x.astype(np.float32)
-        slot = next((s for s in SLOTS if name.endswith(s)), None)
+        slot = next((s for s in known if name.endswith(s)), None)
         if slot is not None:
-            grouped.setdefault(name.removesuffix(slot), {})[SLOTS[slot]] = (key, x)
+            grouped.setdefault(name.removesuffix(slot), {})[known[slot]] = (key, x)
         elif name.endswith(TOKENS):
             module = name.removesuffix(TOKENS)
             rows[f"{module}.weight"] = (config.token_numbers(module), x)
@@ -70,7 +73,15 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
     base |= {name: x for name, x in values.items() if not config.saves(name)}
     values = {name: x for name, x in values.items() if name not in base}
     own = config.of_modules(list(grouped))
-    updates = {m: update_of(m, slots, config, own[m]) for m, slots in grouped.items()}
+    read = peft_methods.READERS.get(config.peft_type)
+    if read is None:
+        updates = {m: update_of(m, slots, config, own[m]) for m, slots in grouped.items()}
+    else:
+        both = {key: tensors[key].astype(np.float32) for key in shared}
+        updates = {}
+        for m, slots in grouped.items():
+            _check_targeted(m, slots, config, own[m])
+            updates[m] = peft_methods.update_of(read, slots, config, own[m], both)
     return Modules(updates, values, base, rows, config.ensure_weight_tying)
 
 
@@ -85,7 +96,7 @@ def _check_value(key: str, name: str) -> None:
 
 def update_of(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings) -> ModuleUpdate:
     """Return the update of one module, checked against the configuration."""
-    rank, alpha, targeted = own
+    rank, alpha, _ = own
     embedding = "embedding_a" in slots or "embedding_b" in slots
     names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     missing = [s for s, slot in SLOTS.items() if slot in names and slot not in slots]
@@ -107,11 +118,7 @@ def update_of(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings
             f"{key_a} has rank {len(a)}, and the configuration (r, rank_pattern) says "
             f"{rank}: its scale is not known"
         )
-    if not targeted and not config.ensure_weight_tying:  # tying adds the head
-        raise LoraError(
-            f"{key_a}: the configuration does not target {module!r}, so PEFT would not load it, "
-            "while others would; correct target_modules in adapter_config.json"
-        )
+    _check_targeted(module, slots, config, own)
     return ModuleUpdate(
         a,
         b,
@@ -121,6 +128,15 @@ def update_of(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings
         _vector(slots, "bias", len(b), config.lora_bias and not embedding, "lora_bias"),
         layer,
     )
+
+
+def _check_targeted(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings) -> None:
+    if not own[2] and not config.ensure_weight_tying:  # tying adds the head
+        raise LoraError(
+            f"{next(iter(slots.values()))[0]}: the configuration does not target {module!r}, so "
+            "PEFT would not load it, while others would; correct target_modules in "
+            "adapter_config.json"
+        )
 
 
 def _vector(slots: Slots, name: str, size: int, wanted: bool, flag: str) -> Any:
