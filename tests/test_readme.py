@@ -45,7 +45,7 @@ def test_python_blocks_run_in_order(tmp_path: pathlib.Path) -> None:
 def test_commands_take_their_options(words: list[str], tmp_path: pathlib.Path) -> None:
     """Each command accepts its options: `--help-all` at the end checks all options before it."""
     log = tmp_path / "log"
-    status = forks.python([*words, "--help-all"], log)
+    status = forks.python([*words, "--help-all" if words[0] == "train.py" else "--help"], log)
     text = log.read_text()
     assert status == 0, text
     options = {word for word in words if word.startswith("--")}

@@ -86,6 +86,7 @@ def summarise(
         "stopped_early": run.is_over,
         "history": notes.history,
         "samples": notes.samples,
+        "confusion": notes.confusion,
         "merged_difference": difference,
         **{f"{name}_seconds": spent.get(name, 0.0) for name in ACTIVITIES},
         "total_seconds": round(run.seconds, 3),
@@ -208,5 +209,6 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
 def seconds(summary: Summary) -> str:
     """Return the seconds of a run, and what they were spent on."""
     spent = {what: summary.get(f"{name}_seconds", 0.0) for name, what in ACTIVITIES.items()}
-    parts = [f"{what} {value:,.0f}" for what, value in spent.items() if round(value)]
+    spent["other"] = summary["total_seconds"] - sum(spent.values())
+    parts = [f"{what} {value:,.0f}" for what, value in spent.items() if round(value) > 0]
     return ": ".join(filter(None, (f"{summary['total_seconds']:,.0f}", ", ".join(parts))))
