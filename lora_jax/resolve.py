@@ -208,9 +208,8 @@ def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
     has_axes = rule.inputs is not None or any(use.has_axes for use in uses)
     if lost is not None and not fold and has_axes:
         raise LoraError(
-            f"{path!r} cannot be adapted: `{lost.kind}` at {lost.where} takes it, and has no "
-            "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be formed "
-            f"there: LoraSpec(..., fold=({path!r},))"
+            f"{path!r} cannot be adapted: `{lost.kind}` at {lost.where} takes it, and "
+            f"{jaxprs.cures(path, lost.kind)}"
         )
     scanned: tuple[int, ...] = max((u.stack for u in uses), key=len, default=())
     if rule.inputs is not None:
