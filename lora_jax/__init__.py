@@ -14,10 +14,11 @@ from lora_jax import multi as multi
 from lora_jax import paths as paths
 from lora_jax import updates as updates
 from lora_jax.adapters import Adapter as Adapter
-from lora_jax.adapters import as_lora as as_lora
 from lora_jax.adapters import count as count
 from lora_jax.adapters import init as init
 from lora_jax.adapters import merge as merge
+from lora_jax.analysis.as_lora import PlainLora as PlainLora
+from lora_jax.analysis.as_lora import as_lora as as_lora
 from lora_jax.analysis.from_base import init_from_base as init_from_base
 from lora_jax.analysis.from_inputs import init_from_inputs as init_from_inputs
 from lora_jax.analysis.merge_error import merge_error as merge_error

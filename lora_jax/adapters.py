@@ -256,30 +256,12 @@ def factors_alone(adapter: Adapter, doing: str) -> Adapter:
     return adapter
 
 
-def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
-    """Return the same update with plain factors at every target, exactly.
-
-    LoHa, LoKr, VeRA and parts of a fused weight are low-rank updates of a higher rank. With their
-    factors written out they can be stacked, mixed and exported like any LoRA adapter. A target that
-    is plain LoRA already stays as it is. If the rank would exceed min(in, out), the smaller of the
-    two factors becomes an identity.
-
-    Args:
-      layout: from `lora_jax.resolve` or `lora_jax.restore`.
-      adapters: the adapter tree of that layout.
-
-    Returns:
-      `(layout, adapters)` in which every target has the kind "lora" and no parts.
+def as_factors(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
+    """Return the same update with plain factors at every target, exactly: see `lora_jax.as_lora`.
 
     Raises:
       LoraError: adapters that do not fit the layout, DoRA (its update depends on W), or a bias (it
         has no factors).
-
-    >>> from lora_jax.spec import Target
-    >>> layout = Layout((Target("w", (9, 8), (), (0,), (1,), rank=2, alpha=1.0, kind="loha"),))
-    >>> plain, adapters = as_lora(layout, init(jax.random.key(0), layout))
-    >>> plain["w"].kind, plain["w"].rank, adapters["w"].a.shape
-    ('lora', 4, (9, 4))
     """
     check(layout, adapters)
     found = [_as_factors(t, adapters[t.path]) for t in layout.targets]
@@ -299,7 +281,8 @@ def _as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
         why = "has no factors" if factors is None else "rescales W itself"
         raise LoraError(
             f"{target.path!r}: an update of the kind {target.kind!r} {why}, so it cannot be "
-            "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt), or merge it"
+            "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt), merge it, or "
+            "take lora_jax.as_lora with params= (lora-jax export --as-lora RANK)"
         )
     scale, rank = kind.scale(target), factors.a.shape[-1]
     if factors is parameters and scale == target.scale:

@@ -71,6 +71,7 @@ def write_run(
     pooling: str = "roberta_head",
     labels: tuple[str, ...] = LABELS,
     param_dtype: str = "float32",
+    trained: str = "",
 ) -> GoldenRun:
     """Write a run with an adapter that changes the outputs.
 
@@ -84,6 +85,7 @@ def write_run(
       pooling: the pooling of an encoder's head.
       labels: the classes of an encoder's head.
       param_dtype: the dtype of the frozen weights.
+      trained: a pattern of parameters that are trained in full, in place of adapters.
 
     Returns:
       The run.
@@ -110,17 +112,23 @@ def write_run(
         }
     }
     params = source.load(config, keep_quantised=quantize == STORED)
-    trained: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     root = "vit" if isinstance(config, models.VitConfig) else "bert"
     draw = np.random.default_rng(len(name)).standard_normal
     if head is not None:
         about["labels"] = list(labels)
         shapes = models.shapes(config, head)
         fresh = paths.flatten({"classifier": shapes["classifier"]})
-        trained = {p: jnp.asarray(0.3 * draw(x.shape), jnp.float32) for p, x in fresh.items()}
-        params = paths.replace({**shapes, root: params}, trained)
+        values = {p: jnp.asarray(0.3 * draw(x.shape), jnp.float32) for p, x in fresh.items()}
+        params = paths.replace({**shapes, root: params}, values)
     spec = spec or LoraSpec(2, 3.0, "all-linear" if head is None else f"{root}/**/kernel")
     layout = lora_jax.resolve(spec, f, params, inputs)
+    if trained:
+        leaves, layout = paths.flatten(params), lora_jax.Layout()
+        whole = paths.matching(trained, leaves)
+        values |= {
+            p: leaves[p] + 0.1 * jnp.asarray(draw(leaves[p].shape), jnp.float32) for p in whole
+        }
     floats = params
     if quantize == STORED:
         about[ABOUT] = {"scheme": STORED}
@@ -134,7 +142,7 @@ def write_run(
         begun = init_from_base(layout, floats, begin, quantised=quantised)
         params, start = begun.params, begun.adapters
     adapters = jax.tree.map(lambda x: x + jnp.asarray(0.3 * draw(x.shape), x.dtype), start)
-    adapter = lora_jax.Adapter(layout, adapters, trained)
+    adapter = lora_jax.Adapter(layout, adapters, values)
     frozen = lora_jax.fingerprint(params)
     lora_jax.save(folder, adapter, fingerprint=frozen, about=about)
     return GoldenRun(folder, f, inputs, params, adapter)

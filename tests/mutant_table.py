@@ -30,6 +30,13 @@ MUTANTS = (  # name, where, old, new, test
     Mutant("head-is-a-target", "resolve.py",
         "if path in known.heads", "False",
         "tests/test_output_head.py::test_the_head_is_left_out_by_name_and_nothing_else_is"),
+    Mutant("as-lora-forgets-the-original", "analysis/as_lora.py",
+        "(before or after)[path]", "after[path]",
+        "tests/updates/test_as_lora.py::test_a_base_that_was_changed_is_made_up_for_in_the_original"),
+    Mutant("ranks-are-not-shared", "multi/combine.py",
+        "sorted(found, key=lambda pair: -pair[0])", "found",
+        "tests/multi/test_combine.py::"
+        "test_a_shared_budget_keeps_the_largest_singular_values_of_all_targets"),
     Mutant("norms-have-gradients", "updates/dora.py:gains",
         "jax.lax.stop_gradient((w, parameters.a, parameters.b))", "(w, parameters.a, parameters.b)",
         "tests/updates/test_dora.py::test_value_and_gradients_in_float64"),
@@ -77,7 +84,7 @@ MUTANTS = (  # name, where, old, new, test
         "regex.fullmatch(p)", "regex.match(p)",
         "tests/test_paths.py::test_match"),
     # ---- many adapters
-    Mutant("truncated-without-scale", "multi/combine.py:truncate",
+    Mutant("truncated-without-scale", "multi/combine.py:_exact",
         "target.scale * b.astype(wide)", "b.astype(wide)",
         "tests/multi/test_combine.py::test_truncation_is_the_nearest_and_reports_what_it_cut"),
     Mutant("unknown-slot-is-the-base", "multi",

@@ -266,7 +266,7 @@ def test_export_save_and_restore(walked: lora_jax.Layout, tmp_path: pathlib.Path
     assert back.layout == walked
     jax.tree.map(np.testing.assert_array_equal, back.parameters, adapters)
     exact = walked.subset("first", "bank")
-    plain, factors = lora_jax.as_lora(exact, {t.path: adapters[t.path] for t in exact.targets})
+    plain, factors, _ = lora_jax.as_lora(exact, {t.path: adapters[t.path] for t in exact.targets})
     assert {t.kind for t in plain.targets} == {"lora"}
     assert_close(merged(plain, factors), merged(exact, {p: adapters[p] for p in factors}))
     with pytest.raises(LoraError, match=r"'layers'.*'rescaled' rescales W itself.*merge"):

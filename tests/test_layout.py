@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     | {"layout", "models", "multi", "paths", "system", "transform"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
-    | {"spec", "system", "updates"},
+    | {"multi", "spec", "system", "transform", "updates"},
     "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
     | {"errors", "frozen", "layout", "models", "multi", "paths", "primitives"}
     | {"resolve", "serving", "sharding", "spec", "system", "transform"}

@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.adapters import Adapters
 from lora_jax.analysis import matrices
-from lora_jax.analysis.as_factors import as_factors
+from lora_jax.analysis.as_lora import as_lora
 from lora_jax.analysis.matrices import Array, Svd
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
@@ -75,7 +75,7 @@ def amplification(
     """
     leaves = paths.flatten(params)
     layout.check_params(leaves)
-    updates = as_factors(layout, adapters, params)
+    plain, factors, _ = as_lora(layout, adapters, params=params)
     out = {}
     for target in layout.targets:
         wanted = target.rank if rank is None else rank
@@ -84,7 +84,7 @@ def amplification(
                 f"{target.path!r}: its update has {target.rank} directions, got rank={rank}; "
                 f"pass a rank from 1 to {target.rank}"
             )
-        found = matrices.update_svd(updates.layout[target.path], updates.parameters[target.path])
+        found = matrices.update_svd(plain[target.path], factors[target.path])
         weight = matrices.of_weight(target, leaves[target.path])
         out[target.path] = _of_target(target, weight, found, wanted)
     return out

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.adapters import Adapters
 from lora_jax.analysis import matrices
-from lora_jax.analysis.as_factors import as_factors
+from lora_jax.analysis.as_lora import as_lora
 from lora_jax.analysis.matrices import Array
 from lora_jax.layout import Layout
 
@@ -48,7 +48,7 @@ def spectrum(layout: Layout, adapters: Adapters, params: Any = None) -> dict[str
     >>> found.values.tolist(), float(found.effective_rank), float(found.energy)
     ([2.0, 2.0], 2.0, 8.0)
     """
-    layout, adapters, _ = as_factors(layout, adapters, params)
+    layout, adapters, _ = as_lora(layout, adapters, params=params)
     return {
         t.path: of_values(matrices.update_svd(t, adapters[t.path]).values) for t in layout.targets
     }

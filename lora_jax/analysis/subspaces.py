@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.adapters import Adapter, check
 from lora_jax.analysis import matrices
-from lora_jax.analysis.as_factors import as_factors, factors_of
+from lora_jax.analysis.as_lora import as_lora, factors_of
 from lora_jax.analysis.matrices import Array
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
@@ -68,7 +68,9 @@ def similarity(one: Adapter, two: Adapter, of: Side = "a", params: Any = None) -
     check(two.layout, two.parameters)
     _check_targets(one.layout, two.layout)
     if of in ("input", "output"):
-        one, two = (as_factors(x.layout, x.parameters, params) for x in (one, two))
+        one, two = (
+            Adapter(*as_lora(x.layout, x.parameters, params=params)[:2]) for x in (one, two)
+        )
     out = {}
     for target in one.layout.targets:
         path = target.path

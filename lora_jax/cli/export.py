@@ -9,6 +9,10 @@
     mlx      adapters.safetensors, for mlx-lm
     orbax    a copy of the adapter, for lora_jax.restore
 
+--as-lora RANK writes an update of any kind (DoRA, parameters trained in full, a base that PiSSA or
+LoftQ changed) as plain LoRA, exactly if it has that rank, and otherwise the nearest. It prints the
+error of each target and of the logits on random inputs, and writes them to as_lora.json.
+
 The run directory is not changed. The folder appears whole or not at all, even if the command is
 killed; the next export to the same folder deletes what a kill left (`.writing-*`).
 """
@@ -27,17 +31,22 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
 from lora_jax import models
+from lora_jax.adapters import Adapter
+from lora_jax.bases.recipe import ABOUT, BEGUN
+from lora_jax.checkpoint import fingerprint, save
 from lora_jax.errors import LoraError
 from lora_jax.exchange import hf_settings, peft, shards
 from lora_jax.exchange.gguf_base import GgufBase
 from lora_jax.exchange.merged_weights import MergedWeights
+from lora_jax.exchange.plain_run import PlainRun, plain_run
 from lora_jax.exchange.stored_base_adapter import over_stored_base
 from lora_jax.models.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
 from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.serving.served_adapters import Served, open_run
+from lora_jax.system import table
 from lora_jax.system.console import Bar, Console, command, say
-from lora_jax.system.whole_files import whole_folder, write_together
+from lora_jax.system.whole_files import whole_folder, write_json, write_together
 
 Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
 
@@ -63,6 +72,11 @@ class ExportOptions(BaseChoice):
     """peft: False leaves the head of a classifier out, and describes its encoder alone."""
     base_name: str | None = None
     """peft: the base model to name in the adapter's configuration. None: the run's own base."""
+    as_lora: int | None = None
+    """All but hf: write plain LoRA of at most this rank, and say the error. None: write what the
+    format has for the run's kind."""
+    share_rank: bool = False
+    """With --as-lora: the rank is the mean over all matrices, which share it by singular values."""
 
 
 def export(options: ExportOptions, _: Console, console: Console) -> None:
@@ -74,10 +88,29 @@ def export(options: ExportOptions, _: Console, console: Console) -> None:
         raise LoraError(f"{out} is there and not an empty folder; choose another --out")
     run = open_run(options.run, options.base, options.trust_base)
     say(console, f"{run.member.name}: {run.member.folder}\ntrained on {run.trained_on}")
-    say(console, _WRITE[options.format](run, options, out, console))
+    if options.as_lora is None:
+        if options.share_rank:
+            raise LoraError("--share-rank is for --as-lora RANK")
+        say(console, _WRITE[options.format](run, None, options, out, console))
+        return
+    if options.format == "hf":
+        raise LoraError("--format hf writes merged weights, which have no rank: drop --as-lora")
+    plain = plain_run(run, options.as_lora, options.share_rank)
+    ranks = {t.path: t.rank for t in plain.adapter.layout.targets}
+    rows = [(p, str(ranks.get(p, 0)), f"{cut.relative:.2%}") for p, cut in plain.errors.items()]
+    say(console, "\n".join(table.aligned([("as plain LoRA", "rank", "error"), *rows])))
+    say(console, f"error of the logits on random inputs: {plain.logits:.3%} of the run's change")
+    say(console, _WRITE[options.format](run, plain, options, out, console))
+    targets = {
+        path: {"rank": ranks.get(path, 0), "error": float(x.error), "relative": float(x.relative)}
+        for path, x in plain.errors.items()
+    }
+    write_json(out / "as_lora.json", {"targets": targets, "logits": plain.logits})
 
 
-def _hf(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _hf(
+    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
+) -> str:
     dtype = np.dtype(options.dtype if options.dtype != "bfloat16" else jnp.bfloat16)
     files = hf_settings.writers(run, dtype)
     weights = MergedWeights(run, dtype)
@@ -99,8 +132,10 @@ def _hf(run: Served, options: ExportOptions, out: pathlib.Path, console: Console
     return f"wrote {out}: {kind}, {len(tensors)} tensors, {total / 1e9:.2f} GB in {dtype}"
 
 
-def _peft(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
-    task, adapter, names, note = "CAUSAL_LM", over_stored_base(run), _names(run), ""
+def _peft(
+    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
+) -> str:
+    task, adapter, names, note = "CAUSAL_LM", _adapter(run, plain), _names(run), ""
     if run.head is not None and options.head:
         task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
         hf_settings.check_head(run, merged=False)
@@ -112,38 +147,45 @@ def _peft(run: Served, options: ExportOptions, out: pathlib.Path, console: Conso
         adapter = adapter._replace(trainable=kept)
     name = options.base_name or _name_of(run.reference)
     about = {key: x for key, x in run.member.about.items() if key in _KEPT}
-    how: dict[str, Any] = {"base": name, "task_type": task, "about": about, "params": _base(run)}
+    how: dict[str, Any] = {"base": name, "task_type": task, "about": about}
+    how["params"] = _base(run, adapter)
     saved = peft.save(out, names, adapter, profile=options.profile, **how)
     return f"{saved}\nits base is {name!r} (--base-name says otherwise){note}"
 
 
-def _gguf(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _gguf(
+    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
+) -> str:
     from lora_jax.exchange import gguf
 
     if options.dtype == "bfloat16":
         raise LoraError("--dtype bfloat16 is not for GGUF adapters: float32 or float16")
-    file = out / "adapter.gguf"
-    gguf.save(
-        file,
-        _names(run),
-        over_stored_base(run),
-        base=_gguf_base(run),
-        dtype=options.dtype,
-        params=_base(run),
-    )
+    file, adapter = out / "adapter.gguf", _adapter(run, plain)
+    how: dict[str, Any] = {"base": _gguf_base(run), "dtype": options.dtype}
+    gguf.save(file, _names(run), adapter, params=_base(run, adapter), **how)
     return f"wrote {file}: llama-server -m BASE.gguf --lora {file}"
 
 
-def _mlx(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+def _mlx(
+    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
+) -> str:
     from lora_jax.exchange import mlx
 
-    mlx.save(out, _names(run), over_stored_base(run), params=_base(run))
+    adapter = _adapter(run, plain)
+    mlx.save(out, _names(run), adapter, params=_base(run, adapter))
     return f"wrote {out}: mlx_lm.generate --model BASE --adapter-path {out}"
 
 
-def _orbax(run: Served, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
-    with whole_folder(out) as aside:
-        shutil.copytree(run.member.folder, aside, dirs_exist_ok=True)
+def _orbax(
+    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
+) -> str:
+    if plain is None:
+        with whole_folder(out) as aside:
+            shutil.copytree(run.member.folder, aside, dirs_exist_ok=True)
+    else:
+        changes = (BEGUN, ABOUT) if run.changed_by is not None else ()
+        about = {key: x for key, x in run.member.about.items() if key not in changes}
+        save(out, plain.adapter, fingerprint=fingerprint(plain.params), about=about, overwrite=True)
     return f"wrote {out}: lora_jax.restore({str(out)!r})"
 
 
@@ -156,11 +198,15 @@ def _names(run: Served) -> HfNames:
     return models.hf_names(run.config, run.head)
 
 
-def _base(run: Served) -> Any:
+def _adapter(run: Served, plain: PlainRun | None) -> Adapter:
+    return over_stored_base(run) if plain is None else plain.adapter
+
+
+def _base(run: Served, adapter: Adapter) -> Any:
     """Return the shapes of the base, or its arrays if the export of trained parameters needs it."""
     head = "classifier/"
-    others = [path for path in run.member.trainable if not path.startswith(head)]
-    biases = [t for t in run.member.layout.targets if not t.inputs]
+    others = [path for path in adapter.trainable if not path.startswith(head)]
+    biases = [t for t in adapter.layout.targets if not t.inputs]
     shapes = run.shapes
     if not others and not biases:
         return shapes

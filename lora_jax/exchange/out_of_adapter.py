@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters import Adapter, as_lora, check
+from lora_jax.adapters import Adapter, as_factors, check
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
 from lora_jax.exchange import kind_arrays
@@ -71,7 +71,7 @@ def _add_updates(pieces: Pieces, target: Target, parameters: Any, table: NameTab
     directed = isinstance(parameters, Directed)
     rescales = kind_of(target).rescales
     if not rescales and not target.parts:
-        layout, adapters = as_lora(Layout((target,)), {target.path: parameters})
+        layout, adapters = as_factors(Layout((target,)), {target.path: parameters})
         (target,), parameters = layout.targets, adapters[target.path]
     kind = kind_of(target)
     if kind.rescales and not directed:
@@ -82,7 +82,7 @@ def _add_updates(pieces: Pieces, target: Target, parameters: Any, table: NameTab
                 pieces.setdefault(tensor, []).append((entry, ModuleUpdate(None, None, own=own)))
         return
     factors = kind.factors(target, parameters)
-    assert factors is not None  # as_lora refuses kinds without factors
+    assert factors is not None  # as_factors refuses kinds without factors
     arrays = jax.tree.map(np.asarray, Factors(*factors))
     stack = target.sizes(target.stack)
     a = arrays.a.reshape(*stack, target.fan_in, -1)

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax.adapters import Adapter, as_lora, factors_alone
-from lora_jax.base import wide_dtype
+from lora_jax.adapters import Adapter, Adapters, as_factors, factors_alone
+from lora_jax.base import Array, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.spec import Target, check_rank
@@ -75,7 +75,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     (4, 21.0)
     """
     members = [factors_alone(adapter, "combined") for adapter in adapters]
-    members = [Adapter(*as_lora(member.layout, member.parameters)) for member in members]
+    members = [Adapter(*as_factors(member.layout, member.parameters)) for member in members]
     _check(members, weights)
     parts: dict[str, list[tuple[Target, Factors, float]]] = {}
     for member, weight in zip(members, weights, strict=True):
@@ -87,16 +87,23 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     return Adapter(layout, {t.path: factors for t, factors in joined})
 
 
-def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation]]:
+def truncate(
+    adapter: Adapter, rank: int, *, share: bool = False
+) -> tuple[Adapter, dict[str, Truncation]]:
     """Return the nearest adapter of at most `rank` (Eckart-Young), and the loss of each target.
 
     The singular values come from the two thin QR factorisations of `a` and `b` and a square
     matrix of the present rank, never from an [in, out] matrix. Layers and experts are one batch.
     A target whose rank is not above `rank` stays as it is, bit for bit.
 
+    With `share`, `rank` is the mean over all matrices, and the largest singular values of all
+    targets together are kept (the last step of AdaLoRA, arXiv 2303.10512, after training). Slices
+    of a stack have one rank. A target without any of them is left out of the layout.
+
     Args:
       adapter: trained at a higher rank, or made by `combine`.
       rank: the highest rank to keep.
+      share: whether the ranks of all targets are one budget. The adapter must be concrete then.
 
     Returns:
       (adapter, {path: Truncation}). In a target that was cut, the scale is 1, and `a` and `b` share
@@ -115,22 +122,44 @@ def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation
     """
     check_rank(rank, "truncate")
     adapter = Adapter(*adapter)
-    layout, adapters = as_lora(adapter.layout, adapter.parameters)
+    layout, adapters = as_factors(adapter.layout, adapter.parameters)
+    ranks = _shared_ranks(layout, adapters, rank) if share else {}
     targets, kept, cuts = [], {}, {}
     for target in layout.targets:
         factors, path = adapters[target.path], target.path
-        if target.rank > rank:
-            a, b = jnp.asarray(factors.a), jnp.asarray(factors.b)
-            wide = wide_dtype(jnp.promote_types(a.dtype, b.dtype))
-            exact = Factors(a.astype(wide), target.scale * b.astype(wide))
-            small, cuts[path] = _nearest(exact, len(target.stack), rank)
-            factors = Factors(small.a.astype(a.dtype), small.b.astype(b.dtype))
-            target = target.plain(rank)
-        else:
-            cuts[path] = Truncation(jnp.zeros(()), jnp.zeros(()))
-        targets.append(target)
-        kept[path] = factors
+        limit = ranks.get(path, rank)
+        cuts[path] = Truncation(jnp.zeros(()), jnp.zeros(()))
+        if target.rank > limit:
+            small, cuts[path] = _nearest(_exact(target, factors), len(target.stack), limit)
+            factors = Factors(*(x.astype(y.dtype) for x, y in zip(small, factors, strict=True)))
+        if limit:
+            cut = target.plain(limit) if target.rank > limit else target
+            targets.append(dataclasses.replace(cut, fold=target.fold))
+            kept[path] = factors
     return adapter._replace(layout=Layout(tuple(targets)), parameters=kept), cuts
+
+
+def _exact(target: Target, factors: Factors) -> Factors:
+    """Return factors of scale 1, in float32 or wider."""
+    a, b = jnp.asarray(factors.a), jnp.asarray(factors.b)
+    wide = wide_dtype(jnp.promote_types(a.dtype, b.dtype))
+    return Factors(a.astype(wide), target.scale * b.astype(wide))
+
+
+def _shared_ranks(layout: Layout, adapters: Adapters, rank: int) -> dict[str, int]:
+    """Return the rank of each target if all share `rank` for each matrix by singular values."""
+    slices = {t.path: math.prod(t.sizes(t.stack)) for t in layout.targets}
+    found: list[tuple[float, str]] = []
+    for target in layout.targets:
+        _, _, core = _core(_exact(target, adapters[target.path]), len(target.stack))
+        values = jnp.linalg.svd(core, compute_uv=False).reshape(-1, core.shape[-1])
+        found += [(float(x), target.path) for x in jnp.mean(values**2, axis=0)]
+    budget, ranks = rank * sum(slices.values()), dict.fromkeys(slices, 0)
+    for _, path in sorted(found, key=lambda pair: -pair[0]):
+        if slices[path] <= budget:
+            budget -= slices[path]
+            ranks[path] += 1
+    return ranks
 
 
 def _check(members: Sequence[Adapter], weights: Sequence[float]) -> None:
@@ -175,11 +204,7 @@ def _nearest(factors: Factors, n_stack: int, rank: int) -> tuple[Factors, Trunca
 
     With a = Qa Ra and b^T = Qb Rb, `a b` has the singular values of the small matrix `Ra Rb^T`.
     """
-    stack = factors.a.shape[:n_stack]
-    a = factors.a.reshape(*stack, -1, factors.a.shape[-1])
-    b = factors.b.reshape(*stack, factors.b.shape[n_stack], -1)
-    (qa, ra), (qb, rb) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
-    core = jnp.matmul(ra, rb.mT, precision="highest")
+    qa, qb, core = _core(factors, n_stack)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
     small_a = jnp.matmul(qa, u[..., :rank] * root[..., None, :], precision="highest")
@@ -187,5 +212,14 @@ def _nearest(factors: Factors, n_stack: int, rank: int) -> tuple[Factors, Trunca
     error, whole = jnp.linalg.norm(s[..., rank:]), jnp.linalg.norm(s)
     relative = jnp.where(whole > 0, error / jnp.where(whole > 0, whole, 1), 0)
     shape_a = (*factors.a.shape[:-1], rank)
-    shape_b = (*stack, rank, *factors.b.shape[n_stack + 1 :])
+    shape_b = (*factors.b.shape[:n_stack], rank, *factors.b.shape[n_stack + 1 :])
     return Factors(small_a.reshape(shape_a), small_b.reshape(shape_b)), Truncation(error, relative)
+
+
+def _core(factors: Factors, n_stack: int) -> tuple[Array, Array, Array]:
+    """Return Qa, Qb and `Ra Rb^T`."""
+    stack = factors.a.shape[:n_stack]
+    a = factors.a.reshape(*stack, -1, factors.a.shape[-1])
+    b = factors.b.reshape(*stack, factors.b.shape[n_stack], -1)
+    (qa, ra), (qb, rb) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
+    return qa, qb, jnp.matmul(ra, rb.mT, precision="highest")

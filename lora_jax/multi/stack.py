@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Adapter, Adapters, as_lora, check, factors_alone
+from lora_jax.adapters import Adapter, Adapters, as_factors, check, factors_alone
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.selected import Choice, Mixed, Stack
@@ -190,7 +190,7 @@ def _plain(adapter: Adapter, doing: str) -> Adapter:
                 f"which an update of the kind {target.kind!r} is not. Give it another alpha"
             )
     rest = Layout(tuple(t for t in layout.targets if t.path not in kept))
-    rest, plain = as_lora(rest, {t.path: adapters[t.path] for t in rest.targets})
+    rest, plain = as_factors(rest, {t.path: adapters[t.path] for t in rest.targets})
     found = {t.path: t for t in (*rest.targets, *kept.values())}
     order = [t.path for t in layout.targets]
     parameters = {path: plain.get(path, adapters[path]) for path in order}

@@ -15,7 +15,8 @@ import safetensors.numpy
 import lora_jax
 from lora_jax import LoraSpec, Rule, models, paths
 from lora_jax.cli import export as command
-from lora_jax.exchange import merged_weights
+from lora_jax.exchange import merged_weights, plain_run
+from lora_jax.serving.served_adapters import open_run
 from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
 
 pytestmark = pytest.mark.slow
@@ -223,6 +224,9 @@ REFUSED = [
         "trained on another base",
     ),
     ("llama", {}, ("--format", "gguf", "--dtype", "bfloat16"), "float16"),
+    ("llama", {}, ("--format", "hf", "--as-lora", "2"), "drop --as-lora"),
+    ("llama", {}, ("--format", "peft", "--share-rank"), "--as-lora RANK"),
+    ("llama", {}, ("--format", "peft", "--as-lora", "0"), "at least 1"),
 ]
 
 
@@ -274,3 +278,72 @@ def test_numbers_that_a_file_cannot_hold_are_an_error(
     lora_jax.save(run.folder, (layout, wide), fingerprint=frozen, about=about, overwrite=True)
     assert export(run, tmp_path / "out", "--format", "hf", "--dtype", "float16") == 1
     assert said in capsys.readouterr().err
+
+
+WITH_MATRICES = LoraSpec(2, 3.0, (Rule("**/q/kernel", kind="dora"), "**/down/kernel"))
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "options"),
+    [
+        ("peft", "llama", {"spec": KINDS, "scan": True}),
+        ("mlx", "llama", {"spec": WITH_MATRICES}),
+        ("gguf", "llama", {"spec": WITH_MATRICES}),
+        ("orbax", "llama", {"begin": "loftq", "quantize": "int8"}),
+        ("peft", "bert", {"spec": LoraSpec(2, 3.0, Rule("bert/**/query/kernel", kind="dora"))}),
+        ("peft", "llama", {"trained": "**/{up,down}/kernel"}),
+    ],
+)
+@pytest.mark.parametrize("rank", [3, 64])
+def test_any_run_goes_out_as_plain_lora_with_its_error(
+    format: str, name: str, options: dict[str, Any], rank: int, tmp_path: pathlib.Path
+) -> None:
+    """The file computes the run's logits up to the error that the command saves."""
+    run = write_run(tmp_path / "run", name, **options)
+    assert export(run, tmp_path / "out", "--format", format, "--as-lora", str(rank)) == 0
+    said = json.loads((tmp_path / "out" / "as_lora.json").read_text())
+    served = open_run(str(run.folder))
+    x, source = plain_run.sample(served.config), models.open(str(GOLDEN / name))
+    params = source.load(_as(source.config, scan_layers=options.get("scan", False)))
+    stored = params if name == "llama" else {**run.params, "bert": params}
+    stored = paths.replace(
+        stored, {p: w for p, w in run.adapter.trainable.items() if "classifier" in p}
+    )
+    names = models.hf_names(served.config, served.head)
+    if format == "orbax":
+        back = lora_jax.restore(tmp_path / "out", params=stored)
+    elif format == "gguf":
+        from lora_jax.exchange import gguf
+
+        base = gguf.GgufBase("llama", source.config.head_dim)
+        file = tmp_path / "out" / "adapter.gguf"
+        back = gguf.load(file, names, run.f, stored, run.inputs, base=base)
+    else:
+        load = __import__(f"lora_jax.exchange.{format}", fromlist=["load"]).load
+        back = load(tmp_path / "out", names, run.f, stored, run.inputs)
+    there = paths.replace(stored, dict(back.trainable))
+    got = run.f(lora_jax.merge(back.layout, there, back.parameters), x)
+    want = run.f(run.merged, x)
+    change = np.linalg.norm(want - run.f(stored, x))
+    np.testing.assert_allclose(np.linalg.norm(got - want) / change, said["logits"], atol=2e-5)
+    assert {t.kind for t in back.layout.targets if t.inputs} == {"lora"}
+    merged = paths.flatten(run.merged)
+    for path, found in said["targets"].items():
+        target = back.layout[path] if path in {t.path for t in back.layout.targets} else None
+        if target is None:
+            continue  # a fused or stacked form that the file's names divide
+        w = lora_jax.merge(back.layout, stored, back.parameters)
+        left = np.linalg.norm(np.asarray(paths.flatten(w)[path]) - np.asarray(merged[path]))
+        np.testing.assert_allclose(found["error"], left, atol=1e-4, err_msg=path)
+        assert found["rank"] <= rank
+    assert (said["logits"] > 1e-3) == (rank == 3), "exact at full rank, and not below"
+
+
+def test_a_budget_of_rank_is_shared(tmp_path: pathlib.Path) -> None:
+    run = write_run(tmp_path / "run", "llama", spec=WITH_MATRICES)
+    given = ("--format", "peft", "--as-lora", "3", "--share-rank")
+    assert export(run, tmp_path / "out", *given) == 0
+    said = json.loads((tmp_path / "out" / "as_lora.json").read_text())
+    ranks = [x["rank"] for x in said["targets"].values()]
+    assert sum(ranks) == 3 * len(ranks)
+    assert max(ranks) > 3, "`q` takes what `down`, of rank 2, has not"

@@ -126,6 +126,33 @@ def test_truncation_to_no_lower_rank_changes_nothing() -> None:
     assert all(cut == (0, 0) for cut in cuts.values())
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_shared_budget_keeps_the_largest_singular_values_of_all_targets(rank: int) -> None:
+    """No choice of ranks with the same sum is nearer; the loss of each target is its distance."""
+    layout = Layout(tuple(Target(n, (9, 7), (), (0,), (1,), 3, 3.0) for n in "abc"))
+    draw = np.random.default_rng(0).standard_normal
+    sizes = {"a": [0.3, 0.2, 0.1], "b": [9.0, 8.0, 7.0], "c": [6.0, 2.0, 1.0]}
+    adapters, values = {}, {}
+    for path, s in sizes.items():
+        one, two = np.linalg.qr(draw((9, 3)))[0], np.linalg.qr(draw((7, 3)))[0]
+        adapters[path], values[path] = Factors(jnp.asarray(one * s), jnp.asarray(two.T)), s
+    (smaller, kept, _), cuts = truncate(Adapter(layout, adapters), rank, share=True)
+    ranks = dict.fromkeys(sizes, 0) | {t.path: t.rank for t in smaller.targets}
+    assert ranks == {"a": 0, "b": 3, "c": 0 if rank == 1 else 3}
+    for path, s in sizes.items():
+        left = float(np.linalg.norm(s[ranks[path] :]))
+        np.testing.assert_allclose(cuts[path].error, left, atol=1e-5)
+    assert set(kept) == {t.path for t in smaller.targets}
+
+
+def test_a_stack_shares_by_the_mean_over_its_slices() -> None:
+    """One more rank of a stack of 3 costs as much as three of a matrix."""
+    layout, adapters = member(0, 2, 2.0, "matrix", "stacked")
+    adapters["stacked"] = Factors(*(100 * x for x in adapters["stacked"]))
+    (smaller, _, _), _ = truncate(Adapter(layout, adapters), 1, share=True)
+    assert {t.path: t.rank for t in smaller.targets} == {"stacked": 1, "matrix": 1}
+
+
 def test_truncation_of_fresh_adapters_is_zero() -> None:
     """Fresh adapters, whose b is 0 and which have no first direction, are truncated to zero."""
     layout, adapters = member(0, 4, 4.0, "matrix", "stacked")
