@@ -30,7 +30,7 @@ from rich.console import Console
 from experiments.paper import costs, page, page_files, questions, result_cache
 from experiments.paper.experiments import Experiment
 from lora_jax.errors import LoraError
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system.console import guarded, say, say_table
 
 

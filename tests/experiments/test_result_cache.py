@@ -12,7 +12,7 @@ from experiments.paper import page, page_files, questions, result_cache
 from experiments.paper.__main__ import main
 from experiments.paper.configs import matrices, rank
 from lora_jax.errors import LoraError
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from tests.experiments import runs
 from tests.report import saved_runs
 
