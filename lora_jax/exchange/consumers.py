@@ -32,6 +32,7 @@ def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tup
     """Return the notes on a saved adapter: what a server needs, and which tools refuse it."""
     shapes = {key: x.shape for key, x in tensors.items()}
     found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {vllm_rank(settings)}"]
+    found = found if settings.get("peft_type", "LORA") == "LORA" else []
     users: dict[str, list[str]] = {}
     for consumer in RULES:
         for said in findings(consumer, settings, shapes):
@@ -109,6 +110,8 @@ RULES = {
 
 def _common(settings: Mapping[str, Any], shapes: Shapes, rslora: str | None) -> Iterator[str]:
     """Yield the findings about parts of an adapter that no consumer reads."""
+    if settings.get("peft_type", "LORA") != "LORA":
+        yield f"refuses peft_type={settings['peft_type']}"
     if settings.get("use_dora"):
         yield "refuses use_dora"
     if settings.get("modules_to_save") not in OFF:
