@@ -8,10 +8,11 @@
 
 A cell is a run with a method, a learning rate and a seed, in `runs/sequel/KEY`. Its scores go to
 results.json in the folder of the report, and a cell that is there is not run again. A program that
-was stopped continues. A grid goes on by itself until its best rate is not at an edge.
+was stopped continues. A grid goes on by itself until its best rate is not at an edge. The main
+methods of all tables are run first.
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
-by Ctrl-C.
+by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from experiments.sequel.results import Results
 from experiments.sequel.tables import Table
 from experiments.shared import page_files
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.system import host_memory, program_cache, whole_files
+from lora_jax.system import whole_files
 from lora_jax.system.console import Console, guarded, say, say_table
+from lora_jax.training import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +44,16 @@ class SequelOptions:
     tables: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TABLE ...]")
     ] = ()
-    """The tables to run: kinds, rslora, loraplus, bits, starts. None: all of them."""
+    """The tables to run: kinds, rslora, loraplus, bits, starts, dora, where. None: all of
+    them."""
     runs: str = "runs/sequel"
     """The folder of the runs."""
     out: str | None = None
     """The folder of results.json and the report. None: RUNS/report."""
     steps: int | None = None
-    """Steps of each cell. None: 150, and 16 with --quick."""
+    """Steps of each cell. None: 160, and 16 with --quick."""
     quick: bool = False
-    """Few steps, two or three methods of each table, and grids that go on by one rate at most."""
+    """Few steps, the main methods of each table, and grids that go on by one rate at most."""
     list: bool = False
     """List the tables and their state, and do nothing else."""
     report_only: bool = False
@@ -66,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return guarded(lambda: run(options))
+    try:
+        return guarded(lambda: run(options))
+    except processes.Preempted as stopped:
+        say(Console(stderr=True), f"SIGTERM: {stopped} is saved: the same command goes on from it.")
+        return processes.PREEMPTED
 
 
 def run(options: SequelOptions) -> None:
@@ -90,10 +97,9 @@ def run(options: SequelOptions) -> None:
         return
     file = out / "formats.json"
     if not options.report_only:
-        host_memory.keep()
-        program_cache.enable(lambda text: say(console, text))
-        for table in chosen:
-            _train(table, options.quick, size, runs, results, console)
+        for main in (True,) if options.quick else (True, False):
+            for table in chosen:
+                _train(table, main, size, runs, results, console)
         if not file.is_file():
             lost = [dataclasses.asdict(x) for x in formats.measure()]
             whole_files.write_json(file, lost)
@@ -103,11 +109,11 @@ def run(options: SequelOptions) -> None:
 
 
 def _train(
-    table: Table, quick: bool, size: Size, runs: pathlib.Path, results: Results, console: Console
+    table: Table, main: bool, size: Size, runs: pathlib.Path, results: Results, console: Console
 ) -> None:
-    """Train the cells of a table, round by round, until no grid goes on."""
+    """Train all methods of a table, or its main ones, round by round until no grid goes on."""
     while True:
-        arms = table.chosen(quick)
+        arms = table.chosen(main)
         found = [one for arm in arms for one in tables.waiting(arm, results, size)]
         say(console, f"{table.name}: {len(found)} cells to train")
         if not found:

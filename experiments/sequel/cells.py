@@ -11,7 +11,7 @@ from lora_jax.sweeps import config_fields
 from lora_jax.training.config_json import identity, short_hash
 from lora_jax.training.text import TextConfig
 
-RATE = "optimizer.learning_rate"
+RATE, BATCH = "optimizer.learning_rate", "data.batch_size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Size:
     longer: by how many rates a grid may go on at an edge.
     """
 
-    steps: int = 150
+    steps: int = 160
     validation: int = 256
     test: int = 512
     longer: int = 4
@@ -65,8 +65,9 @@ class Cell:
 
 
 def cell(arm: Arm, rate: float, seed: int, size: Size) -> Cell:
-    """Return the cell of a method at a rate and a seed."""
+    """Return the cell of a method at a rate and a seed. All cells see as many examples."""
     base = sweep.base
+    steps = size.steps * base.data.batch_size // arm.changes.get(BATCH, base.data.batch_size)
     config = dataclasses.replace(
         base,
         data=dataclasses.replace(
@@ -76,9 +77,9 @@ def cell(arm: Arm, rate: float, seed: int, size: Size) -> Cell:
             eval_limit=size.validation,
             test_limit=size.test,
         ),
-        steps=size.steps,
-        evaluate_every=size.steps,
-        checkpoint_every=size.steps,
+        steps=steps,
+        evaluate_every=steps,
+        checkpoint_every=steps,
         log_to=(),
         on_nonfinite="skip",
     )

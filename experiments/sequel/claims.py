@@ -39,6 +39,43 @@ DORA = Claim(
     "LLaMA-7B, mean accuracy at rank 8: 77.9 against 40.7 (2402.09353)",
     checked=True,
 )
+DORA_LOW = Claim(
+    "dora r1",
+    "lora r1",
+    "at a low rank, DoRA is far better than LoRA",
+    "LLaMA-7B, mean accuracy at rank 4: 61.9 against 39.5 (2402.09353)",
+    checked=True,
+)
+WHERE = Claim(
+    "mlp r4",
+    "attention r5",
+    "at equal parameters, the MLP is better than attention",
+    "attention alone is worse at equal parameters (LoRA Without Regret, 2025)",
+    checked=True,
+)
+ALL = Claim(
+    "all r2",
+    "mlp r4",
+    "the MLP alone is as good as all layers",
+    "MLP alone as good as all (LoRA Without Regret, 2025)",
+    checked=True,
+    expects="equal",
+)
+FULL = Claim(
+    "all r2",
+    "full",
+    "LoRA on all layers is as good as full fine-tuning",
+    "equal below capacity, at 9.8 times the rate (LoRA Without Regret, 2025)",
+    checked=True,
+    expects="equal",
+)
+LARGE_BATCH = Claim(
+    "all r2",
+    "all r2, batch 32",
+    "a larger batch at equal examples hurts LoRA",
+    "large batches hurt (LoRA Without Regret, 2025)",
+    checked=True,
+)
 VERA = Claim(
     "vera r256",
     "lora r8",

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from experiments.sequel.cells import Cell
 from experiments.sequel.results import Results, scored
 from lora_jax.report.run_files import read
@@ -22,6 +24,7 @@ from lora_jax.system.console import Console, say
 from lora_jax.training import mesh
 from lora_jax.training.config import MeshConfig
 
+MEMORY = 4e9  # bytes of a program: full fine-tuning of all cells at once takes more
 MOST = 12  # cells of a program: a killed one is trained again from its start
 
 
@@ -49,7 +52,9 @@ def train(cells: Sequence[Cell], folder: pathlib.Path, results: Results, console
         say(console, f"program {number} of {len(found)}, {len(alike)} cells: {names}")
         members = tuple(Member(cell.key, cell.config) for cell in alike)
         began = time.monotonic()
-        loop.run(GroupConfig(members=members), mesh.make(MeshConfig()), folder, console)
+        grid = mesh.make(MeshConfig())
+        with jax.set_mesh(grid):
+            loop.run(GroupConfig(members=members, memory=MEMORY), grid, folder, console)
         seconds = (time.monotonic() - began) / len(alike)
         runs = {cell.key: read(folder / cell.key)[0] for cell in alike}
         results.add({key: scored(run, seconds, len(alike)) for key, run in runs.items()})

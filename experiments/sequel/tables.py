@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.paper.configs import matrices
 from experiments.sequel import claims, grids
-from experiments.sequel.cells import Arm, Cell, Size, cell
+from experiments.sequel.cells import BATCH, Arm, Cell, Size, cell
 from experiments.sequel.claims import Claim
 from experiments.sequel.results import Results, Scored
 
@@ -21,18 +22,18 @@ class Table:
     """One table: every method at every rate with every seed.
 
     asks: its question.
-    quick: the names of the methods that `--quick` trains.
+    main: the names of the methods that are trained first, and with `--quick` alone.
     """
 
     name: str
     asks: str
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
-    quick: tuple[str, ...]
+    main: tuple[str, ...]
 
-    def chosen(self, quick: bool) -> tuple[Arm, ...]:
-        """Return the methods to train."""
-        return tuple(arm for arm in self.arms if not quick or arm.name in self.quick)
+    def chosen(self, main: bool) -> tuple[Arm, ...]:
+        """Return all methods, or the main ones."""
+        return tuple(arm for arm in self.arms if not main or arm.name in self.main)
 
 
 def _kind(kind: str, rank: int, **more: Any) -> dict[str, Any]:
@@ -47,6 +48,10 @@ def _ranks() -> tuple[Arm, ...]:
         rs = {**own, "lora.alpha": 8.0, "lora.scaling": "alpha/sqrt(r)"}
         found += [Arm(f"lora r{rank}", own), Arm(f"rslora r{rank}", rs)]
     return tuple(found)
+
+
+def _on(targets: str, rank: int) -> dict[str, Any]:
+    return _kind("lora", rank, **{"lora.targets": (targets,)})
 
 
 def _base(quantize: str, **more: Any) -> dict[str, Any]:
@@ -112,6 +117,30 @@ TABLES = (
         ),
         (claims.PISSA, claims.OLORA, claims.EVA),
         ("zeros", "pissa"),
+    ),
+    Table(
+        "dora",
+        "Is DoRA better at a low rank?",
+        tuple(
+            Arm(f"{kind} r{rank}", LORA if (kind, rank) == ("lora", 8) else _kind(kind, rank))
+            for rank in (1, 2, 4, 8)
+            for kind in ("lora", "dora")
+        ),
+        (claims.DORA_LOW,),
+        ("lora r1", "dora r1"),
+    ),
+    Table(
+        "where",
+        "Attention, MLP or all, at equal parameters, and against full fine-tuning?",
+        (
+            Arm("attention r5", _on(matrices.ATTENTION.format("*"), 5)),
+            Arm("mlp r4", _on(matrices.MLP.format("*"), 4)),
+            Arm("all r2", _on("bert/encoder/layer*/*/*/kernel", 2)),
+            Arm("all r2, batch 32", {**_on("bert/encoder/layer*/*/*/kernel", 2), BATCH: 32}),
+            Arm("full", {"lora.targets": (), "lora.trainable": ("**",)}, (1e-4, 3e-4, 1e-3)),
+        ),
+        (claims.WHERE, claims.ALL, claims.FULL, claims.LARGE_BATCH),
+        ("attention r5", "mlp r4"),
     ),
 )
 

@@ -76,7 +76,7 @@ def test_claims_compare_methods_of_their_table() -> None:
             assert arm.rates == grids.RATES[at : at + len(arm.rates)], "no gap in the grid"
         names = {arm.name for arm in table.arms}
         assert len(names) == len(table.arms)
-        assert set(table.quick) <= names
+        assert set(table.main) <= names
         for claim in table.claims:
             assert {claim.better, claim.than} <= names, claim.text
 
@@ -92,9 +92,19 @@ def test_the_same_run_of_two_tables_is_one_cell() -> None:
     keys = {cells.cell(arms[name], 1e-2, 0, FULL).key for name in alike}
     assert len(keys) == 1
     others = [cells.cell(arm, 1e-2, 0, FULL).key for arm in arms.values()]
-    assert len(set(others)) == len(arms) - 3
+    assert len(set(others)) == len(arms) - 6, "and lora r2 and dora r8 are in two tables"
     assert cells.cell(arms["kinds", "lora r8"], 1e-2, 1, FULL).key not in others
     assert cells.cell(arms["kinds", "lora r8"], 1e-2, 0, QUICK).key not in others
+
+
+def test_all_cells_see_as_many_examples_and_choices_of_matrices_have_one_budget() -> None:
+    (table,) = (table for table in tables.TABLES if table.name == "where")
+    configs = {arm.name: cells.cell(arm, 1e-2, 0, FULL).config for arm in table.arms}
+    assert {c.steps * c.data.batch_size for c in configs.values()} == {FULL.steps * 8}
+    assert configs["all r2, batch 32"].data.batch_size == 32
+    per_rank = {"attention r5": 4 * 768, "mlp r4": 2 * (384 + 1536)}
+    counts = {name: size * configs[name].lora.rank for name, size in per_rank.items()}
+    assert set(counts.values()) == {92_160 // 6}
 
 
 def test_a_program_mixes_rates_ratios_and_scalings_and_nothing_else() -> None:
@@ -104,6 +114,7 @@ def test_a_program_mixes_rates_ratios_and_scalings_and_nothing_else() -> None:
     ]  # fmt: skip
     found = list(programs.programs(every))
     assert sorted(c.key for alike in found for c in alike) == sorted(c.key for c in every)
+    assert len({c.arm for alike in found for c in alike}) > 20
     for alike in found:
         assert len(alike) <= programs.MOST
         first = alike[0].config
@@ -172,7 +183,7 @@ def test_quick_trains_a_part_and_fewer_steps(trained: list[str], tmp_path: pathl
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert command.main(["kinds", "--quick", *where]) == 0
     rounds = 1 + QUICK.longer
-    most = len(tables.TABLES[0].quick) * len(tables.SEEDS) * (3 + rounds)
+    most = len(tables.TABLES[0].main) * len(tables.SEEDS) * (3 + rounds)
     assert len(trained) <= most
     for name in trained:
         config = json.loads((tmp_path / "runs" / name / "config.json").read_text())
