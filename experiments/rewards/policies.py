@@ -36,7 +36,7 @@ class Policy(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What K policies wrote; B is questions x answers.
+    """The answers of K policies; B is questions x answers.
 
     ids: [K, B, T], the question, the answer and padding.
     mask: [K, B, T - 1], whether the token after each was written by the policy.

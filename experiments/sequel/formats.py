@@ -1,4 +1,4 @@
-"""What a format of the base, and a start on it, loses before any training: MiniLM's q and v."""
+"""The loss of each format of the base, and of a start on it, before training: MiniLM's q and v."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGETS = "**/attention/{query,value}/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """What one format loses, summed over all matrices.
+    """The loss of one format, summed over all matrices.
 
     bits: for each number, with its scales.
     frobenius, nuclear: norms of W minus what is stored, as shares of W's.

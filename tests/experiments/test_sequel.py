@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.sequel import __main__ as command
-from experiments.sequel import cells, claims, grids, page, programs, tables, verdicts
+from experiments.sequel import cells, claims, formats, grids, page, programs, tables, verdicts
 from experiments.sequel.cells import FULL, QUICK
 from experiments.sequel.results import Results, Scored
 from lora_jax.sweeps import loop
@@ -207,6 +207,15 @@ def test_numbers_that_were_not_read_in_the_paper_are_marked() -> None:
     assert "remembered" not in claims.DORA.number
     report = page.make(Results(pathlib.Path("none")), FULL, ())
     assert len(report.notes) == len(tables.TABLES)
+
+
+def test_formats_have_verdicts_of_their_own() -> None:
+    names = ("int4", "nf4", "nf4 double", "nf4, pissa r8")
+    lost = [formats.Lost(n, 4.5 - i / 4, 0.3 - i / 10, 0.2, 0.1) for i, n in enumerate(names)]
+    (section,) = page._formats(lost)
+    rows = section.blocks[1].rows  # type: ignore[union-attr]
+    assert [row[-1] for row in rows] == [verdicts.HOLDS, verdicts.HOLDS, verdicts.NOT]
+    assert "0.250" in rows[0][2]
 
 
 def test_an_unknown_table_is_named(capsys: pytest.CaptureFixture[str]) -> None:
