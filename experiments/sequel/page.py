@@ -18,9 +18,9 @@ from lora_jax.report.document import Table as Rows
 from lora_jax.sweeps.member_names import number
 
 NOT_RUN = (
-    "DoRA's figure of magnitude and direction; "
-    "learning against forgetting; capacity; bits after a merge into the original base; cost against separate runs; rewards (`experiments/rewards` is there); "
-    "and every table with a decoder."
+    "DoRA's figure of magnitude and direction; learning against forgetting; capacity; bits after a "
+    "merge into the original base; cost against separate runs; rewards (`experiments/rewards` is "
+    "there); and every table with a decoder."
 )
 
 
@@ -202,7 +202,7 @@ def _formats(lost: Sequence[Lost]) -> Iterator[Section]:
         (
             "double quantisation saves bits",
             "0.373 a number (2305.14314; remembered, not checked)",
-            f"{saved:.3f} of matrices of 384 x 384, whose second scales weigh more",
+            f"{saved:.3f} for matrices of 384 x 384",
             _holds(saved > 0),
         ),
         (
