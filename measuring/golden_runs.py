@@ -14,6 +14,7 @@ import lora_jax
 from lora_jax import LoraSpec, models, paths
 from lora_jax.analysis.from_base import init_from_base
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, recipe
+from lora_jax.models.weights.stored import LAST
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden" / "golden_models"
 LABELS = ("no", "maybe", "yes")
@@ -47,17 +48,14 @@ class GoldenRun:
 def model_of(config: Any, head: models.Head | None) -> tuple[Any, Any]:
     """Return `(f, inputs)` for the model of a config."""
     draw = np.random.default_rng(0)
+    model: Any = models.DecoderModel(config) if head is None else None
+    if head is not None:
+        model = models.classifier(config, head)
     if isinstance(config, models.VitConfig):
-        assert head is not None
-        vit = models.VitClassifier(config, head.num_classes)
         pixels = draw.standard_normal((2, *config.image_size, config.channels))
-        return lambda p, x: vit.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
+        return lambda p, x: model.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
     ids = jnp.asarray(draw.integers(3, 19, (2, 7)), jnp.int32)
-    if head is None:
-        decoder = models.DecoderModel(config)
-        return lambda p, ids: decoder.apply({"params": p}, ids), ids
-    encoder = models.BertClassifier(config, head.num_classes, head.pooling)
-    return lambda p, ids: encoder.apply({"params": p}, ids), ids
+    return lambda p, ids: model.apply({"params": p}, ids), ids
 
 
 def write_run(
@@ -82,8 +80,8 @@ def write_run(
       scan: whether the layers are stacked.
       quantize: None, "stored", or a scheme of `lora_jax.quantize`.
       begin: None, or a method of `init_from_base`.
-      pooling: the pooling of an encoder's head.
-      labels: the classes of an encoder's head.
+      pooling: the pooling of an encoder's head; "last" for a decoder that classifies.
+      labels: the classes of the head.
       param_dtype: the dtype of the frozen weights.
       trained: a pattern of parameters that are trained in full, in place of adapters.
 
@@ -99,7 +97,9 @@ def write_run(
         param_dtype=jnp.dtype(param_dtype),
     )
     pooling = "cls" if isinstance(config, models.VitConfig) else pooling
-    decodes = isinstance(config, models.DecoderConfig)
+    decodes = isinstance(config, models.DecoderConfig) and pooling != LAST
+    if isinstance(config, models.DecoderConfig) and not decodes:
+        config = config.without_logits()
     head = None if decodes else models.Head(pooling, len(labels) or 1)
     f, inputs = model_of(config, head)
     about: dict[str, Any] = {
@@ -113,7 +113,7 @@ def write_run(
     }
     params = source.load(config, keep_quantised=quantize == STORED)
     values: dict[str, Any] = {}
-    root = "vit" if isinstance(config, models.VitConfig) else "bert"
+    root = config.root
     draw = np.random.default_rng(len(name)).standard_normal
     if head is not None:
         about["labels"] = list(labels)

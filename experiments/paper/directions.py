@@ -13,7 +13,7 @@ from lora_jax.report import subspace_similarity, update_analysis
 from lora_jax.report.document import Block, Figure, Note, Paragraph, Section, Table
 from lora_jax.report.module_index import label
 from lora_jax.report.run_files import SavedRun
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system.console import USER_ERRORS
 
 FILE = "experiments/paper/configs/directions.py"

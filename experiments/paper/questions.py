@@ -20,7 +20,7 @@ from experiments.paper.experiments import Experiment, Task
 from experiments.paper.settings import Setting, settings, there
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.report.document import Block, Paragraph, Section
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 
 NAMES = (
     "matrices", "rank", "directions", "methods", "samples", "definitions", "latency", "benefits",

@@ -6,15 +6,14 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
-from lora_jax.serving.base_choice import BaseChoice
-from lora_jax.serving.served_adapters import Served
+from lora_jax.serving.served_adapters import BaseChoice, Served
 from lora_jax.system.console import Bar, Console
 
 
@@ -45,10 +44,10 @@ class AdapterOptions(BaseChoice):
             raise LoraError(f"nothing to answer: give {ways} or --file, or pipe lines in")
         return self.file if given else jsonl.STANDARD
 
-    def served(self, kind: type[Any] | tuple[type[Any], ...], console: Console) -> Served:
+    def served(self, task: Literal["predict", "generate"], console: Console) -> Served:
         """Open the adapters and their base, and show the progress on the console."""
         with OpeningBar(console) as bar:
-            return self.open(self.adapter, kind, bar.count)
+            return self.open(self.adapter, task, bar.count)
 
 
 def opening(served: Served, each: Sequence[str]) -> str:

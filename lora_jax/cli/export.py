@@ -42,8 +42,8 @@ from lora_jax.exchange.plain_run import PlainRun, plain_run
 from lora_jax.exchange.stored_base_adapter import over_stored_base
 from lora_jax.models.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
-from lora_jax.serving.base_choice import BaseChoice
-from lora_jax.serving.served_adapters import Served, open_run
+from lora_jax.models.weights.stored import LAST
+from lora_jax.serving.served_adapters import BaseChoice, Served, open_run
 from lora_jax.system import table
 from lora_jax.system.console import Bar, Console, command, say
 from lora_jax.system.whole_files import whole_folder, write_json, write_together
@@ -140,7 +140,9 @@ def _peft(
         task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
         hf_settings.check_head(run, merged=False)
     elif run.head is not None:
-        task, names = "FEATURE_EXTRACTION", models.hf_names(run.config, root=run.root)
+        decoder = run.head.pooling == LAST
+        task = "CAUSAL_LM" if decoder else "FEATURE_EXTRACTION"
+        names = models.hf_names(run.config, root=run.root)
         outputs = run.head.num_classes
         note = f"\nleft out: {run.head.pooling} pooling and the head of {outputs} outputs"
         kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}

@@ -97,7 +97,7 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     # The prompts are read before the model, so that their errors come at once.
     skip = options.skip_broken
     given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
-    served = options.served(models.DecoderConfig, aside)
+    served = options.served("generate", aside)
     asked = Prompts(served, options.stop, options.base_too, options.template)
     requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
     faults = [request.error for request in requests if request.error]
@@ -124,7 +124,7 @@ def _converse(
     for name in ("prompt", "file", "out"):
         if getattr(options, name):
             raise LoraError(f"--chat and --{name} exclude each other: drop one")
-    served = options.served(models.DecoderConfig, aside)
+    served = options.served("generate", aside)
     asked = Prompts(served, options.stop, chat=options.template)
     name = served.names[0] if served.names else BASE_NAME
     if len(served.names) > 1 or name not in asked.chats:

@@ -31,7 +31,6 @@ from typing import Annotated
 
 import tyro
 
-from lora_jax import models
 from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
 from lora_jax.errors import LoraError
 from lora_jax.serving import jsonl
@@ -67,7 +66,7 @@ def run(options: PredictOptions, _: Console, console: Console) -> None:
     with jsonl.Writer(options.out, reading=source) as writer:
         with _advice(source, writer):
             window = list(islice(read, options.window))  # before the model: its errors come at once
-        served = options.served((models.BertConfig, models.VitConfig), console)
+        served = options.served("predict", console)
         classifier = Server(served, batch_size=options.batch_size).classifier
         tasks = classifier.tasks.values()
         kinds = [f"{len(task.labels)} classes" if task.labels else "a number" for task in tasks]

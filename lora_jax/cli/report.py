@@ -29,7 +29,7 @@ from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.errors import LoraError
 from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system.console import Console, command, say
 
 

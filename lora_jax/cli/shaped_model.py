@@ -55,18 +55,18 @@ def open_shaped(reference: str, scan_layers: bool) -> ShapedModel:
         batch = causal_lm.batch_shapes(1, min(_LENGTH, config.max_positions))
         return ShapedModel(about, "", apply, models.shapes(config), batch, stored, stacked)
     if isinstance(config, models.VitConfig):
-        root, labels = "vit", Labels(tuple(map(str, range(CLASSES))))
+        labels = Labels(tuple(map(str, range(CLASSES))))
         about = f"image encoder of {config.num_layers} layers"
         head = models.Head(image_classification.POOLING, CLASSES)
         apply = image_classification.apply_of(models.VitClassifier(config, CLASSES))
         batch = image_classification.batch_shapes(config, 1, labels)
     else:
-        root, about = "bert", f"text encoder of {config.num_layers} layers"
+        about = f"text encoder of {config.num_layers} layers"
         head = models.Head(POOLING, CLASSES)
         apply = classification.apply_of(models.BertClassifier(config, CLASSES, POOLING))
         batch = _texts(config)
     note = f"classifier: a new head, not in the file; shown with {CLASSES} classes"
-    of_encoder = {f"{root}/{path}": bits for path, bits in stored.items()}
+    of_encoder = {f"{config.root}/{path}": bits for path, bits in stored.items()}
     params = models.shapes(config, head)
     return ShapedModel(about, note, apply, params, batch, of_encoder, stacked)
 

@@ -41,6 +41,7 @@ def preferences(
     epochs: int | None = 1,
     set_apart: bool = False,
     judged: bool = False,
+    whole: bool = False,
 ) -> Batches:
     """Make batches of B pairs, the better answer first, of T tokens.
 
@@ -57,6 +58,12 @@ def preferences(
     With `judged` each answer is an example of its own, the first of two. The second is its prompt
     with the answer before it in the batch. `good`, [B] float32, is 1 for a good answer, else 0.
 
+    With `whole` there are no targets: a row ends with the last token of its answer.
+
+        input_ids    [B, 2, T] int32
+        mask         [B, 2, T] bool     True up to the last token of the answer
+        weight, index                   as above
+
     Args:
       config: the config of the data.
       words: the tokenizer, and what else the model makes of text.
@@ -67,6 +74,7 @@ def preferences(
       epochs: the number of epochs. None: without end.
       set_apart: see `language_modelling`.
       judged: whether each answer stands by itself; pairs are taken apart.
+      whole: whether an answer is read to its end, and not learned.
 
     Raises:
       DataError: the examples are neither pairs nor judged answers as `judged` says.
@@ -95,7 +103,7 @@ def preferences(
     if not rows:
         raise DataError(f"{where}: no example has all its answers within data.max_length")
     tokens, each = collect(rows), 1 if judged else 2
-    longest = tokens.lengths.reshape(-1, each).max(1) - 1
+    longest = tokens.lengths.reshape(-1, each).max(1) - (not whole)
     table = PairTable(
         epochs=Epochs(
             np.searchsorted(config.lengths, longest), batch_size, seed if shuffle else None, epochs
@@ -105,6 +113,7 @@ def preferences(
         lengths=config.lengths,
         pad=padding_id(words.tokenizer),
         good=np.array(good, np.float32) if judged else None,
+        whole=whole,
     )
     count = int(tokens.lengths.sum()) * (2 // each)
     places = sum(2 * batch_size * table.length(chosen) for chosen in table.epochs.plan(0))
@@ -150,12 +159,15 @@ class PairTable(EpochTable):
     lengths: tuple[int, ...]
     pad: int
     good: NDArray[np.float32] | None = None
+    whole: bool = False
 
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
         """See `EpochTable`."""
         shape = (len(rows), 2, self.length(chosen))
+        if self.whole:
+            return self._whole(rows, shape)
         ids, targets = np.full(shape, self.pad, np.int32), np.full(shape, self.pad, np.int32)
         marks = np.zeros(shape, np.float32)
         for i, example in enumerate(rows.tolist()):
@@ -167,6 +179,14 @@ class PairTable(EpochTable):
         reference = np.zeros((len(rows), 2), np.float32)
         found = {"input_ids": ids, "targets": targets, "loss_weight": marks, "reference": reference}
         return found if self.good is None else {**found, "good": self.good[rows]}
+
+    def _whole(self, rows: NDArray[np.int64], shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+        ids, mask = np.full(shape, self.pad, np.int32), np.zeros(shape, bool)
+        for i, side in np.ndindex(shape[:2]):
+            own, learned = self.tokens[2 * int(rows[i]) + side]
+            size = int(np.flatnonzero(learned[: shape[2]])[-1]) + 1
+            ids[i, side, :size], mask[i, side, :size] = own[:size], True
+        return {"input_ids": ids, "mask": mask}
 
     def length(self, chosen: NDArray[np.int64]) -> int:
         """Return the bucket of a batch, which has room for its longest answer."""

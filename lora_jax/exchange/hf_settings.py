@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.errors import LoraError
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.weights.families import parse
 from lora_jax.models.weights.folder import Folder
+from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.served_adapters import Served
 from lora_jax.system import regular_files
 from lora_jax.system.whole_files import FileWriter
@@ -68,15 +71,25 @@ def config_json(run: Served, dtype: np.dtype) -> dict[str, Any]:
     for key in ("quantization_config", "auto_map", "dtype", "_name_or_path"):
         own.pop(key, None)
     kind = own["model_type"]
-    own |= {"architectures": [ARCHITECTURES[kind]], "torch_dtype": str(dtype)}
+    own |= {"architectures": [_architecture(run, kind)], "torch_dtype": str(dtype)}
     return own if run.head is None else own | _of_head(run, kind)
+
+
+def _architecture(run: Served, kind: str) -> str:
+    """Return transformers' class for a model with or without a head."""
+    if run.head is None or not isinstance(run.config, DecoderConfig):
+        return ARCHITECTURES[kind]
+    return re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", ARCHITECTURES[kind])
 
 
 def check_head(run: Served, merged: bool) -> None:
     """Raise `LoraError` unless transformers computes the head, by our config.json or the base's."""
     source: Any = run.source
-    kind, head = source.json["model_type"], run.head
+    head = run.head
     assert head is not None
+    if head.pooling == LAST:
+        return
+    kind = source.json["model_type"]
     wanted = "cls" if kind == "vit" else "roberta_head"
     if head.pooling != wanted:
         raise LoraError(

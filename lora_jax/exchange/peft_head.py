@@ -9,7 +9,7 @@ from lora_jax import models
 from lora_jax.errors import LoraError, listed
 from lora_jax.exchange import peft, peft_keys
 from lora_jax.models.weights.folder import Folder
-from lora_jax.models.weights.stored import stored_head
+from lora_jax.models.weights.stored import LAST, stored_head
 
 DENSE = "roberta_head"  # the pooling of a head with two products, as in all of Hugging Face's
 _MODULE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(weight|bias|lora_B\.weight)")
@@ -25,14 +25,23 @@ class FoundHead(NamedTuple):
 
 
 def head_of(
-    found: peft.Description, source: Folder, config: models.BertConfig, pooling: str | None
+    found: peft.Description,
+    source: Folder,
+    config: models.BertConfig | models.DecoderConfig,
+    pooling: str | None,
 ) -> FoundHead | None:
-    """Return the head of a PEFT folder, or None for an encoder without one.
+    """Return the head of a PEFT folder, or None for a model without one.
 
     The number of outputs comes from the tensors in the folder, or else from the base's head. The
-    pooling is the user's choice; None infers it from the tensors.
+    pooling of an encoder is the user's choice; None infers it from the tensors.
     """
     _check_task(found)
+    if isinstance(config, models.DecoderConfig):
+        if pooling is not None:
+            raise LoraError(f"--pooling {pooling}: the head of a decoder reads its last token")
+        stored = stored_head(source.stored(), LAST)
+        rows = _rows(found).get("score") or next((x.shape[-1] for x in stored.values()), None)
+        return rows and FoundHead(models.Head(LAST, rows), "as every decoder's")
     there = _modules(found, source, config)
     outputs = there.folder.get(there.deep) or there.folder.get(there.plain)
     if outputs is None and found.settings.get("task_type") != "FEATURE_EXTRACTION":

@@ -19,6 +19,7 @@ from lora_jax.errors import LoraError, listed
 from lora_jax.exchange import peft
 from lora_jax.exchange.peft_head import FoundHead, head_of
 from lora_jax.layout import Layout
+from lora_jax.models.config import TextModelConfig
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.source import KNOWN, is_safe
 from lora_jax.models.weights.stored import stored_head
@@ -64,10 +65,11 @@ def read(folder: str, given: ImportSettings) -> Imported:
         "base": _text(found.settings.get("base_model_name_or_path")),
     }
     try:
-        if isinstance(config, models.DecoderConfig):
+        writes = found.settings.get("task_type") != "SEQ_CLS"
+        if isinstance(config, models.DecoderConfig) and writes:
             adapter, params, more, notes = _decoder(folder, found, source, config)
-        elif isinstance(config, models.BertConfig):
-            adapter, params, more, notes = _encoder(folder, found, source, config, given)
+        elif not isinstance(config, models.VitConfig):
+            adapter, params, more, notes = _classifier(folder, found, source, config, given)
         else:
             raise LoraError("the base is an image encoder; only text models can be imported")
     except LoraError as error:
@@ -87,7 +89,7 @@ def _decoder(
     if task not in (None, "CAUSAL_LM"):
         raise LoraError(
             f"the folder is for task_type {str(task)[:80]!r}, and the base is a decoder, which is "
-            "taken for CAUSAL_LM"
+            "taken for CAUSAL_LM or SEQ_CLS"
         )
     params = source.load(config)
     model = models.DecoderModel(config)
@@ -103,42 +105,46 @@ def _decoder(
     return adapter, params, about, ()
 
 
-def _encoder(
+def _classifier(
     folder: str,
     found: peft.Description,
     source: Folder,
-    config: models.BertConfig,
+    config: models.BertConfig | models.DecoderConfig,
     given: ImportSettings,
 ) -> _Found:
     head = head_of(found, source, config, given.pooling)
-    bert = source.load(config)
-    if head is None:
+    if isinstance(config, models.DecoderConfig):
+        config = config.without_logits()
+    base = {config.root: source.load(config)}
+    if head is None and isinstance(config, models.BertConfig):
         names = models.hf_names(config, root="bert/")
         encoder = models.Bert(config)
 
         def encode(params: Any, ids: Any) -> Any:
             return encoder.apply({"params": params["bert"]}, ids)
 
-        adapter = peft.load(folder, names, encode, {"bert": bert}, _EXAMPLE)
-        return adapter, {"bert": bert}, {}, ("no classification head: train.py --from adds one",)
-    classifier = models.BertClassifier(config, head.head.num_classes, head.head.pooling)
+        adapter = peft.load(folder, names, encode, base, _EXAMPLE)
+        return adapter, base, {}, ("no classification head: train.py --from adds one",)
+    if head is None:
+        raise LoraError("it has no head (score.weight), and neither has the base")
+    classifier = models.classifier(config, head.head)
 
     def apply(params: Any, ids: Any) -> Any:
         return classifier.apply({"params": params}, ids)
 
-    params = {"bert": bert, "classifier": _stored_or_open(source, config, head.head)}
+    params = {**base, "classifier": _stored_or_open(source, config, head.head)}
     names = models.hf_names(config, head.head)
     loaded = peft.load(folder, names, apply, params, _EXAMPLE)
     adapter = _with_whole_head(loaded, params, head)
     about, note = _task(found, source, config, head.head, given)
     pooling = f"pooling {head.head.pooling}, {head.why}"
-    return adapter, {"bert": bert}, about, (note, pooling)
+    return adapter, base, about, (note, pooling)
 
 
 _EXAMPLE = jax.ShapeDtypeStruct((1, 2), jnp.int32)  # token ids to trace a model with
 
 
-def _stored_or_open(source: Folder, config: models.BertConfig, head: models.Head) -> Any:
+def _stored_or_open(source: Folder, config: Any, head: models.Head) -> Any:
     """Return the head's parameters from the base's folder; NaN if it has none of that shape."""
     stored = stored_head(source.stored(), head.pooling)
     shapes = paths.flatten({"classifier": models.shapes(config, head)["classifier"]})
@@ -177,7 +183,7 @@ def _with_whole_head(adapter: Adapter, params: Any, head: FoundHead) -> Adapter:
 def _task(
     found: peft.Description,
     source: Folder,
-    config: models.BertConfig,
+    config: TextModelConfig,
     head: models.Head,
     given: ImportSettings,
 ) -> tuple[dict[str, Any], str]:
@@ -215,7 +221,7 @@ def _labels(
 
 
 def _lengths(
-    found: peft.Description, config: models.BertConfig, given: Sequence[int]
+    found: peft.Description, config: TextModelConfig, given: Sequence[int]
 ) -> tuple[int, ...]:
     most, theirs = config.max_positions, found.about.get("lengths")
     lengths = tuple(sorted(given))

@@ -13,6 +13,7 @@ from lora_jax.models.config import LongRope as LongRope
 from lora_jax.models.config import PreNorm as PreNorm
 from lora_jax.models.config import TextModelConfig as TextModelConfig
 from lora_jax.models.config import VitConfig as VitConfig
+from lora_jax.models.decoder import DecoderClassifier as DecoderClassifier
 from lora_jax.models.decoder import DecoderModel as DecoderModel
 from lora_jax.models.hf_names import hf_names as hf_names
 from lora_jax.models.vit import Vit as Vit
@@ -22,4 +23,5 @@ from lora_jax.models.weights.source import SMOLLM2 as SMOLLM2
 from lora_jax.models.weights.source import Source as Source
 from lora_jax.models.weights.source import open as open
 from lora_jax.models.weights.stored import Head as Head
+from lora_jax.models.weights.stored import classifier as classifier
 from lora_jax.models.weights.stored import shapes as shapes

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -144,6 +145,7 @@ class BertConfig(TextModelConfig):
       position_offset: the row of the first position; `pad_id + 1` in RoBERTa.
     """
 
+    root: ClassVar = "bert"  # the key of its parameters next to a head
     num_token_types: int = 2
     head_activation: str = "tanh"
     absolute_positions: bool = True
@@ -224,6 +226,7 @@ class DecoderConfig(TextModelConfig):
 
     num_kv_heads: int
     head_dim: int
+    root: ClassVar = "decoder"  # the key of its parameters next to a head
     norm: str = "rms"
     norm_eps: float = 1e-5
     post_norms: bool = False
@@ -296,6 +299,10 @@ class DecoderConfig(TextModelConfig):
             return self.max_positions
         return min(self.max_positions, self.rope_long.length + 1)
 
+    def without_logits(self) -> Self:
+        """Return the config of the same decoder as a classifier: it has no `lm_head`."""
+        return dataclasses.replace(self, tied=True)
+
     @property
     def has_biases(self) -> bool:
         """Whether any product or norm has a bias vector."""
@@ -315,6 +322,7 @@ class VitConfig(LayersConfig):
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
+    root: ClassVar = "vit"  # the key of its parameters next to a head
     channels: int = 3
     pre_norm: PreNorm = PreNorm()
 

@@ -21,6 +21,7 @@ from lora_jax.models.layers import (
     ACTIVATIONS,
     INITIAL,
     NORMS,
+    ClassifierHead,
     Embed,
     Mlp,
     by_rows,
@@ -160,6 +161,22 @@ class DecoderModel(nn.Module):
         positions, views = self._whole(input_ids, mask, segment_ids, positions)
         x, weight, _ = self._run(input_ids, positions, views, deterministic=deterministic)
         return self._logits(weight, x)
+
+    def hidden(
+        self, input_ids: Array, mask: Array | None = None, deterministic: bool = True
+    ) -> Array:
+        """Compute the inputs of the head.
+
+        Args:
+          input_ids: int [B, T].
+          mask: as for the logits.
+          deterministic: as for the logits.
+
+        Returns:
+          [B, T, D] in `config.dtype`.
+        """
+        positions, views = self._whole(input_ids, mask, None, None)
+        return self._run(input_ids, positions, views, deterministic=deterministic)[0]
 
     def loss(
         self,
@@ -337,3 +354,41 @@ class DecoderModel(nn.Module):
             return angles(positions, config.rotated, config.local_rope_theta)
         scaling = (config.rope_divisors, config.rope_long, config.rope_amplitude)
         return angles(positions, config.rotated, config.rope_theta, *scaling)
+
+
+class DecoderClassifier(nn.Module):
+    """A decoder with a head on its last token, as `LlamaForSequenceClassification` and others.
+
+    Parameters: `decoder/...`, as in `DecoderModel` without `lm_head`, and `classifier/out/kernel`.
+
+    Attributes:
+      config: the config of the decoder.
+      num_classes: the number of outputs of the head.
+    """
+
+    config: DecoderConfig
+    num_classes: int
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        mask: Array | None = None,
+        token_types: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Return the outputs, float32 [B, num_classes].
+
+        Args:
+          input_ids: int [B, T].
+          mask: [B, T], True at real tokens, the last of which is read. None: all tokens are real.
+          token_types: ignored; decoders have none.
+          deterministic: as in `DecoderModel`.
+        """
+        decoder = DecoderModel(self.config.without_logits(), name="decoder")
+        hidden = decoder.hidden(input_ids, mask, deterministic=deterministic)
+        at = jnp.full(hidden.shape[:1], hidden.shape[1] - 1)
+        if mask is not None:
+            at = at - jnp.argmax(mask[:, ::-1].astype(bool), axis=1)
+        pooled = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+        return ClassifierHead(self.config, self.num_classes, False, name="classifier")(pooled)

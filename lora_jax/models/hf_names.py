@@ -24,8 +24,9 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
 
     Args:
       config: the config of the model; with `scan_layers` the paths are of stacked parameters.
-      head: the classification head that the encoder was loaded with. With a head the names are
-        as in `...ForSequenceClassification`, without it as in the bare encoder.
+      head: the classification head that the model was loaded with. With a head the names are
+        as in `...ForSequenceClassification`, without it as in the bare encoder, or as in
+        `...ForCausalLM`.
       root: a prefix of every path: "" for the tree that `load` returns, "params/" if it is inside
         Flax's `{"params": ...}`.
 
@@ -36,8 +37,7 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
     'model.layers.{layer}.self_attn.q_proj.weight'
     """
     table = table_of(config)
-    encoder = "vit/" if isinstance(config, VitConfig) else "bert/"
-    rows = [(f"{root}{encoder}" if head else root, row) for row in table.rows]
+    rows = [(f"{root}{config.root}/" if head else root, row) for row in table.rows]
     rows += [(root, row) for row in (table.heads[head.pooling] if head else ())]
     found: dict[str, str | HfModule | tuple[HfModule, ...]] = {}
     for start, row in rows:

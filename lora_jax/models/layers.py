@@ -69,6 +69,19 @@ def head_product(config: LayersConfig, features: int, name: str, *, bias: bool =
     )
 
 
+class ClassifierHead(nn.Module):
+    """A head of one product, `out`, on pooled hidden states [B, D]."""
+
+    config: LayersConfig
+    num_classes: int
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, pooled: Array) -> Array:
+        pooled = by_rows(pooled.astype(jnp.float32))
+        return head_product(self.config, self.num_classes, "out", bias=self.bias)(pooled)
+
+
 def kept_weights(config: LayersConfig, x: Array, deterministic: bool) -> Array | None:
     """Return the dropout of attention weights for x [B, T, D] as factors [B, N, T, T], or None.
 

@@ -48,7 +48,7 @@ _TABLE = (
 def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
     """Return one sharding rule (pattern, PartitionSpec) for each kind of parameter, and no others.
 
-    With a head, paths begin with `bert/` or `vit/`, as in `lora_jax.models.shapes`.
+    With a head, paths begin with `bert/`, `vit/` or `decoder/`, as in `lora_jax.models.shapes`.
     """
     found: dict[str, P] = {}
     for key_path, _ in jax.tree_util.tree_leaves_with_path(shapes(config, head)):

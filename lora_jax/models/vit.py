@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.models.config import VitConfig, check_choice
-from lora_jax.models.layers import ACTIVATIONS, INITIAL, by_rows, head_product
+from lora_jax.models.layers import ACTIVATIONS, INITIAL, ClassifierHead, by_rows
 from lora_jax.models.pre_norm import PreNormEncoder
 
 
@@ -103,15 +103,4 @@ class VitClassifier(nn.Module):
         The arguments are the same as in `Vit`.
         """
         hidden = Vit(self.config, name="vit")(pixels, deterministic)
-        return _Head(self.config, self.num_classes, name="classifier")(hidden[:, 0])
-
-
-class _Head(nn.Module):
-    config: VitConfig
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, pooled: Array) -> Array:
-        return head_product(self.config, self.num_classes, "out")(
-            by_rows(pooled.astype(jnp.float32))
-        )
+        return ClassifierHead(self.config, self.num_classes, name="classifier")(hidden[:, 0])

@@ -26,7 +26,7 @@ from lora_jax.report.document import (
     Table,
 )
 from lora_jax.report.run_files import SavedRun
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.sweeps import member_names, plots, results
 from lora_jax.sweeps.comparison import ComparedRun, Results, flat, gather
 from lora_jax.training.sizes import in_units

@@ -11,7 +11,7 @@ from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.layout import Layout
 from lora_jax.report import formatting, update_analysis
 from lora_jax.report.document import Block, Fact, Note, Report, Section, Table
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.updates.kind import kind_of
 
 

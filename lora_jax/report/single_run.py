@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax.report import charts, formatting, settings, update_analysis
 from lora_jax.report.document import Block, Fact, Figure, Note, Panel, Report, Section, Table
 from lora_jax.report.run_files import SavedRun
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.training import curves
 from lora_jax.training.directory import Summary
 from lora_jax.training.sizes import in_units

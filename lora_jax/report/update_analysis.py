@@ -15,7 +15,7 @@ from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import ModuleIndex, Place, label
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system.console import USER_ERRORS
 from lora_jax.updates.kind import kind_of
 
@@ -54,7 +54,7 @@ def _matrices(member: SavedAdapter) -> tuple[Layout, dict[str, Any]]:
 def _needed(layout: Layout, run: pathlib.Path, base: BaseChoice) -> Any:
     """Return the base parameters if the adapter's update depends on them (DoRA), else None."""
     rescales = any(kind_of(target).rescales for target in layout.targets)
-    return base.open([str(run)], object).params if rescales else None
+    return base.open([str(run)]).params if rescales else None
 
 
 def _spectra(
@@ -152,7 +152,7 @@ class AmplifiedUpdate(NamedTuple):
 
 def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
     """Measure what of W the best adapter of a run amplifies."""
-    served = base.open([str(run)], object)
+    served = base.open([str(run)])
     layout, parameters = _matrices(served.members[0])
     found = analysis.amplification(layout, served.params, parameters)
     modules = ModuleIndex.of(layout)

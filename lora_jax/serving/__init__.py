@@ -49,7 +49,6 @@ def open(
     >>> server.predict(["A warm film."], adapter="reviews")  # doctest: +SKIP
     """
     # Imported here, because the commands that serve nothing import this package too.
-    from lora_jax import models
     from lora_jax.checkpoint import adapter_path
     from lora_jax.serving.served_adapters import open_adapters
     from lora_jax.serving.server import Server
@@ -58,7 +57,6 @@ def open(
     given = [f"{name}={path}" for name, path in (adapters or {}).items()]
     served = open_adapters(
         [first, *given] if is_run else given,
-        (models.BertConfig, models.VitConfig, models.DecoderConfig),
         base=None if is_run else first,
         allow_other_base=allow_other_base,
     )

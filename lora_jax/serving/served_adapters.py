@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,12 @@ from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.models.weights.families import table_of
+from lora_jax.models.weights.stored import LAST
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
 from lora_jax.serving import shared_base
 
-_ENCODERS = {models.BertConfig: "bert", models.VitConfig: "vit"}  # its name in a classifier
 BASE_NAME = "base"  # as the name of an adapter: no adapter
 
 
@@ -64,8 +64,8 @@ class Served:
     def params(self) -> Tree:
         """The frozen base, loaded once, changed as it was before training, and checked.
 
-        It is `{"bert": ...}` or `{"vit": ...}` without a head for an encoder, the whole model for a
-        decoder.
+        It is `{"bert": ...}`, `{"vit": ...}` or `{"decoder": ...}` without a head for a classifier,
+        and the whole model for a decoder that writes.
         """
         for member in self.members:
             self._check(member)
@@ -133,8 +133,12 @@ class Served:
     @property
     def root(self) -> str:
         """The prefix of the base's parameters in the paths of the adapters."""
-        name = _ENCODERS.get(type(self.config))
-        return f"{name}/" if name else ""
+        return f"{self.config.root}/" if self.classifies else ""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the adapters classify, as an encoder's do; else they write texts."""
+        return not isinstance(self.config, models.DecoderConfig) or _on_last_token(self.members)
 
     @property
     def member(self) -> SavedAdapter:
@@ -144,8 +148,8 @@ class Served:
 
     @functools.cached_property
     def head(self) -> models.Head | None:
-        """The classification head that was trained with the adapter; None for a decoder."""
-        if isinstance(self.config, models.DecoderConfig):
+        """The classification head that was trained with the adapter; None for one that writes."""
+        if not self.classifies:
             return None
         member = self.member
         check_head(member, len(member.labels) or 1)
@@ -197,7 +201,7 @@ class Served:
 
 def open_adapters(
     adapters: Sequence[str],
-    kind: type[Any] | tuple[type[Any], ...],
+    task: Literal["predict", "generate"] | None = None,
     *,
     base: str | None = None,
     trust_base: bool = False,
@@ -206,15 +210,43 @@ def open_adapters(
 ) -> Served:
     """Open adapters and load their base.
 
-    An adapter is `[NAME=]PATH`, as in `checkpoint.adapter_path.find`. `kind` are config classes of
-    the models that the caller can run, `base` is the reference of the base (None: the one that the
-    adapters were trained on), and `opened` is called with the number of adapters that are open,
-    first 0, and of all.
+    An adapter is `[NAME=]PATH`, as in `checkpoint.adapter_path.find`. `task` is what the caller can
+    do (None: both), `base` is the reference of the base (None: the one that the adapters were
+    trained on), and `opened` is called with the number of adapters that are open, first 0, and of
+    all.
     """
     found = open_base(_members(adapters, allow_other_base, opened), base, trust_base)
-    _check_kind(found, kind)
+    _check_task(found, task)
     found.params  # noqa: B018  errors of the base come here
     return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseChoice:
+    """Which base model may be opened for adapters. The commands have these fields as options."""
+
+    base: str | None = None
+    """The base model, in the form of model.reference. None: the one that the adapter names."""
+    trust_base: bool = False
+    """Download the base that the adapter names even if lora_jax does not know its checksum."""
+    allow_other_base: bool = False
+    """Accept a base model other than the one that the adapter was trained on."""
+
+    def open(
+        self,
+        adapters: Sequence[str],
+        task: Literal["predict", "generate"] | None = None,
+        opened: Callable[[int, int], None] = lambda number, total: None,
+    ) -> Served:
+        """Open adapters with this base, as `open_adapters` does."""
+        return open_adapters(
+            adapters,
+            task,
+            base=self.base,
+            trust_base=self.trust_base,
+            allow_other_base=self.allow_other_base,
+            opened=opened,
+        )
 
 
 def open_run(path: str, base: str | None = None, trust_base: bool = False) -> Served:
@@ -233,6 +265,8 @@ def open_base(
     reference = settings.pop("reference")
     source = models.open(reference)
     config = dataclasses.replace(source.config, **settings)
+    if isinstance(config, models.DecoderConfig) and _on_last_token(members):
+        config = config.without_logits()
     return Served(reference, source, config, tuple(members))
 
 
@@ -279,12 +313,15 @@ def _members(
     return tuple(members)
 
 
-def _check_kind(served: Served, kind: type[Any] | tuple[type[Any], ...]) -> None:
-    if isinstance(served.config, kind):
+def _on_last_token(members: Sequence[SavedAdapter]) -> bool:
+    """Return whether adapters of a decoder classify."""
+    return any(member.model.get("pooling") == LAST for member in members)
+
+
+def _check_task(served: Served, task: str | None) -> None:
+    other = "predict" if served.classifies else "generate"
+    if task in (None, other):
         return
-    what, other = {
-        models.BertConfig: ("an encoder", "lora-jax predict"),
-        models.VitConfig: ("an encoder of images", "lora-jax predict"),
-        models.DecoderConfig: ("a decoder", "lora-jax generate"),
-    }[type(served.config)]
-    raise LoraError(f"the base {served.reference} is {what}; `{other}` runs models of this kind")
+    whose = "with its adapters " if served.members else ""
+    what = "classifies" if served.classifies else "writes texts"
+    raise LoraError(f"the base {served.reference} {whose}{what}; `lora-jax {other}` runs it")

@@ -64,7 +64,7 @@ class Server:
         self._served, self.slots = served, max(slots, len(served.members))
         self._allow_other_base = allow_other_base
         self._engine: Decoder | Classifier
-        if isinstance(served.config, models.DecoderConfig):
+        if not served.classifies:
             self._prompts = prompts or Prompts(served)
             params, stacked = _params(served), served.stack(self.slots) if served.members else ()
             self._engine = Decoder(
@@ -85,14 +85,14 @@ class Server:
         """The engine of `generate` and `stream`."""
         if isinstance(self._engine, Decoder):
             return self._engine
-        raise LoraError(f"{self._served.reference} is an encoder, which classifies: use predict()")
+        raise LoraError(f"{self._served.reference} is open as a classifier: use predict()")
 
     @property
     def classifier(self) -> Classifier:
         """The engine of `predict`."""
         if isinstance(self._engine, Classifier):
             return self._engine
-        raise LoraError(f"{self._served.reference} is a decoder: use generate() or stream()")
+        raise LoraError(f"{self._served.reference} writes texts: use generate() or stream()")
 
     def predict(self, texts: Sequence[Any], adapter: AdapterNames = None) -> list[dict[str, Any]]:
         """Classify texts or images.

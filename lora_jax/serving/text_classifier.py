@@ -13,6 +13,7 @@ from lora_jax import models
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.models.text.tokens import Encoder, TextOrPair, TextTruncation, padded, padding_id
+from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.classifier import Classifier, ClassifierTask, are_all
 from lora_jax.serving.jsonl import JsonLine
 from lora_jax.serving.served_adapters import Served
@@ -63,7 +64,7 @@ class TextClassifier(Classifier):
         tokenizer, rows = served.source.tokenizer(), served.config.vocab_size
         self._encoder = functools.cache(lambda limit: Encoder(tokenizer, limit, rows))
         self._pad, self._pooling = padding_id(tokenizer), _pooling(served.members)
-        return models.BertClassifier(served.config, width, self._pooling)
+        return models.classifier(served.config, models.Head(self._pooling, width))
 
     def add(self, i: int, member: SavedAdapter) -> None:
         """See `Classifier`."""
@@ -129,7 +130,8 @@ def _pooling(members: Sequence[SavedAdapter]) -> str:
     """Return the pooling that all heads share."""
     said = {member.name: member.model.get("pooling", "mean") for member in members}
     for name, pooling in said.items():
-        if pooling not in list(models.bert.POOLINGS):  # a stranger's may be unhashable
+        known = [*models.bert.POOLINGS, LAST]
+        if pooling not in known:  # a stranger's may be unhashable
             raise LoraError(f"adapter {name!r} says model.pooling is {str(pooling)[:80]!r}")
     if len(set(said.values())) > 1:
         lines = listed(f"{name}: {pooling}" for name, pooling in said.items())

@@ -1,4 +1,4 @@
-"""The workload of an encoder with a new head for classes, or for one real number."""
+"""The workload of a text model with a new head for classes, or for one real number."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lora_jax import models, paths
 from lora_jax.checkpoint.saved_adapter import EXTRA
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
+from lora_jax.models.weights.stored import LAST
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
 from lora_jax.training.method import LORA, Method
@@ -27,12 +28,14 @@ Tree = Any  # a pytree
 
 
 def classification(config: TextConfig) -> Workload:
-    """Make the workload of an encoder with a new head, trained on labelled texts."""
+    """Make the workload of a text model with a new head, trained on labelled texts.
+
+    The head of a decoder reads the last token, as in transformers.
+    """
     source = pretrained.open_model(
         config.model.reference,
-        models.BertConfig,
-        "classification takes an encoder of text (BERT, RoBERTa, DeBERTa, ...), and "
-        "lora_jax.training.causal_lm takes decoders",
+        (models.BertConfig, models.DecoderConfig),
+        "classification takes a model of text",
     )
     smoothing = config.label_smoothing
     require(smoothing == 0, "label_smoothing", smoothing, "0 for a classifier")
@@ -43,9 +46,12 @@ def classification(config: TextConfig) -> Workload:
     of_data = functools.partial(batches_of, config.data, source.tokenizer(), vocabulary=vocabulary)
     data = pretrained.open_batches(config, of_data)
     labels = data.train.labels or Labels(())
-    model_config = config.model.apply_to(source.config)
-    model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)
-    head = models.Head(config.model.pooling, labels.outputs)
+    model_config, pooling = config.model.apply_to(source.config), str(config.model.pooling)
+    if isinstance(model_config, models.DecoderConfig):
+        require(pooling == "mean", "model.pooling", pooling, "left out for a decoder")
+        model_config, pooling = model_config.without_logits(), LAST
+    head = models.Head(pooling, labels.outputs)
+    model = models.classifier(model_config, head)
     method = config.method_for(model_config, config.data.lengths[-1])
 
     def draw() -> Tree:
@@ -55,11 +61,11 @@ def classification(config: TextConfig) -> Workload:
     fields = {"text_fields": config.data.text_fields, "lengths": config.data.lengths}
     return pretrained.workload(
         config,
-        Pretrained(source, model_config, "bert", head, method),
+        Pretrained(source, model_config, model_config.root, head, method),
         lambda: data,
-        text.about(config, method, labels=labels.names, **fields),
+        text.about(config, method, pooling, labels=labels.names, **fields),
         draw,
-        functools.partial(_joined, model, method),
+        functools.partial(_joined, model_config, pooling, method),
         {} if labels.regression else {"classes": np.int32(labels.outputs)},
         **judged(labels, config.select),
         apply=apply_of(model, method),
@@ -86,9 +92,7 @@ def judged(labels: Labels, select: str | None) -> dict[str, Any]:
     }
 
 
-def _joined(
-    model: models.BertClassifier, method: Method, workloads: Sequence[Workload]
-) -> Workload:
+def _joined(config: Any, pooling: str, method: Method, workloads: Sequence[Workload]) -> Workload:
     """Return the first workload with a head that is wide enough for the classes of any of them."""
     first = workloads[0]
     require(
@@ -104,19 +108,19 @@ def _joined(
             "method must be the same for all members of a group, down to its sizes; give each "
             "method a group of its own"
         )
-    widest = max(w.params["classifier"]["out"]["bias"].shape[0] for w in workloads)
-    wide = models.BertClassifier(model.config, widest, model.pooling)
-    params = models.shapes(model.config, models.Head(model.pooling, widest))
+    widest = max(w.params["classifier"]["out"]["kernel"].shape[1] for w in workloads)
+    head = models.Head(pooling, widest)
+    wide, params = models.classifier(config, head), models.shapes(config, head)
     whole = {**params, **method.shapes()}
     return dataclasses.replace(first, apply=apply_of(wide, method), params=whole)
 
 
-def apply_of(model: models.BertClassifier, method: Method = LORA) -> Any:
+def apply_of(model: Any, method: Method = LORA) -> Any:
     """Return the model as a `Workload.apply`, which returns logits [B, C]."""
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
         inputs = (batch["input_ids"], batch["mask"], batch.get("token_types"))
-        more = model.config.head_dropout, model.config.neftune
+        more = getattr(model.config, "head_dropout", None), model.config.neftune
         dropping = pretrained.dropout(model.config, train, key, *more)
         return method.apply(model, params, *inputs, **dropping)
 

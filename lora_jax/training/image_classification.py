@@ -43,7 +43,7 @@ def image_classification(config: ImageConfig) -> Workload:
     pixels = (1, *model_config.image_size, model_config.channels)
     return pretrained.workload(
         config,
-        Pretrained(source, model_config, "vit", models.Head(POOLING, labels.outputs)),
+        Pretrained(source, model_config, model_config.root, models.Head(POOLING, labels.outputs)),
         lambda: data,
         pretrained.about(config, POOLING, labels=labels.names, image_field=config.data.image_field),
         lambda: pretrained.new_head(model, pixels, jnp.float32, config.seed),

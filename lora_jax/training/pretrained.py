@@ -262,7 +262,7 @@ def dropout(config: Any, train: bool, key: Any, *more: float | None) -> dict[str
     return {"deterministic": not on, "rngs": {"dropout": key} if on else None}
 
 
-def open_model(reference: str, kind: type[Any], wanted: str) -> Any:
+def open_model(reference: str, kind: type[Any] | tuple[type[Any], ...], wanted: str) -> Any:
     """Open a pretrained model, whose config must be of a kind; `wanted` ends the error message."""
     source = models.open(reference)
     if not isinstance(source.config, kind):

@@ -29,8 +29,9 @@ class ModelConfig(PretrainedModelConfig):
     }
 
     pooling: Literal["mean", "cls", "roberta_head"] = "mean"
-    """Classification: the input of the head, which is the mean of the tokens, the first token
-    (cls), or the first token after RoBERTa's dense layer."""
+    """Classification by an encoder: the input of the head, which is the mean of the tokens, the
+    first token (cls), or the first token after RoBERTa's dense layer. A decoder's is its last
+    token."""
     loss_chunk: int | None = None
     """Decoders: the number of positions of a row whose loss is computed at a time, so that the
     logits of a large vocabulary never exist all at once. It costs one more product with the output
@@ -105,6 +106,11 @@ def check_positions(config: TextConfig, model: models.BertConfig | models.Decode
     require(not table or length <= most, "data.max_length", length, expected)
 
 
-def about(config: TextConfig, method: Method = LORA, **more: Any) -> dict[str, Any]:
-    """Return `Workload.about`: the settings that change what the model computes, and `more`."""
-    return pretrained.about(config, config.model.pooling, **method.about, **more)
+def about(
+    config: TextConfig, method: Method = LORA, pooling: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """Return `Workload.about`: the settings that change what the model computes, and `more`.
+
+    `pooling` is that of the head. None: the config says it.
+    """
+    return pretrained.about(config, pooling or config.model.pooling, **method.about, **more)

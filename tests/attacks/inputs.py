@@ -22,7 +22,7 @@ from lora_jax.models.weights.preprocessing import FILE
 from lora_jax.models.weights.preprocessing import read as read_preprocessing
 from lora_jax.report import run_files, single_run
 from lora_jax.serving import jsonl, prompts
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.sweeps.group_checkpoints import GroupCheckpoints
 from lora_jax.system.console import USER_ERRORS
 from tests.formats import SWEEP

@@ -16,6 +16,7 @@ import lora_jax
 from lora_jax import LoraSpec, Rule, models, paths
 from lora_jax.cli import export as command
 from lora_jax.exchange import merged_weights, plain_run
+from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.served_adapters import open_run
 from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
 
@@ -67,6 +68,8 @@ def assert_close(found: Any, wanted: Any) -> None:
         ("deberta_v3", {}),
         ("modernbert", {}),
         ("vit", {}),
+        ("llama", {"pooling": LAST}),
+        ("qwen2", {"pooling": LAST, "scan": True}),
     ],
 )
 def test_a_merged_folder_holds_the_merged_weights(
@@ -76,15 +79,22 @@ def test_a_merged_folder_holds_the_merged_weights(
     run = write_run(tmp_path / "run", name, **options)
     assert export(run, tmp_path / "out", "--format", "hf") == 0
     base, merged = tensors(GOLDEN / name), tensors(tmp_path / "out")
-    model = {k: x.shape for k, x in base.items() if not k.startswith("classifier")}
-    assert {k: x.shape for k, x in merged.items() if not k.startswith("classifier")} == model
+    classifies, head = options.get("pooling") == LAST, None
+    heads = ("score", "lm_head") if classifies else ("classifier",)
+    model = {k: x.shape for k, x in base.items() if not k.startswith(heads)}
+    assert {k: x.shape for k, x in merged.items() if not k.startswith(heads)} == model
     own = {k for k in base if k.startswith("classifier")} or set(merged) - set(model)
-    assert {k for k in merged if k.startswith("classifier")} == own
+    assert {k for k in merged if k.startswith(heads)} == own
     source = models.open(str(tmp_path / "out"))
-    head = None
-    if not isinstance(source.config, models.DecoderConfig):
+    config = _as(source.config, scan_layers=options.get("scan", False))
+    if classifies:
+        assert own == {"score.weight"}
+        kind = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+        assert kind == [{"llama": "Llama", "qwen2": "Qwen2"}[name] + "ForSequenceClassification"]
+        config, head = config.without_logits(), models.Head(LAST, 3)
+    elif not isinstance(config, models.DecoderConfig):
         head = models.Head("cls" if name == "vit" else "roberta_head", 3)
-    again = source.load(_as(source.config, scan_layers=options.get("scan", False)), head=head)
+    again = source.load(config, head=head)
     assert_close(again, run.merged)
 
 

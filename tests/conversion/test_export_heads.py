@@ -15,10 +15,12 @@ from lora_jax import LoraSpec, models
 from lora_jax.checkpoint import restore_about
 from lora_jax.cli import export as command
 from lora_jax.exchange import peft
+from lora_jax.models.weights.stored import LAST
 from measuring.golden_runs import GOLDEN, GoldenRun, write_run
 
 SPEC = LoraSpec(2, 3.0, "bert/encoder/layer_*/attention/*/kernel")
 ENCODERS = ["bert", "roberta", "distilbert", "deberta_v2", "deberta_v3", "modernbert"]
+POOLINGS: dict[type, str] = {models.VitConfig: "cls", models.DecoderConfig: LAST}
 # Other than BERT's they are as slow as whole runs.
 NAMES = [n if n == "bert" else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS]
 
@@ -30,12 +32,14 @@ def export(run: GoldenRun, out: pathlib.Path, *options: str) -> int:
 def opened(run: GoldenRun, folder: pathlib.Path, name: str, labels: int) -> Any:
     """Return the logits of the folder on the base with transformers' head for this model."""
     source = models.open(str(GOLDEN / name))
-    vit = isinstance(source.config, models.VitConfig)
-    head = models.Head("cls" if vit else "roberta_head", labels)
-    params = models.shapes(source.config, head) | {"vit" if vit else "bert": source.load()}
+    config = source.config
+    head = models.Head(POOLINGS.get(type(config), "roberta_head"), labels)
+    if isinstance(config, models.DecoderConfig):
+        config = config.without_logits()
+    params = models.shapes(config, head) | {config.root: source.load(config)}
     zeros = lora_jax.paths.flatten({"classifier": params["classifier"]})
     params = lora_jax.paths.replace(params, {p: np.zeros(x.shape, "f4") for p, x in zeros.items()})
-    names = models.hf_names(source.config, head)
+    names = models.hf_names(config, head)
     layout, adapters, trained = peft.load(folder, names, run.f, params, run.inputs)
     assert set(zeros) <= set(trained), "a part of the head comes from the base"
     params = lora_jax.paths.replace(params, dict(trained))
@@ -58,14 +62,19 @@ def test_a_head_that_transformers_does_not_have_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ENCODERS, "modernbert_biased", "vit", "vit_oblong"])
+@pytest.mark.parametrize(
+    "name", [*ENCODERS, "modernbert_biased", "vit", "vit_oblong", "llama", "gpt2", "qwen2"]
+)
 @pytest.mark.parametrize("labels", [1, 2, 5])
 def test_a_head_that_transformers_has_goes_out(
     name: str, labels: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = LoraSpec(2, 3.0, "vit/encoder/**/kernel") if name.startswith("vit") else SPEC
+    decoder = name in ("llama", "gpt2", "qwen2")
+    pattern = "decoder/**/o/kernel" if decoder else "vit/encoder/**/kernel"
+    spec = LoraSpec(2, 3.0, pattern) if decoder or name.startswith("vit") else SPEC
     classes = tuple("abcde"[:labels]) if labels > 1 else ()
-    run = write_run(tmp_path / "run", name, labels=classes, spec=spec)
+    pooling = LAST if decoder else "roberta_head"
+    run = write_run(tmp_path / "run", name, labels=classes, spec=spec, pooling=pooling)
     assert export(run, tmp_path / "out", "--format", "peft") == 0
     assert f"num_labels={labels}" in capsys.readouterr().err
     got = opened(run, tmp_path / "out", name, labels)

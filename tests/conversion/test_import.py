@@ -60,9 +60,13 @@ def golden(name: str) -> tuple[list[list[int]], np.ndarray]:
     return arrays["input_ids"].tolist(), arrays["out"]
 
 
-def test_a_classifier_predicts_as_peft(imported: Imported, tmp_path: pathlib.Path) -> None:
-    run = imported("bert", "bert", "--labels", "x", "y", "z")
-    ids, logits = golden("bert")
+@pytest.mark.parametrize(("name", "base"), [("bert", "bert"), ("decoder_classifier", "llama")])
+def test_a_classifier_predicts_as_peft(
+    name: str, base: str, imported: Imported, tmp_path: pathlib.Path
+) -> None:
+    run = imported(name, base, "--labels", "x", "y", "z")
+    ids, logits = golden(name)
+    ids = [[i for i in row if i] for row in ids]  # without padding
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"text": bases.text(row)}) + "\n" for row in ids))
     arguments = ["--adapter", str(run), "--file", str(source), "--out", str(out)]
@@ -80,7 +84,7 @@ def test_a_decoder_computes_what_peft_computes(
 ) -> None:
     run = imported("plain", "llama", *(["--scan-layers"] if scan else []))
     ids, logits = golden("plain")
-    served = served_adapters.open_adapters([str(run)], models.DecoderConfig)
+    served = served_adapters.open_adapters([str(run)], "generate")
     assert served.config.scan_layers == scan
 
     def apply(params: Any, ids: Any) -> Any:

@@ -51,7 +51,7 @@ def test_logits_are_those_of_peft(name: str, scan: bool) -> None:
 
 
 def copied(name: str, folder: Path, keep: str = "base_model", **settings: Any) -> Path:
-    """Copy a golden folder with other settings, and tensors whose keys have a word of `keep`."""
+    """Copy a golden folder with other settings, and the tensors whose keys have words of `keep`."""
     folder.mkdir()
     config = json.loads((METHODS / name / peft.CONFIG).read_text())
     (folder / peft.CONFIG).write_text(json.dumps(config | settings))

@@ -15,7 +15,7 @@ import pytest
 import lora_jax
 from experiments.methods.config import MethodConfig, MethodTextConfig
 from experiments.paper import counts
-from lora_jax import models, paths
+from lora_jax import paths
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.cli import predict
@@ -236,7 +236,7 @@ def test_exports_of_base_parameters_are_served(
     frozen = lora_jax.fingerprint(found.frozen)
     about = found.workload.about
     export.save(tmp_path, "best", found.layout, found.trained, frozen, about)
-    served = served_adapters.open_adapters([str(tmp_path)], models.BertConfig)
+    served = served_adapters.open_adapters([str(tmp_path)], "predict")
     texts = ["word1 word2 word3", "word4"]
     made = text_classifier.TextClassifier(served, batch_size=2)
     scores = dict(made.read(made.submit([0, 0], texts)))

@@ -16,7 +16,7 @@ from experiments.paper.configs import directions as directions_config
 from experiments.paper.experiments import Task
 from lora_jax.errors import LoraError
 from lora_jax.report.document import Figure, Note, Panel, Paragraph, Report, Section, Table
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.training.config_json import to_dict
 from tests.experiments import runs
 from tests.report import browser, saved_runs

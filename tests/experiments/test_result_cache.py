@@ -13,7 +13,7 @@ from experiments.paper.__main__ import main
 from experiments.paper.configs import matrices, rank
 from experiments.shared import page_files
 from lora_jax.errors import LoraError
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from tests.experiments import runs
 from tests.report import saved_runs
 

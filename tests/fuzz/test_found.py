@@ -26,7 +26,7 @@ from lora_jax.models.weights import preprocessing
 from lora_jax.models.weights.folder import Folder
 from lora_jax.report import many_runs, run_files
 from lora_jax.serving import jsonl
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system import console
 from lora_jax.training import config_json
 from tests.formats import small

@@ -19,7 +19,7 @@ from lora_jax.cli.predict import PredictOptions
 from lora_jax.cli.report import ReportOptions
 from lora_jax.report import many_runs, run_files, single_run
 from lora_jax.serving import jsonl, prompts
-from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system import console
 from lora_jax.training import config_json
 from tests.formats import RUN, small

@@ -64,6 +64,7 @@ CASES = {
     "half_tied": ("qwen2", {"target_modules": ["embed_tokens"]}),
     "bert": ("bert", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
     "roberta": ("roberta", {"target_modules": ["key"], "task_type": "SEQ_CLS", "bias": "all"}),
+    "decoder_classifier": ("llama", {"target_modules": QV, "task_type": "SEQ_CLS"}),
     "toy": ("toy", {"target_modules": ["conv1", "conv2", "fused", "out"], "fan_in_fan_out": True}),
     "toy_dora": ("toy", {"target_modules": ["conv1", "conv2", "fused", "out"], "use_dora": True}),
 }
@@ -142,7 +143,10 @@ def write_experts():
             np.savez_compressed(folder / "expected.npz", out=out.numpy(), x=x.numpy(), **start)
 
 
-def base(name):
+def base(name, task=None):
+    if name == "llama" and task == "SEQ_CLS":
+        more = {"num_labels": 3, "pad_token_id": 0}
+        return hf.LlamaForSequenceClassification.from_pretrained(MODELS / name, **more)
     if name != "toy":
         return CLASSES.get(name, hf.AutoModelForCausalLM).from_pretrained(MODELS / name)
     torch.manual_seed(1)
@@ -172,7 +176,8 @@ def write(name, base_name, settings):
     torch.manual_seed(len(name))
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 5, **settings})
     adapter_name = "other" if name == "named" else "default"
-    model = peft.get_peft_model(base(base_name), config, adapter_name=adapter_name).eval()
+    model = base(base_name, config.task_type)
+    model = peft.get_peft_model(model, config, adapter_name=adapter_name).eval()
     before = {k: v.clone() for k, v in model.named_parameters() if k.endswith(".bias")}
     with torch.no_grad():
         randomise(model)
@@ -185,6 +190,8 @@ def write(name, base_name, settings):
                 if path in before and "base_layer" not in path:
                     value.copy_(before[path])
         fed = inputs(base_name)
+        if name == "decoder_classifier":
+            fed["input_ids"][0, 4:] = 0  # padding
         out = model(**fed)
         out = out if base_name == "toy" else out.logits
     model.save_pretrained(HERE / name)

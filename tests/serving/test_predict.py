@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import models
 from lora_jax.checkpoint.manifest import Manifest
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.cli import predict
@@ -105,7 +104,7 @@ def assert_near(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def opened(trained: Trained) -> Opened:
     served = served_adapters.open_adapters(
-        [str(trained.folder / name) for name in trained.configs], models.BertConfig
+        [str(trained.folder / name) for name in trained.configs], "predict"
     )
     return served, text_classifier.TextClassifier(served, 16)
 
@@ -278,7 +277,7 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
         about=member.about,
     )
     opened = served_adapters.open_adapters(
-        [str(tmp_path / "broken")], models.BertConfig, allow_other_base=True
+        [str(tmp_path / "broken")], "predict", allow_other_base=True
     )
     made = text_classifier.TextClassifier(opened, 4)
     with pytest.raises(lora_jax.LoraError, match=r"--text: adapter 'broken' gives scores that are"):

@@ -81,7 +81,8 @@ class Source(abc.ABC):
 
         Args:
           config: the config. None: `self.config`.
-          head: a classification head to load as well; the tree is then {"bert", "classifier"}.
+          head: a classification head to load as well; the tree is then {"bert", "classifier"}
+            ("vit" or "decoder" for other models).
           shardings: a tree of shardings like the result: this process reads only the parts of its
             own devices, each once. None: everything goes to the default device. A weight that stays
             quantised has one sharding, or a base with a sharding for each of its arrays.

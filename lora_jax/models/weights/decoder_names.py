@@ -10,6 +10,8 @@ from lora_jax.models.weights.tensor_names import (
     scale,
 )
 
+_HEADS = {"last": (TensorName("classifier/out/kernel", "score.weight"),)}
+
 LLAMA = TensorNames(
     rows=(
         TensorName("embed/embedding", "embed_tokens.weight", "token_embd.weight"),
@@ -30,9 +32,13 @@ LLAMA = TensorNames(
         scale("norm", "norm", "output_norm"),
         TensorName("lm_head/kernel", "lm_head.weight", "output.weight"),
     ),
+    heads=_HEADS,
     prefix="model.",
     # rope_freqs holds the divisors of the frequencies, which are read into the config.
-    skipped=("*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "rope_freqs.weight"),
+    skipped=(
+        *("*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "rope_freqs.weight"),
+        "score.weight",
+    ),
 )
 
 
@@ -50,8 +56,9 @@ def _as_llama(*within: TensorName, skipped: tuple[str, ...] = ()) -> TensorNames
             scale("norm", "norm"),
             TensorName("lm_head/kernel", "lm_head.weight"),
         ),
+        heads=_HEADS,
         prefix="model.",
-        skipped=skipped,
+        skipped=(*skipped, "score.weight"),
     )
 
 
@@ -111,6 +118,8 @@ GPT2 = TensorNames(
         *layer_norm("norm", "ln_f"),
         TensorName("lm_head/kernel", "lm_head.weight"),
     ),
+    heads=_HEADS,
     prefix="transformer.",
-    skipped=("h.*.attn.bias", "h.*.attn.masked_bias"),  # the causal mask, in old files
+    # The first two are the causal mask, in old files.
+    skipped=("h.*.attn.bias", "h.*.attn.masked_bias", "score.weight"),
 )

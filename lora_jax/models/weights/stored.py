@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,21 +19,23 @@ from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import WeightsError
 from lora_jax.models.bert import Bert, BertClassifier
 from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig
-from lora_jax.models.decoder import DecoderModel
+from lora_jax.models.decoder import DecoderClassifier, DecoderModel
 from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights.disk_arrays import Index
 from lora_jax.models.weights.tensor_names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
+LAST = "last"  # the pooling of a decoder's head: the hidden state of the last token
 _SHOWN = 40  # a message lists at most this many names, and counts the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A classification head that is loaded together with the encoder.
+    """A classification head that is loaded together with the model.
 
     Attributes:
-      pooling: how the head makes one vector of a text, see `lora_jax.models.bert.POOLINGS`.
+      pooling: how the head makes one vector of a text: one of `lora_jax.models.bert.POOLINGS`,
+        or `LAST` for a decoder.
       num_classes: the number of classes.
     """
 
@@ -82,12 +85,26 @@ class StoredParameter:
         return (*self.stack, *self.shape)
 
 
+def classifier(config: StoredConfig, head: Head) -> nn.Module:
+    """Return the model of a config with a head; its parameters are `config.root` and `classifier`.
+
+    Args:
+      config: the config of the model.
+      head: the head.
+    """
+    if isinstance(config, VitConfig):
+        return VitClassifier(config, head.num_classes)
+    if isinstance(config, DecoderConfig):
+        return DecoderClassifier(config, head.num_classes)
+    return BertClassifier(config, head.num_classes, head.pooling)
+
+
 def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """Return the parameters of a model as ShapeDtypeStructs; nothing is allocated.
 
     Args:
       config: the config of the model.
-      head: the classification head of an encoder, if there is one.
+      head: the classification head, if there is one.
     """
     traced = _shapes(config, head, jax.sharding.get_abstract_mesh())
     return jax.tree.map(lambda x: x, traced)  # the caller may change the dictionaries
@@ -96,21 +113,12 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
 @functools.lru_cache(maxsize=32)
 def _shapes(config: StoredConfig, head: Head | None, _: object) -> ParameterTree:
     """Trace the model once for each mesh: a run asks for its shapes three times."""
-    model: Bert | BertClassifier | DecoderModel | Vit | VitClassifier
+    kinds = {BertConfig: Bert, DecoderConfig: DecoderModel, VitConfig: Vit}
+    model: Any = kinds[type(config)](config) if head is None else classifier(config, head)
+    example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if isinstance(config, VitConfig):
-        model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
-        pixels = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
-        return jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
-    if isinstance(config, DecoderConfig):
-        if head is not None:
-            raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
-        model = DecoderModel(config)
-    elif head is None:
-        model = Bert(config)
-    else:
-        model = BertClassifier(config, head.num_classes, head.pooling)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        example = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), example)["params"]
 
 
 def _check(stored: Stored, leaf: StoredParameter, config: StoredConfig) -> None:
@@ -143,7 +151,7 @@ def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[
     unknown = [raw[name] for name in raw if name not in wanted and not stored.table.skips(name)]
     if isinstance(config, DecoderConfig) and config.tied:
         # Some files repeat the embedding under the name of the head that is tied to it.
-        unknown = [name for name in unknown if name != "lm_head.weight"]
+        unknown = [name for name in unknown if name not in ("lm_head.weight", "output.weight")]
     if missing or unknown:
         raise WeightsError(
             f"{stored.origin} does not fit the configuration.\n"
@@ -173,8 +181,7 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
     # Scanned layers are traced as one layer, which is faster than tracing all of them.
     traced = dataclasses.replace(config, scan_layers=True, remat="none")
     left = flatten_dict(shapes(traced, head), sep="/")
-    before = "vit/" if isinstance(config, VitConfig) else "bert/"
-    rows = [(before if head else "", row) for row in stored.table.rows]
+    rows = [(f"{config.root}/" if head else "", row) for row in stored.table.rows]
     rows += [("", row) for row in (_rows_of(stored, head.pooling) if head else ())]
     leaves = []
     for before, row in rows:

@@ -7,6 +7,7 @@
 import dataclasses
 import fnmatch
 import re
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TensorNames:
     """
 
     rows: tuple[TensorName, ...]
-    heads: dict[str, tuple[TensorName, ...]] = dataclasses.field(default_factory=dict)
+    heads: Mapping[str, tuple[TensorName, ...]] = dataclasses.field(default_factory=dict)
     prefix: str = ""
     skipped: tuple[str, ...] = ()
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
