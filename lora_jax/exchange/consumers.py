@@ -32,6 +32,7 @@ def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tup
     """Return the notes on a saved adapter: what a server needs, and which tools refuse it."""
     shapes = {key: x.shape for key, x in tensors.items()}
     found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {_vllm_rank(settings)}"]
+    found = found if settings.get("peft_type", "LORA") == "LORA" else []
     for consumer in RULES:
         wrong = [x for x in findings(consumer, settings, shapes) if not x.startswith("needs")]
         found += [f"{consumer} {x}" for x in wrong]
@@ -107,6 +108,8 @@ RULES = {
 
 def _common(settings: Mapping[str, Any], shapes: Shapes, rslora: str | None) -> Iterator[str]:
     """Yield the findings about parts of an adapter that no consumer reads."""
+    if settings.get("peft_type", "LORA") != "LORA":
+        yield f"refuses peft_type={settings['peft_type']}"
     if settings.get("use_dora"):
         yield "refuses use_dora"
     if settings.get("modules_to_save") not in OFF:
