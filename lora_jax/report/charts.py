@@ -141,7 +141,7 @@ def heat(
 ) -> Figure:
     """Draw a matrix [row, column] as a heat map; a NaN cell stays empty.
 
-    `labels` are those of the rows and of the columns.
+    `labels` names the rows and the columns.
     """
     high = 0.3 if len(rows) <= _WRITTEN else 0.16
     with svg.drawing(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + high * len(rows)) as (figure, axis):

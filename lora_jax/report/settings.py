@@ -12,7 +12,6 @@ from lora_jax.report.document import Table
 from lora_jax.sweeps.comparison import flat
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.images import ImageConfig
-from lora_jax.training.preferences import PreferenceConfig
 from lora_jax.training.text import TextConfig
 
 # These are shown even if they have their default values.
@@ -28,7 +27,6 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     every = [_counting(config) for config in configs]
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
     kind = ImageConfig if "data.image_field" in common else TextConfig
-    kind = PreferenceConfig if "preference" in common else kind
     first, known = [field for field in _ALWAYS if field in common], flat(_defaults(kind))
     rest = [f for f, value in common.items() if f not in first and known.get(f, ...) != value]
     defaults = {field: formatting.value(value) for field, value in known.items()}

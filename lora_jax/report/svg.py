@@ -2,8 +2,8 @@
 
 On a page, text and axes take the colour of the text around them, so that one drawing serves light
 and dark pages: they are drawn in a colour that nothing else has, and `inline` replaces it with
-`currentColor`. The colours of lines become those of the page's theme. Letters are drawn as
-outlines, so that a page does not depend on installed fonts.
+`currentColor`. Lines take the colours of the page's theme. Letters are drawn as outlines, so that a
+page does not depend on installed fonts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
-from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -32,7 +31,7 @@ LINES = {
     "#0b6d73": "#66d4da",
 }
 _STYLE: Any = {
-    "axes.prop_cycle": cycler(color=list(LINES)),
+    "axes.prop_cycle": mpl.cycler(color=list(LINES)),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
