@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 _LARGER = 1.2  # a page may enlarge a drawing by at most this factor
 INK = "#010203"  # the placeholder for the colour of the text
@@ -31,7 +32,7 @@ LINES = {
     "#0b6d73": "#66d4da",
 }
 _STYLE: Any = {
-    "axes.prop_cycle": mpl.cycler(color=list(LINES)),
+    "axes.prop_cycle": cycler(color=list(LINES)),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
