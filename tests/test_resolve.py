@@ -204,7 +204,7 @@ def test_a_function_with_its_own_gradient_has_three_cures() -> None:
     params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
 
     def f(params: Any, x: jax.Array) -> jax.Array:
-        return own(x, params["w"]) + x @ params["w"] + params["b"]
+        return own(x, params["w"]) + x @ params["w"] + params["b"][None]
 
     x = jnp.ones((2, 3))
     rules = ("w", lora_jax.Rule("b", kind="bias"))
