@@ -3,7 +3,7 @@
     python train.py                                        run configs/minilm_reviews.py
     python train.py --config configs/smollm2_definitions.py
     python train.py --steps 50 --lora.rank 4               set fields of the config
-    python train.py --help                                 list all fields
+    python train.py --help                                 the main fields; --help-all lists all
     python train.py --dry-run                              take one step, and leave nothing
     python train.py --plan                                 plan the run without running it
     python train.py --from runs/earlier                    start a new run with an earlier adapter

@@ -63,7 +63,7 @@ class Trained:
         by = lambda batch: self._loss(self._state.trained, self.setup.frozen, batch)  # noqa: E731
         workload, place = self.setup.workload, self.setup.place
         batches = workload.evaluation["validation"](place.shard)
-        return evaluation.evaluate(by, workload, place, batches)["loss"]
+        return evaluation.evaluate(by, workload, place, batches)[0]["loss"]
 
     def row(self, name: str, before: float) -> list[str]:
         """Return the row of the table. The first step, which compiles, has no time."""

@@ -81,7 +81,7 @@ def test_loss(base: str, folder: pathlib.Path) -> float:
             workload,
             place,
             workload.evaluation["test"](shard),
-        )["loss"]
+        )[0]["loss"]
 
 
 if __name__ == "__main__":

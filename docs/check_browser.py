@@ -62,7 +62,9 @@ def pages(folder: pathlib.Path) -> list[str]:
     """Return the pages to check: all that people wrote, and some of the reference."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.html"))
     made = [name for name in names if name.startswith("api/generated/")]
-    others = [n for n in names if not n.startswith(("api/generated/", "_static/", "paper/"))]
+    others = [
+        n for n in names if not n.startswith(("api/generated/", "_static/", "paper/", "sequel/"))
+    ]
     return [*others, *made[:: max(1, len(made) // SAMPLE)]]
 
 

@@ -18,8 +18,12 @@ from typing import Any
 from bs4 import BeautifulSoup
 
 MOST_BYTES = 1_000_000
-HEAVY = {"paper/report.html", "paper.html"}  # the report: its figures in one file, and its tables
-FOREIGN_PAGES = {"paper/report.html"}  # not made by Sphinx
+HEAVY = {
+    "paper/report.html",
+    "paper.html",
+    "sequel/report.html",
+}  # the report: its figures in one file, and its tables
+FOREIGN_PAGES = {"paper/report.html", "sequel/report.html"}  # not made by Sphinx
 LOADED = {"script": "src", "link": "href", "img": "src", "source": "srcset", "iframe": "src"}
 
 

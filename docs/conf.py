@@ -26,7 +26,7 @@ extensions = [
     "docs.ext.docstrings",
     "docs.ext.coverage",
 ]
-exclude_patterns = ["paper", "ext", "look.html"]
+exclude_patterns = ["paper", "sequel", "ext", "look.html"]
 suppress_warnings = ["config.cache"]
 nitpicky = False
 
@@ -66,11 +66,14 @@ html_theme_options = {
 copybutton_exclude = ".linenos, .gp, .go"
 
 
+REPORTS = ("paper", "sequel")  # written by experiments
+
+
 def read_report(app: Any, page: str, source: list[str]) -> None:
-    """Put the text of the paper's report, which a program made, at the end of its page."""
-    if page == "paper":
-        report = (ROOT / "docs/paper/report.md").read_text().partition("\n")[2]
-        link = '<a href="paper/report.html">the report with figures</a>'
+    """Put the text of a report, which a program made, at the end of its page."""
+    if page in REPORTS:
+        report = (ROOT / "docs" / page / "report.md").read_text().partition("\n")[2]
+        link = f'<a href="{page}/report.html">the report with figures</a>'
         source[0] += report.replace("[report.html](report.html)", link)
 
 
@@ -89,11 +92,11 @@ def leave_out_icons(app: Any, error: Exception | None) -> None:
 
 
 def add_report(app: Any, error: Exception | None) -> None:
-    """Copy the report with figures, which is one file."""
-    if error is None:
-        folder = pathlib.Path(app.outdir) / "paper"
+    """Copy the reports with figures, each of which is one file."""
+    for page in REPORTS if error is None else ():
+        folder = pathlib.Path(app.outdir) / page
         folder.mkdir(exist_ok=True)
-        shutil.copy(ROOT / "docs/paper/report.html", folder)
+        shutil.copy(ROOT / "docs" / page / "report.html", folder)
 
 
 def setup(app: Any) -> None:

@@ -1,25 +1,31 @@
 """The command line of the package: `lora-jax COMMAND`, which is `python -m lora_jax COMMAND`.
 
     train       fine-tune a model, or plan it; the same program as train.py of the repository
+                    lora-jax train --config mine.py --steps 100 --run-dir runs/mine
     show        list a model's parameters, and which of them patterns match
+                    lora-jax show model.gguf --targets "**/attention/{q,v}/kernel"
     predict     classify texts or images with trained adapters
-    generate    continue texts with trained adapters
-    export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
-    import      convert a PEFT folder to a run
+                    lora-jax predict --adapter runs/reviews --text "A warm, funny film."
+    generate    continue texts with trained adapters, or talk to them
+                    lora-jax generate --adapter runs/chat --prompt "What is LoRA?"
     report      write a page about a run, or compare many runs
+                    lora-jax report runs/reviews
+    export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
+                    lora-jax export runs/reviews --format peft --out adapter
+    import      convert a PEFT folder to a run
+                    lora-jax import adapter --base models/bert --out runs/imported
 
-`lora-jax COMMAND --help` lists the options of a command. All commands read two variables:
+`lora-jax COMMAND --help` lists the options of a command. The exit status is that of the command,
+or 2 if there is no command or an unknown one. All commands read these variables:
 
+    LORA_JAX_CACHE          the folder for models, data and compiled programs (lora_jax in
+                            XDG_CACHE_HOME or ~/.cache)
     LORA_JAX_KEEP_MEMORY    the share of the free memory that a process on a CPU may keep after it
                             was freed, to use it again: 0.5. Steps are faster, and the process may
                             hold twice as much memory. 0 returns all freed memory
-    LORA_JAX_CACHE          the folder for models, data and compiled programs (lora_jax in
-                            XDG_CACHE_HOME or ~/.cache)
-
-Compiled programs are kept there, up to 512 MB, so that the next command starts sooner;
-JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
-
-The exit status is that of the command, or 2 if there is no command or an unknown one.
+    JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE
+                            another folder for compiled programs, of which up to 512 MB are kept so
+                            that the next command starts sooner; false keeps none
 """
 
 from __future__ import annotations

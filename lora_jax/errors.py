@@ -12,6 +12,7 @@ from pathlib import Path
 
 # Comparing takes the product of the lengths: a stranger's file may have a million long names.
 _CHARACTERS, _MOST = 200, 5_000
+_NEAR = 0.6  # the least likeness of two segments of paths, from 0 to 1
 _SHOWN = 200  # characters of a file's own text in a message, because a name may have millions
 
 
@@ -135,6 +136,29 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     }
     found = difflib.get_close_matches(name[:_CHARACTERS], list(known), n=n, cutoff=0.0)
     return [known[one] for one in found]
+
+
+def near_paths(pattern: str, known: Iterable[str]) -> str:
+    """Return "; the nearest paths are:" and three paths that resemble a pattern, "" if none does.
+
+    A path does if most of the pattern's segments are like some of its own. Among equals the first
+    of `known` come first.
+
+    >>> near_paths("**/quary", ["layer/query/kernel", "head/kernel"]).split()[-1]
+    'layer/query/kernel'
+    >>> near_paths("**/lm_head", ["layer/query/kernel"])
+    ''
+    """
+    words = [word[:_CHARACTERS] for word in pattern.split("/") if word.strip("*")]
+
+    def alike(path: str) -> int:
+        segments = path[:_CHARACTERS].split("/")
+        return sum(bool(difflib.get_close_matches(word, segments, 1, _NEAR)) for word in words)
+
+    likely = [(alike(path), path) for path in itertools.islice(known, _MOST)]
+    most = max((count for count, _ in likely), default=0)
+    found = [path for count, path in likely if count == most and 2 * count > len(words)]
+    return f"; the nearest paths are:\n{listed(found[:3])}" if found else ""
 
 
 def listed(items: Iterable[str], limit: int = 5) -> str:

@@ -23,7 +23,7 @@ import jax
 
 from lora_jax import paths
 from lora_jax.base import is_base
-from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.errors import LoraError, near_paths
 
 if TYPE_CHECKING:
     import optax
@@ -53,8 +53,8 @@ def trained_mask(tree: Any, patterns: Iterable[str]) -> Any:
         matched = paths.matching(pattern, known)
         if not matched:
             raise LoraError(
-                f"the pattern {pattern!r} of parameters to train matches nothing; the nearest "
-                f"paths are:\n{listed(nearest(pattern, known))}"
+                f"the pattern {pattern!r} of parameters to train matches nothing"
+                f"{near_paths(pattern, known)}"
             )
         hits.update(matched)
     return jax.tree_util.tree_map_with_path(

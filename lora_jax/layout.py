@@ -173,7 +173,7 @@ class Layout:
         rows = [(t.path, _row(t), _size(t)) for t in self.targets]
         words = heading.index("rank")
         if all(
-            t.kind == LoraSpec.kind and not t.parts for t in self.targets
+            t.kind == LoraSpec.kind and not (t.parts or t.fold) for t in self.targets
         ):  # then it says nothing
             words -= 1
             heading = (*heading[:words], *heading[words + 1 :])
@@ -201,9 +201,11 @@ def _row(t: Target) -> tuple[str, ...]:
 
     parts = ",".join(f"{start}:{start + size}" for start, size in t.parts)
     kind = f"{t.kind}[{parts}]" if parts else t.kind
+    kind += " folded" if t.fold else ""
+    ranked = any(None in axes for axes in kind_of(t).axes(t))  # a bias has no rank
     roles = (text(t.stack), text(t.inputs), text(t.outputs))
     scale = f"{kind_of(t).scale(t):g}"
-    return (_times(t.shape), *roles, kind, str(t.rank), scale)
+    return (_times(t.shape), *roles, kind, str(t.rank) if ranked else "-", scale)
 
 
 def _read(type_: Any, what: str, rows: Any, version: int) -> tuple[Any, ...]:

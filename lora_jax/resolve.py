@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax import paths
-from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.errors import LoraError, listed, near_paths
 from lora_jax.layout import Layout, Remark
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import Use
@@ -191,9 +191,9 @@ def _whole(path: str, aval: Any, where: str) -> Remark:
 def _matching(pattern: str, known: Mapping[str, Any]) -> list[str]:
     hits = paths.matching(pattern, known)
     if not hits:
+        products = sorted(known, key=lambda path: not any(use.is_product for use in known[path]))
         raise LoraError(
-            f"the pattern {pattern!r} matches no parameter; the nearest paths are:\n"
-            f"{listed(nearest(pattern, known))}\n"
+            f"the pattern {pattern!r} matches no parameter{near_paths(pattern, products)}\n"
             "A pattern must match the whole path: '*' stays inside one segment, '**' spans "
             "several ('**/query/kernel')."
         )
@@ -208,9 +208,8 @@ def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
     has_axes = rule.inputs is not None or any(use.has_axes for use in uses)
     if lost is not None and not fold and has_axes:
         raise LoraError(
-            f"{path!r} cannot be adapted: `{lost.kind}` at {lost.where} takes it, and has no "
-            "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be formed "
-            f"there: LoraSpec(..., fold=({path!r},))"
+            f"{path!r} cannot be adapted: `{lost.kind}` at {lost.where} takes it, and "
+            f"{jaxprs.cures(path, lost.kind)}"
         )
     scanned: tuple[int, ...] = max((u.stack for u in uses), key=len, default=())
     if rule.inputs is not None:

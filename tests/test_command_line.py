@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 
 import pytest
@@ -11,9 +12,13 @@ import pytest
 import train
 from lora_jax.cli import generate, predict
 from lora_jax.cli import train as command_line
+from lora_jax.planner import PlanOptions
+from lora_jax.sweeps.sweep import SweepConfig
+from lora_jax.system import options_help
 from lora_jax.training import directory
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import differences, to_dict
+from lora_jax.training.text import TextConfig
 from tests.training.runs import OWN, ROOT
 
 
@@ -121,7 +126,7 @@ def test_help_names_every_field_with_default_and_meaning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        parse("--help")
+        parse("--help-all")
     out = capsys.readouterr().out.replace("│", " ")
     text, blocks = " ".join(out.split()), out.split("--")
     assert "Rank r of the update. (default: 2)" in text
@@ -129,9 +134,49 @@ def test_help_names_every_field_with_default_and_meaning(
     nested = {"workload", "lora", "optimizer", "mesh", "processes"}
     for field in set(every_field(Config)) - nested:
         option = "from" if field == "start_from" else field.replace("_", "-")
-        block = next(" ".join(b.split()) for b in blocks if b.startswith(f"{option} "))
+        block = next(" ".join(b.split()) for b in blocks if b.split()[:1] == [option])
         meaning = block.partition("(default")[0].removeprefix(option)
         assert [w for w in meaning.split() if w.islower()], block
+
+
+@pytest.mark.parametrize("config", ["minilm_reviews", "own_model", "sweep", "multitask"])
+def test_the_short_help_is_one_screen(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The short help has at most 40 lines that a screen of 80 columns does not wrap."""
+    with pytest.raises(SystemExit) as end:
+        command_line.parse(("--help", "--config", f"configs/{config}.py"), OWN, ROOT)
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert "--steps 50" in lines[1] or "--steps 50" in lines[2]  # an example comes first
+    assert "--help-all" in lines[-1]
+    assert ("--width" in " ".join(lines)) == (config == "own_model")
+
+
+def test_the_short_help_names_options_that_exist() -> None:
+    """Every option of the short help is an option of some config."""
+    kinds = (TextConfig, SweepConfig, PlanOptions)
+    known = {one.name.removeprefix("--") for kind in kinds for one in options_help.options(kind)}
+    lines = command_line.MAIN.strip().splitlines()
+    assert not {line.split("   ")[0] for line in lines if "   " in line} - known
+
+
+def test_help_fills_lines_and_says_what_flags_turn_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        command_line.parse(("--help-all", "--config", "configs/minilm_reviews.py"), OWN, ROOT)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    at = next(i for i, line in enumerate(lines) if line.strip() == "--data.no-pack")
+    assert lines[at + 1].strip().startswith("Turn this off: Language modelling: put as many")
+    filled = [
+        (one, two)
+        for one, two in itertools.pairwise(lines)
+        if all(x[:6] == "      " != x[1:7] for x in (one, two))
+    ]
+    assert len(filled) > 50
+    short = [one for one, two in filled if len(one) + 1 + len(two.split()[0]) <= 80]
+    assert not short  # a word that had room on the line before
 
 
 def test_a_missing_config_file_lists_those_there_are(tmp_path: pathlib.Path) -> None:

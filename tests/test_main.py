@@ -11,6 +11,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"\n    {name} " in said for name in command.COMMANDS)
+    assert all(f"\n{' ' * 20}lora-jax {name} " in said for name in command.COMMANDS)  # an example
+    assert said.index("LORA_JAX_CACHE") > max(said.index(f"\n    {n} ") for n in command.COMMANDS)
     assert command.main([]) == 2
 
 

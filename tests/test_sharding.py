@@ -205,7 +205,7 @@ def test_an_unknown_name_in_metadata_is_an_error() -> None:
 
 def test_the_arrays_of_every_kind_follow_the_weights() -> None:
     form = ((3, 8, 9), (0,), (1,), (2,))
-    kinds = ("dora", "vera", "loha", "lokr", "bias")
+    kinds = ("dora", "vera", "loha", "lokr", "miss", "ia3", "ia3_inputs", "oft", "bias")
     targets = [lora_jax.Target(k, *form, 2, 2.0, kind=k) for k in kinds]
     parts = lora_jax.Target("parts", *form, 2, 2.0, parts=((0, 3), (6, 3)))
     layout = lora_jax.Layout((*targets, parts))
@@ -217,6 +217,10 @@ def test_the_arrays_of_every_kind_follow_the_weights() -> None:
         "vera": (P("data", None), P("data", "tensor")),
         "loha": (a, b, a, b),
         "lokr": (small, small, small),
+        "miss": (b,),
+        "ia3": (P("data", "tensor"),),
+        "ia3_inputs": (P("data", "fsdp"),),
+        "oft": (small,),
         "bias": (P("data", "fsdp", "tensor"),),
         "parts": (P("data", "fsdp", None, None), P("data", None, None)),
     }

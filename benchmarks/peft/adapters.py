@@ -35,6 +35,7 @@ MIXED = (
     Rule("layers*/**/down/kernel", rank=4, alpha=7.0),
 )
 RSLORA = LoraSpec(3, 4.0, "all-linear", scaling="alpha/sqrt(r)")
+IA3 = (Rule("**/{k,v}/kernel", kind="ia3"), Rule("**/down/kernel", kind="ia3_inputs"))
 
 # Name -> (base, spec, parameters that are trained in full, options of `save`)
 CASES: dict[str, tuple[str, LoraSpec, tuple[str, ...], dict[str, Any]]] = {
@@ -49,6 +50,11 @@ CASES: dict[str, tuple[str, LoraSpec, tuple[str, ...], dict[str, Any]]] = {
     "vera": ("llama", LoraSpec(2, 3.0, QV, kind="vera"), (), {}),
     "loha": ("llama", LoraSpec(2, 3.0, QV, kind="loha"), (), {}),
     "lokr": ("llama", LoraSpec(1, 3.0, QV, kind="lokr"), (), {}),
+    "miss": ("llama", LoraSpec(3, 3.0, QV, kind="miss"), (), {}),
+    "ia3": ("llama", LoraSpec(1, targets=IA3), ("lm_head/kernel",), {"params": True}),
+    "ia3_scanned": ("llama", LoraSpec(1, targets=IA3), (), {"params": True, "scan": True}),
+    "oft": ("llama", LoraSpec(4, 1.0, QV, kind="oft"), (), {}),
+    "oft_cayley": ("llama", LoraSpec(8, 1.0, QV, kind="oft_cayley"), (), {}),
     "tables": ("llama", LoraSpec(2, 3.0, ("embed/embedding", "lm_head/kernel")), (), {}),
     "dora_tables": ("llama", LoraSpec(2, 3.0, ("embed/embedding",), kind="dora"), (), {}),
     "whole": ("llama", LoraSpec(2, 3.0, QV), ("lm_head/kernel", "norm/scale"), {}),

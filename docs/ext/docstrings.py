@@ -20,6 +20,9 @@ def prepare(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     Napoleon takes "text: more" for "type: text" in the first line of an attribute's docstring. An
     empty comment before it prevents that.
     """
+    if what == "data" and lines and (type(obj).__doc__ or "").startswith(lines[0]):
+        lines[:] = [f"``{obj!r}``"]  # the docstring is of the type, and Python's own
+        return
     text = [line for part in _parts(lines) for line in part]
     lines[:] = [*(["..", ""] if what in ("attribute", "data", "property") else []), *text, ""]
 

@@ -27,8 +27,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from experiments.paper import costs, page, page_files, questions, result_cache
+from experiments.paper import costs, page, questions, result_cache
 from experiments.paper.experiments import Experiment
+from experiments.shared import page_files
 from lora_jax.errors import LoraError
 from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.system.console import guarded, say, say_table

@@ -6,10 +6,11 @@ import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from experiments.paper import methods, published
+from experiments.paper import published
 from experiments.paper.experiments import Claim, Claims
 from experiments.paper.matrices import label
 from experiments.paper.settings import Setting, settings, there
+from experiments.shared import spreads
 from lora_jax.report import formatting
 from lora_jax.report.document import Fact, Paragraph, Section, Table
 
@@ -39,7 +40,7 @@ def section(rows: Sequence[Claim]) -> Section:
 
 def difference(one: Setting, two: Setting, split: str = "test") -> str:
     """Format score one minus score two, in the unit of their scores, with its standard error."""
-    found = methods.difference(one.shown(split), two.shown(split))
+    found = spreads.difference(one.shown(split), two.shown(split))
     if not math.isfinite(found.value):
         return formatting.NONE
     decimals = one.unit.decimals

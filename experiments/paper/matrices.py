@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from experiments.paper import charts
 from experiments.paper.settings import Setting, matrices
+from experiments.shared import charts
 from lora_jax.report import formatting, svg
 from lora_jax.report.document import Block, Figure, Panel, Table
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from experiments.paper import published, seed_scatter, settings, sweeps
 from experiments.paper.experiments import Task
 from experiments.paper.settings import Setting
+from experiments.shared import spreads
 from lora_jax.report import formatting
 from lora_jax.report.document import Block, Figure, Panel, Paragraph, Section, Table
 from lora_jax.sweeps import member_names
@@ -30,7 +31,6 @@ METHODS = (
 LORA = "lora"
 FILE = "experiments/paper/configs/methods.py"
 _RATE = "optimizer.learning_rate"
-_BEYOND = 2.0  # standard errors
 # Column of the paper's tables -> its name in our tables, with the models.
 _PAPER = {"SST-2": "SST-2, RoBERTa", "BLEU": "BLEU, GPT-2 medium"}
 
@@ -75,33 +75,6 @@ class Tuned:
         return self.best.scores("test")
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The difference of two means; NaN if it is not known.
-
-    error: its standard error, computed from both spreads with independent seeds.
-    """
-
-    value: float
-    error: float
-
-    @property
-    def beyond(self) -> bool:
-        """Whether it is more than two standard errors from zero."""
-        return abs(self.value) > _BEYOND * self.error
-
-
-def difference(ours: Sequence[float], other: Sequence[float]) -> Difference:
-    """Return the difference of the means of two samples.
-
-    >>> found = difference([0.5, 0.7], [0.25, 0.25])
-    >>> round(found.value, 4), round(found.error, 4), found.beyond
-    (0.35, 0.1, True)
-    """
-    squares = sum(settings.spread(x) ** 2 / len(x) if x else math.nan for x in (ours, other))
-    return Difference(settings.mean(ours) - settings.mean(other), math.sqrt(squares))
-
-
 def tasks(folder: pathlib.Path) -> Sequence[Task]:
     """Return one command for each method, which runs a group of nine runs."""
     return sweeps.tasks(folder, FILE, METHODS)
@@ -140,8 +113,8 @@ def _results(found: Sequence[Tuned]) -> list[Block]:
             one.method,
             f"{one.best.trained:,}",
             member_names.number(one.rate) + (f" ({one.edge})" if one.edge else ""),
-            settings.text(one.best.scores("validation")),
-            settings.text(one.test),
+            spreads.text(one.best.scores("validation")),
+            spreads.text(one.test),
             str(len(one.best.runs)),
             *(_of_paper(one.method, column) for column in _PAPER),
         )
@@ -161,8 +134,8 @@ def _results(found: Sequence[Tuned]) -> list[Block]:
         marked,
     )
     points = [
-        seed_scatter.NamedPoint(one.method, one.best.trained, 100 * settings.mean(one.test),
-                      100 * _finite(settings.spread(one.test)))
+        seed_scatter.NamedPoint(one.method, one.best.trained, 100 * spreads.mean(one.test),
+                      100 * _finite(spreads.spread(one.test)))
         for one in found
         if one.test
     ]  # fmt: skip
@@ -224,7 +197,7 @@ def _differences(found: Sequence[Tuned]) -> list[Block]:
     others = [one for one in found if one.method != LORA and one.test]
     if not others:
         return []
-    known = {one.method: difference(one.test, lora.test) for one in others}
+    known = {one.method: spreads.difference(one.test, lora.test) for one in others}
     ordered = sorted(known.items(), key=lambda item: -item[1].value)
     rows = tuple(
         (
@@ -254,14 +227,14 @@ def _differences(found: Sequence[Tuned]) -> list[Block]:
     return [table, Paragraph(_agreement(known))]
 
 
-def _agreement(known: dict[str, Difference]) -> str:
+def _agreement(known: dict[str, spreads.Difference]) -> str:
     """Describe how many differences are clear, and how many have the sign of the paper's."""
     below = [m for m, one in known.items() if one.beyond and one.value < 0]
     above = [m for m, one in known.items() if one.beyond and one.value > 0]
     single = [m for m, one in known.items() if not math.isfinite(one.error)]
     within = [m for m in known if m not in (*below, *above, *single)]
     text = (
-        f"More than {_BEYOND:g} standard errors below LoRA: {_listed(below)}; above LoRA: "
+        f"More than {spreads.BEYOND:g} standard errors below LoRA: {_listed(below)}; above LoRA: "
         f"{_listed(above)}; closer than that: {_listed(within)}"
     )
     text += f"; with too few seeds for an error: {_listed(single)}." if single else "."
@@ -279,7 +252,7 @@ def _listed(methods: Sequence[str]) -> str:
     return f"{len(methods)} ({', '.join(methods)})" if methods else "none"
 
 
-def _signs(theirs: Sequence[tuple[str, float]], known: dict[str, Difference]) -> str:
+def _signs(theirs: Sequence[tuple[str, float]], known: dict[str, spreads.Difference]) -> str:
     """Count the paper's differences that have the same sign as ours."""
     products = [d * known[method].value for method, d in theirs]
     same, other = (sum(p > 0 for p in products), sum(p < 0 for p in products))
@@ -295,7 +268,7 @@ def _rates(found: Sequence[Tuned]) -> Table:
         cells = []
         for rate in one.rates:
             scores = one.settings[rate].scores("validation") if rate in one.settings else []
-            cells.append(f"{member_names.number(rate)}: {settings.text(scores)}")
+            cells.append(f"{member_names.number(rate)}: {spreads.text(scores)}")
         cells += [formatting.NONE] * (most - len(cells))
         rows.append((one.method, *cells))
     heads = {3: ("lowest", "middle", "highest")}.get(most, tuple(map(str, range(1, most + 1))))

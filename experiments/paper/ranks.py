@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from experiments.paper import charts, published
+from experiments.paper import published
 from experiments.paper.matrices import label
 from experiments.paper.settings import Setting, matrices
+from experiments.shared import charts
 from lora_jax.report import formatting
 from lora_jax.report.document import Block, Figure, Panel, Table
 

@@ -14,9 +14,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.paper import costs, page_files, saved_sections
+from experiments.paper import costs, saved_sections
 from experiments.paper.experiments import Claim, Experiment
 from experiments.paper.settings import there
+from experiments.shared import page_files
 from lora_jax.errors import LoraError
 from lora_jax.report import render
 from lora_jax.report.document import Fact, Section

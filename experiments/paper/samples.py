@@ -5,9 +5,10 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from experiments.paper import charts, published, settings, sweeps
+from experiments.paper import published, settings, sweeps
 from experiments.paper.experiments import Task
 from experiments.paper.settings import Setting
+from experiments.shared import charts, spreads
 from lora_jax.report import formatting
 from lora_jax.report.document import Block, Figure, Panel, Section, Table
 from lora_jax.sweeps import member_names
@@ -61,7 +62,7 @@ def _results(found: Found) -> list[Block]:
             (
                 method,
                 ", ".join(rates),
-                *map(settings.text, scores),
+                *map(spreads.text, scores),
                 *(f"{paper[count]:.1f}" if count in paper else formatting.NONE for count in theirs),
             )
         )
@@ -94,7 +95,7 @@ def _panel(found: Found) -> Panel:
         for method, own in found.items()
     }
     said = "; ".join(
-        f"{method} {', '.join(f'{x:,}: {settings.mean(v):.1f}' for x, v in line.items())}"
+        f"{method} {', '.join(f'{x:,}: {spreads.mean(v):.1f}' for x, v in line.items())}"
         for method, line in lines.items()
     )
     return Panel(

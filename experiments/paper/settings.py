@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.report import formatting
+from experiments.shared.spreads import mean, spread, text
 from lora_jax.report.run_files import SavedRun, is_run, read
 from lora_jax.sweeps.comparison import flat
 
@@ -82,29 +81,6 @@ class Setting:
         summary = self.runs[0].summary
         assert summary is not None
         return int(summary["adapter_parameters"] + summary["trainable_parameters"])
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN of no values."""
-    return statistics.fmean(values) if values else math.nan
-
-
-def spread(values: Sequence[float]) -> float:
-    """Return the standard deviation of a sample; NaN for fewer than two values."""
-    return statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def text(values: Sequence[float], factor: float = 100.0, decimals: int = 1) -> str:
-    """Format mean and spread for a table, by default in per cent.
-
-    >>> text([0.75, 0.77]), text([0.75]), text([])
-    ('76.0 ± 1.4', '75.0', '-')
-    """
-    if not values:
-        return formatting.NONE
-    middle, apart = mean(values) * factor, spread(values) * factor
-    plus = f" ± {apart:.{decimals}f}" if math.isfinite(apart) else ""
-    return f"{middle:.{decimals}f}{plus}"
 
 
 def settings(runs: Sequence[SavedRun]) -> list[Setting]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.base import Array, Base, is_base
 from lora_jax.bases import nf4, scaled
-from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.errors import LoraError, near_paths, nearest
 from lora_jax.layout import Layout
 
 Tree = Any  # a pytree
@@ -197,8 +197,7 @@ def _of_patterns(patterns: str | Iterable[str], leaves: dict[str, Any]) -> dict[
         hits = paths.matching(pattern, leaves)
         if not hits:
             raise LoraError(
-                f"the pattern {pattern!r} matches no parameter; the nearest paths are:\n"
-                f"{listed(nearest(pattern, leaves))}"
+                f"the pattern {pattern!r} matches no parameter{near_paths(pattern, leaves)}"
             )
         for path in hits:
             shape = tuple(leaves[path].shape)

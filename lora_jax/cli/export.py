@@ -2,6 +2,7 @@
 
     lora-jax export runs/reviews --format hf --out merged       a model that transformers opens
     lora-jax export runs/reviews --format peft --out adapter    a PEFT adapter
+    lora-jax export runs/a runs/b --format peft --out adapters  several, and vLLM's command for all
 
     hf       the adapter merged into its base: config.json, safetensors, tokenizer
     peft     adapter_config.json and adapter_model.safetensors, for PEFT, vLLM, SGLang, ...
@@ -22,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import shlex
 import shutil
 from typing import Annotated, Any, Literal
 
@@ -35,7 +37,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint import fingerprint, save
 from lora_jax.errors import LoraError
-from lora_jax.exchange import hf_settings, peft, shards
+from lora_jax.exchange import consumers, hf_settings, model_card, peft, shards
 from lora_jax.exchange.gguf_base import GgufBase
 from lora_jax.exchange.merged_weights import MergedWeights
 from lora_jax.exchange.plain_run import PlainRun, plain_run
@@ -44,7 +46,7 @@ from lora_jax.models.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.served_adapters import BaseChoice, Served, open_run
-from lora_jax.system import table
+from lora_jax.system import table, whole_files
 from lora_jax.system.console import Bar, Console, command, say
 from lora_jax.system.whole_files import whole_folder, write_json, write_together
 
@@ -55,8 +57,9 @@ Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
 class ExportOptions(BaseChoice):
     """The options of the command line."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run directory of train.py, or a folder that lora_jax.save wrote."""
+    run: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """A run directory of train.py, or a folder that lora_jax.save wrote. peft takes several: each
+    gets a folder of its name in --out."""
     format: Format
     """The format to write: hf, peft, gguf, mlx or orbax."""
     out: str
@@ -69,7 +72,7 @@ class ExportOptions(BaseChoice):
     """peft: faithful writes it as PEFT does, portable so that vLLM, SGLang, llama.cpp, LoRAX and
     Ollama all read it in the same way."""
     head: bool = True
-    """peft: False leaves the head of a classifier out, and describes its encoder alone."""
+    """peft: write the head of a classifier, too; without it the files describe its encoder."""
     base_name: str | None = None
     """peft: the base model to name in the adapter's configuration. None: the run's own base."""
     as_lora: int | None = None
@@ -86,12 +89,15 @@ def export(options: ExportOptions, _: Console, console: Console) -> None:
         raise LoraError(f"--shard-gb must be above 0 and finite, got {options.shard_gb}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoraError(f"{out} is there and not an empty folder; choose another --out")
-    run = open_run(options.run, options.base, options.trust_base)
+    if len(options.run) != 1:
+        _several(options, out, console)
+        return
+    run = open_run(options.run[0], options.base, options.trust_base)
     say(console, f"{run.member.name}: {run.member.folder}\ntrained on {run.trained_on}")
     if options.as_lora is None:
         if options.share_rank:
             raise LoraError("--share-rank is for --as-lora RANK")
-        say(console, _WRITE[options.format](run, None, options, out, console))
+        say(console, _write(run, None, options, out, console))
         return
     if options.format == "hf":
         raise LoraError("--format hf writes merged weights, which have no rank: drop --as-lora")
@@ -100,12 +106,48 @@ def export(options: ExportOptions, _: Console, console: Console) -> None:
     rows = [(p, str(ranks.get(p, 0)), f"{cut.relative:.2%}") for p, cut in plain.errors.items()]
     say(console, "\n".join(table.aligned([("as plain LoRA", "rank", "error"), *rows])))
     say(console, f"error of the logits on random inputs: {plain.logits:.3%} of the run's change")
-    say(console, _WRITE[options.format](run, plain, options, out, console))
+    say(console, _write(run, plain, options, out, console))
     targets = {
         path: {"rank": ranks.get(path, 0), "error": float(x.error), "relative": float(x.relative)}
         for path, x in plain.errors.items()
     }
     write_json(out / "as_lora.json", {"targets": targets, "logits": plain.logits})
+
+
+def _several(options: ExportOptions, out: pathlib.Path, console: Console) -> None:
+    """Export several runs, each to a folder of its name, and print vLLM's command for all."""
+    names = [pathlib.Path(run).resolve().name for run in options.run]
+    if options.format != "peft" or not names or len(set(names)) < len(names):
+        raise LoraError(f"several runs need --format peft and different names; got {names}")
+    for run, name in zip(options.run, names, strict=True):
+        one = dataclasses.replace(options, run=(run,), out=str(out / name))
+        export(one, console, console)
+    settings = [peft.describe(out / name).settings for name in names]
+    if len({one["base_model_name_or_path"] for one in settings}) > 1:
+        say(console, "their bases differ: vLLM serves the adapters of one base at a time")
+        return
+    base, rank = settings[0]["base_model_name_or_path"], max(map(consumers.vllm_rank, settings))
+    modules = " ".join(shlex.quote(f"{name}={out / name}") for name in names)
+    say(
+        console,
+        f"vllm serve {shlex.quote(base)} --enable-lora --max-loras {len(names)} "
+        f"--max-lora-rank {rank} --lora-modules {modules}",
+    )
+
+
+def _write(
+    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
+) -> str:
+    """Write the folder in its format, with a README.md, and return the message."""
+    said = _WRITE[options.format](run, plain, options, out, console)
+    base = options.base_name or model_card.name_of(run)
+    layout = run.member.layout if plain is None else plain.adapter.layout
+    rank = consumers.vllm_rank({"r": max((t.rank for t in layout.targets), default=1)})
+    card = model_card.text(
+        run, options.format, str(out), base, rank, options.head or options.format != "peft"
+    )
+    whole_files.write(out / "README.md", card.encode())
+    return said
 
 
 def _hf(
@@ -147,12 +189,13 @@ def _peft(
         note = f"\nleft out: {run.head.pooling} pooling and the head of {outputs} outputs"
         kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
         adapter = adapter._replace(trainable=kept)
-    name = options.base_name or _name_of(run.reference)
+    name = options.base_name or model_card.name_of(run)
     about = {key: x for key, x in run.member.about.items() if key in _KEPT}
     how: dict[str, Any] = {"base": name, "task_type": task, "about": about}
     how["params"] = _base(run, adapter)
     saved = peft.save(out, names, adapter, profile=options.profile, **how)
-    return f"{saved}\nits base is {name!r} (--base-name says otherwise){note}"
+    other = "" if options.base_name else "; --base-name names another"
+    return f"{saved}\nthe base in adapter_config.json is {name!r}{other}{note}"
 
 
 def _gguf(
@@ -215,16 +258,6 @@ def _base(run: Served, adapter: Adapter) -> Any:
     config = run.config
     loaded = run.source.load(config)
     return loaded if run.head is None else {**shapes, run.root.strip("/"): loaded}
-
-
-def _name_of(reference: str) -> str:
-    """Return the base's name in PEFT and transformers.
-
-    >>> _name_of("hub:org/name@main"), _name_of("models/llama")
-    ('org/name', 'models/llama')
-    """
-    scheme, _, rest = reference.partition(":")
-    return rest.partition("@")[0] if scheme == "hub" else reference
 
 
 def _gguf_base(run: Served) -> GgufBase | pathlib.Path:

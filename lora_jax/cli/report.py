@@ -30,6 +30,7 @@ from lora_jax.errors import LoraError
 from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
 from lora_jax.serving.served_adapters import BaseChoice
+from lora_jax.sweeps import member_names
 from lora_jax.system.console import Console, command, say
 
 
@@ -62,15 +63,13 @@ def run(options: ReportOptions, console: Console, aside: Console) -> None:
             f"{given[0]} is an adapter's own folder: say where the report goes, --out DIR"
         )
     made = make(given, options)
-    made = glossary.with_glossary(made, options.docs)
+    run = given[0].expanduser()
+    out = run / "report" if options.out is None else pathlib.Path(options.out).expanduser()
+    made = glossary.with_glossary(made, options.docs, out)
     for note in notes(made):
         say(aside, f"note: {note.text}")
-    run = given[0].expanduser()
-    if options.out is None:  # the run may come from a stranger, and "report" in it be a link
-        page = render.write(made, run / "report", below=run)
-    else:
-        page = render.write(made, pathlib.Path(options.out).expanduser())
-    say(console, str(page))
+    # The run may come from a stranger, and "report" in it be a link.
+    say(console, str(render.write(made, out, below=run if options.out is None else None)))
 
 
 def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
@@ -82,8 +81,9 @@ def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
     runs = run_files.every(given)
     if len(given) == 1 and run_files.is_run(given[0].expanduser()):
         return single_run.report(runs[0], base)
-    title = ", ".join(path.expanduser().resolve().name for path in given)
-    return many_runs.report(title, runs, base)
+    ways = [path.expanduser().resolve().as_posix() for path in given]
+    title = ", ".join(member_names.shortest(way, ways, "/") for way in ways)
+    return many_runs.report(title, runs, base, "LoRA runs" if len(given) > 1 else "LoRA sweep")
 
 
 def notes(made: Report) -> list[Note]:

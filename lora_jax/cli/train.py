@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -24,6 +25,7 @@ from lora_jax.planner.options import PlanOptions
 from lora_jax.sweeps.config import GroupConfig, GroupOptions
 from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.system.console import read_options, refuse_empty
+from lora_jax.system.options_help import Option
 from lora_jax.training import processes
 from lora_jax.training.config import Config, ConfigError, check_lora_counts, check_start
 from lora_jax.training.config_file import blaming
@@ -52,17 +54,18 @@ def parse(
     reference = _reference(arguments, default)
     name, config = load(reference, root)
     members = config.members if isinstance(config, GroupConfig) else ()
-    asked = bool({"--help", "-h"} & set(arguments))
+    asked = bool({"--help", "-h", "--help-all"} & set(arguments))
     shown = members[:1] if asked else members
     fields = [
         ("config", Annotated[str, tyro.conf.arg(help=_HELP)], reference),
         _field("run", "", config),
-        _field("plan", "", PlanOptions()),
+        _field("plan", "", PlanOptions(), "Before a run: what it would need."),
         *(_field(f"member{i}", member.name, member.config) for i, member in enumerate(shown)),
     ]
-    about = f"{_about(reference, [member.name for member in members])} {_VARIABLES}"
+    about = f"{_about(reference, [member.name for member in members])}\n{_VARIABLES}"
     kind: Any = dataclasses.make_dataclass("CommandLine", fields)
-    given = read_options(kind, program, about, arguments)
+    brief = functools.partial(_brief, program, config, about.removesuffix(f"\n{_VARIABLES}"))
+    given = read_options(kind, program, about, arguments, brief=brief)
     run = given.run
     if members:
         changed = [
@@ -95,23 +98,85 @@ def _pairs(before: Runnable, after: Runnable) -> list[tuple[Config, Config]]:
     raise TypeError(f"{type(before)} and {type(after)}")
 
 
-def _field(name: str, prefix: str, value: Any) -> tuple[str, Any, Any]:
+def _field(name: str, prefix: str, value: Any, about: str = "") -> tuple[str, Any, Any]:
     """Return a field of the command line, whose own fields begin with `--<prefix>.`."""
     kind: Any = type(value)
     return (
         name,
-        Annotated[kind, tyro.conf.arg(name=prefix)],
+        Annotated[kind, tyro.conf.arg(name=prefix, help=about)],
         dataclasses.field(default=value),
     )
 
 
 def _about(reference: str, members: Sequence[str]) -> str:
     if not members:
-        return f"Train with {reference}. Every field of the config can be set here."
+        return f"Train with {reference}. Every field of it can be set here."
     return (
-        f"Train with {reference}: {', '.join(members)}, together. Every field of each can be set "
-        f"here; only the fields of {members[0]} are listed, and the others have the same."
+        f"Train with {reference}: {', '.join(members)}, together.\n"
+        f"Every field of each can be set; those of {members[0]} are listed."
     )
+
+
+# The short help: `--help-all` has all options, with their whole meaning.
+EXAMPLES = """
+--steps 50 --lora.rank 4 --run-dir runs/small
+--config configs/smollm2_definitions.py
+--data.source train=a.csv,validation=b.csv --data.label-field topic
+--plan --model llama3-8b"""
+MAIN = """
+Model:
+model.reference   folder, file.gguf, hub:org/name, pypi:name
+model.dtype   float32 or bfloat16
+model.quantize   nf4, int8, int4, fp8, or as it is stored
+Data:
+data.source   a name, data/{split}.jsonl or train=a.csv
+data.label-field   to classify: the field with the label
+data.prompt   to write: the text before, "{word}:"
+data.max-length   tokens of the longest example
+data.batch-size   rows of a batch
+Adapters:
+lora.rank   r of B A
+lora.alpha   the update is multiplied by alpha / rank
+lora.targets   patterns, "**/query/kernel", or all-linear
+lora.kind   lora, dora, vera, loha, lokr or bias
+Training:
+steps   optimizer steps
+optimizer.learning-rate   at its peak
+evaluate-every   an evaluation each, which picks the best
+from   the run or adapter to begin with
+run-dir   the same one goes on with its run
+Many runs:
+grid   the values to combine: lora.rank=1,2,4
+only   the members to train
+Devices:
+mesh.fsdp   devices that share one copy of the weights
+mesh.tensor   devices that share each product
+Before a run:
+dry-run   take one step, and leave no file
+plan   what it needs, also on other devices"""
+
+
+def _brief(program: str, run: Runnable, about: str, found: Sequence[Option], width: int) -> str:
+    """Return a help of one screen: examples, and the main options of each group."""
+    mine = next(kind for kind in type(run).__mro__ if kind.__module__.startswith("lora_jax."))
+    own = {f.name for f in dataclasses.fields(run)} - {f.name for f in dataclasses.fields(mine)}
+    known = {one.name.removeprefix("--"): one for one in found}
+    text = "".join(
+        f"\n{key}   {one.about.split('. ')[0]}"
+        for key, one in known.items()
+        if key.replace("-", "_") in own
+    )
+    lines = [about, *(f"  {program} {words}" for words in EXAMPLES.split("\n")[1:]), "", "Own:"]
+    for line in f"{text}{MAIN}".split("\n")[1:]:
+        name, _, said = line.partition("   ")
+        ends = [key for key in known if key == name or key.endswith(f".{name}")]
+        if ends:
+            key = min(ends, key=len)  # of the sweep, rather than of its members
+            value = known[key].value if key == name and len(known[key].value) < 10 else ""
+            lines.append(f"  {f'--{key} {value}':33} {said}"[:width])
+        elif not said:
+            lines[-1:] = [line] if lines[-1].endswith(":") else [lines[-1], line]
+    return "\n".join([*lines, "", f"{program} --help-all explains all {len(found)} options."])
 
 
 _VARIABLES = "`lora-jax --help` lists the environment variables that every command reads."

@@ -119,8 +119,8 @@ class DataConfig(ExamplesConfig):
     overlong: Literal["cut", "drop"] = "cut"
     """Language modelling: cut longer examples at their end, or leave them out."""
     pack: bool = True
-    """Language modelling: put as many examples into a row as fit. False: one example in a row, so
-    that batch_size counts examples."""
+    """Language modelling: put as many examples into a row as fit. Without it a row is one example,
+    so that batch_size counts examples."""
     buckets: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     """Classification: a batch is padded to the smallest of these lengths that has room for it, or
     to max_length. Each length in use is compiled once."""

@@ -31,11 +31,14 @@ def findings(consumer: str, settings: Mapping[str, Any], shapes: Shapes) -> tupl
 def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     """Return the notes on a saved adapter: what a server needs, and which tools refuse it."""
     shapes = {key: x.shape for key, x in tensors.items()}
-    found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {_vllm_rank(settings)}"]
+    found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {vllm_rank(settings)}"]
+    found = found if settings.get("peft_type", "LORA") == "LORA" else []
+    users: dict[str, list[str]] = {}
     for consumer in RULES:
-        wrong = [x for x in findings(consumer, settings, shapes) if not x.startswith("needs")]
-        found += [f"{consumer} {x}" for x in wrong]
-    return tuple(found)
+        for said in findings(consumer, settings, shapes):
+            if not said.startswith("needs"):
+                users.setdefault(said, []).append(consumer)
+    return (*found, *(f"{', '.join(names)}: {said}" for said, names in users.items()))
 
 
 class Consumer(NamedTuple):
@@ -51,7 +54,7 @@ def _vllm(settings: Mapping[str, Any], shapes: Shapes) -> Iterator[str]:
     if rank > VLLM_RANKS[-1]:
         yield f"refuses the rank {rank}: it has ranks up to {VLLM_RANKS[-1]}"
     elif rank > 16:
-        yield f"needs --max-lora-rank {_vllm_rank(settings)}: its default is 16"
+        yield f"needs --max-lora-rank {vllm_rank(settings)}: its default is 16"
     if settings.get("bias", "none") != "none":
         yield f"refuses bias={settings['bias']!r}"
     if settings.get("use_rslora") and any(".experts." in key for key in shapes):
@@ -107,6 +110,8 @@ RULES = {
 
 def _common(settings: Mapping[str, Any], shapes: Shapes, rslora: str | None) -> Iterator[str]:
     """Yield the findings about parts of an adapter that no consumer reads."""
+    if settings.get("peft_type", "LORA") != "LORA":
+        yield f"refuses peft_type={settings['peft_type']}"
     if settings.get("use_dora"):
         yield "refuses use_dora"
     if settings.get("modules_to_save") not in OFF:
@@ -128,6 +133,6 @@ def largest_rank(settings: Mapping[str, Any]) -> int:
     return max([settings.get("r") or 8, *(settings.get("rank_pattern") or {}).values()])
 
 
-def _vllm_rank(settings: Mapping[str, Any]) -> int:
+def vllm_rank(settings: Mapping[str, Any]) -> int:
     rank = largest_rank(settings)
     return next((r for r in VLLM_RANKS if r >= rank), rank)

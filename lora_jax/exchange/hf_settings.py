@@ -57,7 +57,6 @@ def writers(run: Served, dtype: np.dtype) -> dict[str, FileWriter]:
     if run.head is None and "generation_config.json" not in found:
         ids = {k: config[k] for k in _IDS if config.get(k) is not None}
         found["generation_config.json"] = _json({"_from_model_config": True, **ids})
-    found["README.md"] = functools.partial(pathlib.Path.write_text, data=_readme(run, dtype))
     return {**found, "config.json": _json(config)}
 
 
@@ -191,15 +190,6 @@ def _companions(run: Served) -> dict[str, FileWriter]:
 
 def _copy(path: pathlib.Path, to: pathlib.Path) -> None:
     to.write_bytes(regular_files.read(path, LoraError))
-
-
-def _readme(run: Served, dtype: np.dtype) -> str:
-    return (
-        f"# {run.member.name}\n\n{run.reference} with the LoRA adapter "
-        f"{run.member.name} merged into it by lora_jax.\n\n"
-        f"The adapter was trained on {run.trained_on}, and is merged into these. The sum was "
-        f"formed in float32 and rounded once, to {dtype}.\n"
-    )
 
 
 def _json(value: Mapping[str, Any]) -> FileWriter:

@@ -51,7 +51,7 @@ def into_adapter(
     targets, parameters = [], {}
     for target in layout.targets:
         if target.path in shifts:
-            arrays = _shift(target, shifts[target.path])
+            arrays = _shift(target, shifts[target.path], leaves[target.path])
         else:
             target, arrays = _filled(target, pieces[target.path], leaves[target.path])
         targets.append(target)
@@ -233,9 +233,14 @@ def _check_index(target: Target, piece: _Piece) -> None:
 
 
 def _shifts(modules: Modules, table: NameTable) -> dict[str, list[_Piece]]:
-    """Return the biases that are added to the biases of modules."""
+    """Return the updates that change the biases of modules."""
     found: dict[str, list[_Piece]] = {}
     for name, update in modules.updates.items():
+        if update.bias_gain is not None:
+            for path, entry, at, _ in table.find(f"{name}.bias"):
+                rows = rows_there(entry, len(update.bias_gain), name)
+                gained = ModuleUpdate(None, None, bias_gain=update.bias_gain[rows])
+                found.setdefault(path, []).append(_Piece(entry, at, gained, name))
         if update.bias is None or not np.any(update.bias):
             continue
         places = table.find(f"{name}.bias")
@@ -250,13 +255,17 @@ def _shifts(modules: Modules, table: NameTable) -> dict[str, list[_Piece]]:
     return found
 
 
-def _shift(target: Target, pieces: list[_Piece]) -> Shift:
+def _shift(target: Target, pieces: list[_Piece], w: Any) -> Shift:
     delta = np.zeros(target.shape, np.float32)
     flat = delta.reshape(*target.sizes(target.stack), -1)
     for piece in pieces:
         _check_index(target, piece)
-        value = piece.update.bias * np.float32(piece.update.scale)
-        rows = rows_of(target, piece.entry)
+        rows, update = rows_of(target, piece.entry), piece.update
+        if update.bias is None:
+            before = np.asarray(w, np.float32).reshape(flat.shape)[piece.at][rows]
+            value = (update.bias_gain - 1) * before
+        else:
+            value = update.bias * np.float32(update.scale)
         if len(value) != len(rows):
             raise LoraError(
                 f"{piece.module!r} has a bias of {len(value)} numbers, {target.path!r} {len(rows)}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.adapters import init
 from lora_jax.errors import LoraError
-from lora_jax.exchange.axes import input_order, layer_of, rows_of, rows_there
+from lora_jax.exchange.axes import input_order, layer_of, module_rows, rows_of, rows_there
 from lora_jax.exchange.module_update import KindArrays, ModuleUpdate
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule
@@ -60,6 +60,28 @@ def into_target(target: Target, placed: Placed, w: Any) -> tuple[Target, Any] | 
                 return None
             lines[:, rows] = x.T.reshape(len(lines), len(rows))
     return one, kind.fields(**jax.tree.map(jnp.asarray, arrays))
+
+
+def out_of_target(
+    target: Target, entry: HfModule, parameters: Any, index: tuple[int, ...]
+) -> KindArrays:
+    """Return the arrays of one module: a slice of the stack, and of a fused one its rows."""
+    kind, n = kind_of(target), len(target.stack)
+    rows = rows_of(target, entry)
+    rows = rows[np.argsort(module_rows(entry, len(rows)))]
+    arrays, outputs = {}, 0
+    for field, axes in kind.axes(target)._asdict().items():
+        x = np.asarray(getattr(parameters, field))[index]
+        side = {*axes[n:]} & {*target.outputs}, {*axes[n:]} & {*target.inputs}
+        middle = x.shape[len(side[1]) : x.ndim - len(side[0])]
+        x = x.reshape(*[target.fan_in] * bool(side[1]), *middle, *[target.fan_out] * bool(side[0]))
+        if side[1] and layer_of(target, entry) == "conv":
+            raise LoraError(
+                f"{target.path!r}: a convolution by the kind {target.kind!r} has no file"
+            )
+        outputs = len(rows) if side[0] else outputs
+        arrays[field] = (x[..., rows] if side[0] else x).T
+    return KindArrays(target.kind, target.rank, target.alpha, outputs, arrays)
 
 
 def as_plain(target: Target, entry: HfModule, own: KindArrays) -> ModuleUpdate:

@@ -41,6 +41,7 @@ class ModuleUpdate(NamedTuple):
     stored_in_out: whether the module stores its weight as [in, out], as GPT-2's do. It is known
       when an adapter is written.
     own: the arrays of another kind, with which `a` and `b` are None.
+    bias_gain: [out]; the module's own bias is multiplied by it. None: it stays as it is.
     """
 
     a: Any
@@ -52,6 +53,7 @@ class ModuleUpdate(NamedTuple):
     layer: str = "linear"
     stored_in_out: bool = False
     own: KindArrays | None = None
+    bias_gain: Any = None
 
     @property
     def rank(self) -> int:

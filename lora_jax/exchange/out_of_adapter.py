@@ -13,6 +13,7 @@ from lora_jax import paths
 from lora_jax.adapters import Adapter, as_factors, check
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
+from lora_jax.exchange import kind_arrays
 from lora_jax.exchange.axes import a_to_module, layer_of, module_rows, rows_of
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse, twin_of
 from lora_jax.exchange.names import NameTable, written
@@ -68,10 +69,18 @@ def out_of_adapter(
 def _add_updates(pieces: Pieces, target: Target, parameters: Any, table: NameTable) -> None:
     """Add the update of every slice of the stack, for every module of the parameter."""
     directed = isinstance(parameters, Directed)
-    if not directed and not target.parts:
+    rescales = kind_of(target).rescales
+    if not rescales and not target.parts:
         layout, adapters = as_factors(Layout((target,)), {target.path: parameters})
         (target,), parameters = layout.targets, adapters[target.path]
     kind = kind_of(target)
+    if kind.rescales and not directed:
+        stack = target.sizes(target.stack)
+        for entry in written(table.entries(target.path)):
+            for index, tensor in table.tensors(target.path, entry, stack):
+                own = kind_arrays.out_of_target(target, entry, parameters, index)
+                pieces.setdefault(tensor, []).append((entry, ModuleUpdate(None, None, own=own)))
+        return
     factors = kind.factors(target, parameters)
     assert factors is not None  # as_factors refuses kinds without factors
     arrays = jax.tree.map(np.asarray, Factors(*factors))
@@ -126,6 +135,13 @@ def _own_columns(target: Target, entry: HfModule, rank: int) -> np.ndarray:
 
 def _module(tensor: str, found: list[tuple[HfModule, ModuleUpdate]], table: NameTable) -> Any:
     """Return the update of one module, fused if several parameters are its rows."""
+    if any(update.own is not None for _, update in found):
+        if len(found) > 1 or found[0][0].rows is not None:
+            raise LoraError(
+                f"several parameters are rows of {tensor!r}, and only plain factors can be fused; "
+                "merge the adapter"
+            )
+        return found[0][1]
     places = [(module_rows(entry, len(update.b)), update) for entry, update in found]
     if len(found) == 1 and found[0][0].rows is None:
         return found[0][1].of_rows(np.argsort(places[0][0]))
@@ -150,7 +166,8 @@ def _tied(layout: Layout, table: NameTable) -> list[tuple[HfModule, str]]:
                 if kind_of(target).rescales:
                     raise LoraError(
                         f"{target.path!r} is the embedding and the output head in one, adapted by "
-                        "DoRA: the two have lengths along different axes, which no file can say"
+                        f"the kind {target.kind!r}: the two are rescaled along different axes, "
+                        "which no file can say"
                     )
                 found.append((entry, entry.tensor(target.path).removesuffix(".weight")))
     return found

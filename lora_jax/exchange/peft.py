@@ -147,8 +147,8 @@ def save(
       folder: the folder for adapter_config.json and adapter_model.safetensors, which are all that
         is written.
       names: as for `load`.
-      adapter: an `Adapter`, or a tuple of its first fields. Kinds that PEFT does not have (LoHa,
-        LoKr, VeRA, parts) are written as the LoRA that they are equal to.
+      adapter: an `Adapter`, or a tuple of its first fields. LoHa, LoKr, VeRA, MiSS and parts are
+        written as the LoRA that they are equal to, (IA)3 and OFT as PEFT's folders of these.
       base: the base's name on the hub, or its folder. Tools that load the adapter load this base.
       profile: "faithful" writes ranks and scales as they are, as PEFT does. "portable" writes what
         vLLM, SGLang, llama.cpp, LoRAX and Ollama all read in the same way: one rank, scales folded

@@ -20,6 +20,8 @@ HISTORY = {
 REFUSED = {
     "alora_invocation_tokens": "an adapter that is switched on by tokens; train it without",
     "arrow_config": "several adapters routed by Arrow; load each of them by itself",
+    "block_share": "blocks that share one rotation; merge it in PEFT, and load the model",
+    "coft": "COFT, which projects its rotations when it runs; merge it in PEFT",
     "kasa_config": "KaSA, which cuts the base's weights; merge it in PEFT, and load the model",
     "layer_replication": "layers that are repeated; build the base with the repeated layers, and "
     "take the key out of adapter_config.json",
@@ -32,6 +34,9 @@ METHODS: dict[str, set[str]] = {
     "LORA": set(),
     "LOHA": _LYCORIS,
     "LOKR": _LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
+    "IA3": {"feedforward_modules", "init_ia3_weights"},
+    "MISS": {"mini_r", "miss_dropout"},
+    "OFT": {"eps", "init_weights", "module_dropout", "oft_block_size", "r"},
     "VERA": {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
 }
 """PEFT's methods that are read, each with settings of its own that the tensors repeat."""
@@ -72,6 +77,9 @@ class PeftConfig:
     trainable_token_indices: Any = None
     ensure_weight_tying: bool = False
     init_lora_weights: Any = True
+    init_weights: Any = True
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
     peft_version: str | None = None
     task_type: str | None = None
 
@@ -138,6 +146,12 @@ def parse(json: Mapping[str, Any]) -> PeftConfig:
             f"peft_type is {shown(method)}; of PEFT's methods {', '.join(METHODS)} are read"
         )
     json = {k: v for k, v in json.items() if k not in METHODS[method]}
+    variant = json.get("init_weights")
+    if method == "MISS" and isinstance(variant, str):
+        raise LoraError(
+            f"init_weights is {shown(variant)!r}: this variant of MiSS is not read; merge it in "
+            "PEFT, and load the model"
+        )
     if method != "LORA" and "alpha" in json:
         json["lora_alpha"] = json.pop("alpha")
     for key, value in json.items():
@@ -195,6 +209,8 @@ _RULES = dict.fromkeys(("peft_type", "peft_version", "task_type"), _IS["text"]) 
     "alpha_pattern": _IS["numbers"], "bias": lambda x: x in ("none", "all", "lora_only"),
     "target_modules": _IS["texts"], "exclude_modules": _IS["texts"], "layers_pattern": _IS["texts"],
     "target_parameters": _IS["texts"], "modules_to_save": _IS["texts"],
-    "layers_to_transform": _IS["layers"], "init_lora_weights": lambda x: isinstance(x, bool | str),
+    "layers_to_transform": _IS["layers"], "num_cayley_neumann_terms": _IS["rank"],
+    "init_weights": lambda x: isinstance(x, bool),
+    "init_lora_weights": lambda x: isinstance(x, bool | str),
     "trainable_token_indices": lambda x: isinstance(x, dict | list),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.errors import LoraError
-from lora_jax.exchange import experts, peft_keys
+from lora_jax.exchange import experts, peft_keys, peft_methods
 from lora_jax.exchange.axes import tensors_of
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, check_plain
 from lora_jax.exchange.names import NameTable
@@ -24,6 +24,7 @@ from lora_jax.layout import Layout
 DECISIVE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
     "bias", "target_modules", "target_parameters", "modules_to_save", "peft_version",
+    "feedforward_modules", "oft_block_size", "use_cayley_neumann",
 )  # fmt: skip
 """The settings that decide the function of the adapter. `peft.load` detects a changed one."""
 EXPERTS_VERSION = "0.19.1"  # the first PEFT that reads experts in the form we write
@@ -40,6 +41,8 @@ def spelled(
             "the adapter has no factors, and PEFT opens no folder without any; write the merged "
             "model (lora-jax export --format hf)"
         )
+    if profile == "faithful" and any(u.own for u in modules.updates.values()):
+        return _spelled_by_method(modules, table, layout, params)
     updates = _with_biases(modules.updates)
     sizes = _known_modules(table, layout, params)
     if profile == "portable":
@@ -64,6 +67,37 @@ def spelled(
     settings["ensure_weight_tying"] = modules.ties
     tensors |= _whole_tensors(values, single, settings)
     return settings, {k: np.ascontiguousarray(x) for k, x in tensors.items()}
+
+
+def _spelled_by_method(
+    modules: Modules, table: NameTable, layout: Layout, params: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    settings, own = peft_methods.spell(modules.updates)
+    leaves = {} if params is None else paths.flatten(params)
+    values = dict(modules.values)
+    for module, update in modules.updates.items():
+        assert update.own is not None  # or `spell` has raised
+        name, gain = f"{module}.bias", update.own.arrays.get("gain")
+        if gain is None or not update.own.outputs or not table.speaks_of(name):
+            continue
+        if params is None:
+            raise LoraError(f"{name!r} is multiplied by PEFT's (IA)3 too: pass params=, the base")
+        if places := table.find(name):
+            base = tensor_of(name, {p.path: leaves[p.path] for p in places}, {}, table, layout)
+            if not np.allclose(values.pop(name, base), base * gain, rtol=1e-5, atol=1e-6):
+                raise LoraError(
+                    f"PEFT's (IA)3 multiplies {name!r} by the gains as well, and the adapter does "
+                    "not: no PEFT folder can say it. Merge the adapter and ship the model"
+                )
+    tensors = {f"{peft_keys.PREFIX}{key}": x for key, x in own.items()}
+    values = _with_siblings(values, table, layout, params)
+    tensors |= _whole_tensors(values, modules.updates, settings)
+    if settings.get("bias", "none") != "none":
+        raise LoraError(
+            f"biases were trained, and a folder of PEFT's {settings['peft_type']} has none; merge "
+            "the adapter and ship the model"
+        )
+    return settings, {k: np.ascontiguousarray(x, np.float32) for k, x in tensors.items()}
 
 
 def digest(settings: Mapping[str, Any]) -> str:

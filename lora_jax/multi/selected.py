@@ -117,7 +117,9 @@ class Mixed:
 
         def rescaling(parameters: Any, gain: Any) -> Gains:
             found = gains_of(target, parameters, w, gain * scale)
-            return jax.tree.map(lambda x: jnp.where(gain == 0, jnp.ones_like(x), x), found)
+            ones = lambda x: None if x is None else jnp.where(gain == 0, jnp.ones_like(x), x)  # noqa: E731
+            # Arrays of zeros stand for no adapter, and their rotation is none.
+            return found._replace(outputs=ones(found.outputs), inputs=ones(found.inputs))
 
         if kind.rescales:
             update = gained(update, target, each(rescaling)(parameters, gain), names, several)

@@ -114,6 +114,11 @@ def union(layouts: Iterable[Layout]) -> Layout:
                     f"and by {known.kind!r} in one before it; a path of a stack is of one kind "
                     "(LoHa, LoKr, VeRA and parts become plain factors, and count as 'lora')"
                 )
+            if known.rank != target.rank and not kind_of(target).pads:
+                raise LoraError(
+                    f"{target.path!r} has rank {target.rank} in adapter {index}, and {known.rank} "
+                    f"in one before it; in a stack, the kind {target.kind!r} has one rank"
+                )
             rank, fold = max(known.rank, target.rank), known.fold or target.fold
             found[target.path] = dataclasses.replace(known, rank=rank, fold=fold)
     return Layout(tuple(dataclasses.replace(t.plain(t.rank), kind=t.kind) for t in found.values()))

@@ -261,10 +261,7 @@ class Evaluator:
                 "that, or leave it out of the targets"
             )
         if not value.fold:
-            raise LoraError(
-                f"{path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has no "
-                "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
-                f"formed there: LoraSpec(..., fold=({path!r},))"
-            )
+            where, kind = jaxprs.operand_name(eqn), eqn.primitive.name if eqn else ""
+            raise LoraError(f"{path!r}: {where} takes this weight and {jaxprs.cures(path, kind)}")
         self.paths_read.add(value.path)
         return value.merged()

@@ -330,3 +330,13 @@ def _line(info: Any) -> str | None:
 def operand_name(eqn: Eqn | None) -> str:
     """Return a name for messages: `dot_general at model.py:12 (f)`."""
     return where(eqn) if eqn is None else f"`{eqn.primitive.name}` at {where(eqn)}"
+
+
+def cures(path: str, kind: str) -> str:
+    """Return what to do about an operation that takes an adapted weight and has no rule."""
+    what = "function='ITS NAME'" if kind == "custom_vjp_call" else f"primitive={kind!r}"
+    return (
+        "has no low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
+        f"formed there: LoraSpec(..., fold=({path!r},)), or write a rule (docs/extending.md): "
+        f"lora_jax.primitives.table.register(rule, {what})"
+    )

@@ -150,6 +150,8 @@ class Report:
       facts: the main numbers.
       sections: all the rest.
       notes: what the reader must know before the rest.
+      verdict: the result in a sentence or two, above the lead.
+      command: what the verdict says to do next.
     """
 
     kind: str
@@ -158,6 +160,8 @@ class Report:
     facts: tuple[Fact, ...]
     sections: tuple[Section, ...]
     notes: tuple[Note, ...] = ()
+    verdict: str = ""
+    command: str = ""
 
     def __post_init__(self) -> None:
         names = [panel.name for panel in self.panels]

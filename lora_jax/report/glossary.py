@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
+import urllib.parse
 from collections.abc import Iterator
 
 from lora_jax.errors import LoraError
@@ -96,13 +98,13 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def with_glossary(report: Report, docs: str | None) -> Report:
+def with_glossary(report: Report, docs: str | None, out: pathlib.Path) -> Report:
     """Add a section that explains the words of a report, and to which they link.
 
-    `docs` is the documentation site, a folder or a URL, to whose glossary the explanations link.
-    None: without these links, because a dead link is worse.
+    `docs` is the documentation site, a folder or a URL, to whose glossary the explanations link
+    from the folder `out`. None: without these links, because a dead link is worse.
     """
-    address = None if docs is None else _address(docs)
+    address = None if docs is None else _address(docs, out)
     texts = list(_texts(report))
     found: list[str] = []
     for _ in range(2):  # an explanation has words in it as well
@@ -134,7 +136,7 @@ def anchor(name: str) -> str:
     return f"term-{'-'.join(re.findall('[a-z0-9]+', latin))}"
 
 
-def _address(docs: str) -> str:
+def _address(docs: str, out: pathlib.Path) -> str:
     folder = pathlib.Path(docs).expanduser()
     if folder.is_dir():
         if not (folder / PAGE).is_file():
@@ -142,7 +144,8 @@ def _address(docs: str) -> str:
                 f"--docs {docs}: the folder has no {PAGE}; give the folder that "
                 "`python -m sphinx -b html docs FOLDER` has written"
             )
-        return folder.resolve().as_uri()
+        way = os.path.relpath(folder.resolve(), out.resolve())  # works where both are moved
+        return urllib.parse.quote(pathlib.Path(way).as_posix())
     if not re.match(r"https?://[^/\s]+", docs):
         raise LoraError(
             f"--docs {docs}: expected the address of the documentation, https://..., or a folder "
@@ -153,7 +156,7 @@ def _address(docs: str) -> str:
 
 def _texts(report: Report) -> Iterator[str]:
     """Return every text that may contain a link."""
-    yield report.lead
+    yield f"{report.verdict}\n{report.lead}"
     yield from (note.text for note in report.notes)
     yield from (f"{fact.label}\n{fact.note}" for fact in report.facts)
     for section in report.sections:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.report import (
+    charts,
     formatting,
     settings,
     single_run,
@@ -30,14 +31,20 @@ from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.sweeps import member_names, plots, results
 from lora_jax.sweeps.comparison import ComparedRun, Results, flat, gather
 from lora_jax.training.sizes import in_units
+from lora_jax.training.summary import commands
 
 _TASKS = 8  # at most this many tasks get a number of their own at the top
 _VALUES = 8  # at most this many values of a field are listed
 _NOTES = 4  # at most this many unfinished runs get a note; the table has them all
 
 
-def report(title: str, runs: Sequence[SavedRun], base: BaseChoice) -> Report:
-    """Compare runs: their scores, the directions that they share, and the best run's update."""
+def report(
+    title: str, runs: Sequence[SavedRun], base: BaseChoice, kind: str = "LoRA sweep"
+) -> Report:
+    """Compare runs: their scores, the directions that they share, and the best run's update.
+
+    `kind` is what the runs are called unless they are tasks, or none has finished.
+    """
     finished = [run for run in runs if run.summary is not None]
     if not finished:
         return Report(
@@ -55,19 +62,39 @@ def report(title: str, runs: Sequence[SavedRun], base: BaseChoice) -> Report:
     saved = [there[row.summary["run"]] for row in ordered]
     waiting = [run for run in runs if run.summary is None]
     return Report(
-        kind="LoRA tasks" if found.tasks else "LoRA sweep",
+        kind="LoRA tasks" if found.tasks else kind,
         title=title,
         lead=_lead(runs),
         facts=_of_tasks(found) if best is None else _of_best(found, best),
         sections=(
             Section("Results", _results(found)),
+            *([] if best is None else _curves(runs, best.select)),
             *([_progress(runs)] if waiting else []),
             subspace_similarity.section([*saved, *waiting]),
             *_best(best, base),
             _settings(runs),
         ),
         notes=_unfinished(runs),
+        verdict="" if best is None else f"{best.name} is best. {single_run.verdict(best.summary)}",
+        command="" if best is None else commands(best.summary)[0],
     )
+
+
+def _curves(runs: Sequence[SavedRun], select: str) -> list[Section]:
+    """Return the loss and the score of each run at its evaluations, if they are not many."""
+    ways = [run.path.as_posix() for run in runs]
+    names = (member_names.shortest(way, ways, "/") for way in ways)
+    lines = {
+        name: [line for line in run.lines if line.get("split") == "validation"]
+        for name, run in zip(names, runs, strict=True)
+    }
+    if not 1 < len(lines) <= plots.LINES or not all(lines.values()):
+        return []
+    panels = list[Panel]()
+    for name in dict.fromkeys(["loss", select]):
+        text = f"Validation {name} of {len(lines)} runs over the steps"
+        panels.append(Panel(f"each-{len(panels)}", text, charts.compared(lines, name)))
+    return [Section("Curves", (Figure("Validation scores of each run.", tuple(panels)),))]
 
 
 def _lead(runs: Sequence[SavedRun]) -> str:

@@ -52,7 +52,7 @@ def html(report: Report, inline: dict[str, str]) -> str:
     environment = _environment(autoescape=True)
     environment.filters["linked"] = lambda text, but=None: linked(text, report.terms, but)
     template = environment.get_template("report.html.j2")
-    return template.render(report=report, drawings=inline)
+    return template.render(report=report, drawings=inline, lines=svg.LINES)
 
 
 def linked(text: str, terms: Sequence[Term], but: Term | None = None) -> str:

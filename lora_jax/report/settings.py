@@ -36,10 +36,11 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     )
     shared = " that all runs share" if len(configs) > 1 else ""
     return Table(
-        f"Settings{shared}: the main ones, and all others that differ from their defaults.",
-        ("field", "value", "default"),
+        f"Settings{shared}: the main ones, and all others that differ from what lora_jax "
+        "takes if neither a config file nor the command line sets them.",
+        ("field", "value", "lora_jax's own"),
         rows,
-        ("field", "value", "default"),
+        ("field", "value", "lora_jax's own"),
     )
 
 

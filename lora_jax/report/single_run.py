@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_jax.report import charts, formatting, settings, update_analysis
-from lora_jax.report.document import Block, Fact, Figure, Note, Panel, Report, Section, Table
+from lora_jax.report import charts, classes, formatting, settings, update_analysis
+from lora_jax.report.document import (
+    Block,
+    Fact,
+    Figure,
+    Note,
+    Panel,
+    Paragraph,
+    Report,
+    Section,
+    Table,
+)
 from lora_jax.report.run_files import SavedRun
 from lora_jax.serving.served_adapters import BaseChoice
 from lora_jax.training import curves
 from lora_jax.training.directory import Summary
 from lora_jax.training.sizes import in_units
-from lora_jax.training.summary import costs
+from lora_jax.training.summary import commands, costs
+
+_BOTH_FALL = (
+    "logps/chosen and logps/rejected, the log-probabilities of the answers, may both fall while "
+    "rewards/margins rises: the loss asks for a larger distance between them and for nothing else. "
+    "This is known of DPO (arXiv 2402.13228, 2410.08847), and no fault of the run. A larger beta "
+    "keeps the model nearer to its reference."
+)
 
 
 def report(run: SavedRun, base: BaseChoice) -> Report:
@@ -24,13 +41,34 @@ def report(run: SavedRun, base: BaseChoice) -> Report:
         sections=(
             Section("Scores", (_scores(run),)),
             Section("Curves", _curves(run)),
+            *classes.sections(run),
             *_samples(run),
             *update_analysis.sections(run.path, base),
             Section("Settings", (settings.table([run.config]),)),
             Section("Time and memory", _costs(run)),
         ),
         notes=unfinished(run),
+        verdict="" if run.summary is None else verdict(run.summary),
+        command="" if run.summary is None else commands(run.summary)[0],
     )
+
+
+def verdict(summary: Summary) -> str:
+    """Say whether the adapter is better than the base, what it costs, and what to do next."""
+    name, before, after = str(summary["select"]), summary["before"], summary["after"]
+    split = "test" if "test" in after else "validation"
+    old, new = (scores.get(split, {}).get(name) for scores in (before, after))
+    found = f"The {split} {name} of the base is not known."
+    if old is not None and new is not None:
+        gain = (new - old) * (1 if summary["better"] == "higher" else -1)
+        what = "better than" if gain > 0 else "no better than"
+        found = f"This adapter is {what} the base by {abs(new - old):.4f}: {split} {name} "
+        found += f"{formatting.change(old, new)}."
+    trained = summary["adapter_parameters"] + summary["trainable_parameters"]
+    cost = f"{in_units(summary['adapter_file_bytes'])} on disk, "
+    cost += f"{trained / summary['base_parameters']:.2%} of the base's parameters and "
+    cost += f"{summary['total_seconds']:,.0f} s of training"
+    return f"{found} It costs {cost}. Next:"
 
 
 def unfinished(run: SavedRun) -> tuple[Note, ...]:
@@ -120,11 +158,14 @@ def _samples(run: SavedRun) -> list[Section]:
 def _curves(run: SavedRun) -> tuple[Block, ...]:
     if not run.lines:
         return (Note("metrics.jsonl is missing or empty, so there are no curves."),)
-    panels = []
-    for number, name in enumerate(curves.names(run.lines)):
-        text = f"{name} over {run.step:,} steps: {_ends(run, name)}"
-        panels.append(Panel(f"curve-{number + 1}", text, charts.curve(run.lines, name)))
-    return (Figure("Metrics over the training steps.", tuple(panels)),)
+    panels, more = [], ("gradient_norm", "learning_rate")
+    recorded = {name for line in run.lines for name in line}
+    for number, name in enumerate([*curves.names(run.lines), *more]):
+        if name in recorded:
+            text = f"{name} over {run.step:,} steps: {_ends(run, name)}"
+            panels.append(Panel(f"curve-{number + 1}", text, charts.curve(run.lines, name)))
+    figure = Figure("Metrics over the training steps.", tuple(panels))
+    return (figure, Paragraph(_BOTH_FALL)) if "logps/chosen" in recorded else (figure,)
 
 
 def _ends(run: SavedRun, name: str) -> str:
@@ -147,17 +188,9 @@ def _costs(run: SavedRun) -> tuple[Block, ...]:
     if summary is None:
         return (Note("Time and memory are known when the run has finished."),)
     more: dict[str, Any] = {
-        "training": _seconds(summary, "train_seconds"),
-        "evaluating": _seconds(summary, "evaluate_seconds"),
         "devices": f"{summary.get('devices', '-')} x {summary.get('device', '-')}",
         "processes": str(summary.get("processes", formatting.NONE)),
         "JAX, Python": f"{summary.get('jax', '-')}, {summary.get('python', '-')}",
     }
     rows = [*costs(summary), *more.items()]
     return (Table("Figures from summary.json.", ("", "value"), tuple(rows), ("", "value")),)
-
-
-def _seconds(summary: Summary, name: str) -> str:
-    return (
-        f"{summary[name]:,.0f} s" if isinstance(summary.get(name), int | float) else formatting.NONE
-    )

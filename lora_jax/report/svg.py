@@ -2,7 +2,8 @@
 
 On a page, text and axes take the colour of the text around them, so that one drawing serves light
 and dark pages: they are drawn in a colour that nothing else has, and `inline` replaces it with
-`currentColor`. Letters are drawn as outlines, so that a page does not depend on installed fonts.
+`currentColor`. Lines take the colours of the page's theme. Letters are drawn as outlines, so that a
+page does not depend on installed fonts.
 """
 
 from __future__ import annotations
@@ -17,10 +18,21 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 _LARGER = 1.2  # a page may enlarge a drawing by at most this factor
 INK = "#010203"  # the placeholder for the colour of the text
+# The colour of a line on a white page -> on a dark one; a page has them as `--line-0`, ...
+LINES = {
+    "#1c5fa8": "#7ab8ff",
+    "#a84a00": "#ffae5c",
+    "#1a7040": "#6fd69a",
+    "#7a3fb0": "#cfa8ff",
+    "#b3224d": "#ff9ab3",
+    "#0b6d73": "#66d4da",
+}
 _STYLE: Any = {
+    "axes.prop_cycle": cycler(color=list(LINES)),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
@@ -89,6 +101,8 @@ def inline(element: str, name: str, alternative: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', element)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
+    for number, color in enumerate(LINES):
+        text = text.replace(color, f"var(--line-{number})")
     points = float(text.split(' width="')[1].split("pt")[0])
     widest = f"max-width: {points * _LARGER:.0f}pt"
     label = html.escape(alternative)

@@ -65,7 +65,7 @@ def _spectra(
     columns = [
         [label(place.layer) for place in modules.places],
         [place.matrix for place in modules.places],
-        [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in modules.places],
+        [f"{layout[p.path].fan_in}x{layout[p.path].fan_out}" for p in modules.places],
         [str(layout[place.path].rank) for place in modules.places],
         formatting.column(one.effective_rank for one in measured),
         formatting.column(one.values[0] for one in measured),
@@ -104,7 +104,7 @@ def _pictures(modules: ModuleIndex, measured: Sequence[Any], energy: float) -> l
         text = f"Singular values of the update of {name}: the largest of a layer is {largest}"
         drawn = charts.values(found, modules.labels, name)
         panels.append(Panel(f"values-{number + 1}", text, drawn))
-    caption = f"Singular values of the update, from dark (the largest) to light.{modules.cut}"
+    caption = f"Singular values of the update, from strong (the largest) to faint.{modules.cut}"
     figures = [Figure(caption, tuple(panels))]
     if len(modules.places) > 1:
         shares = modules.grid(one.energy / (energy or 1) for one in measured)
@@ -200,8 +200,9 @@ def table7(found: AmplifiedUpdate) -> Table:
     ]
     names = ("layer", "matrix", "r", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "random", "factor")
     return Table(
-        "‖UᵀWV‖, where U and V hold the top r singular directions of ΔW, of W itself, or random "
-        "ones. The factor is ‖ΔW‖ divided by the first of the three (the paper's Table 7).",
+        "How much of W lies in r directions: in the main ones of ΔW, in the main ones of W itself, "
+        "and in random ones (‖UᵀWV‖). The factor is ‖ΔW‖ divided by the first of these three (the "
+        "paper's Table 7).",
         names,
         tuple(zip(*columns, strict=True)),
         ("matrix",),

@@ -169,6 +169,8 @@ class Served:
         """A description of the weights on which the adapter was trained."""
         if self.recipe is None:
             found = f"{jnp.dtype(self.config.param_dtype)} weights"
+            if self.source.path.suffix == ".gguf":  # whose own types are others
+                found += f", expanded from {self.source.path.name}"
         else:
             scheme = self.recipe["scheme"]
             found = f"weights that were quantised ({scheme}), as the floats that they stand for"

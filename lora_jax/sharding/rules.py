@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import paths
 from lora_jax.bases.placement import names_of
-from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.errors import LoraError, listed, near_paths, nearest
 
 # A pattern in the language of `lora_jax.paths`, and the placement of the parameters it matches.
 ShardingRule = tuple[str, PartitionSpec]
@@ -63,8 +63,8 @@ def covering(
         covered = paths.matching(pattern, leaves)
         if not covered:
             raise LoraError(
-                f"the placement rule {_shown((pattern, spec))} covers no parameter; the nearest "
-                f"paths are:\n{listed(nearest(pattern, leaves))}\n"
+                f"the placement rule {_shown((pattern, spec))} covers no parameter"
+                f"{near_paths(pattern, leaves)}\n"
                 "A pattern must match the whole path: '*' stays inside one segment, '**' spans "
                 "several ('**/query/kernel')."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +15,13 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from lora_jax.sweeps import member_names
 from lora_jax.sweeps.comparison import ComparedRun, Results
+from lora_jax.training import curves
 
 DrawPanel = Callable[[Any], None]  # a function that draws into a set of axes
 
 _FIRST = "optimizer.learning_rate"  # the field along the axis, if it was varied
-_LINES = 17  # including the best run; with more lines a legend cannot be read
+LINES = 17  # including the best run; with more lines a legend cannot be read
+_WIDE = 52  # characters of a legend
 _DASHES = ("-", "--", ":", "-.")
 _COLUMNS = 4
 _BEST = {"marker": "*", "markersize": 18, "color": "gold", "markeredgecolor": "black", "zorder": 5}
@@ -60,10 +63,18 @@ def _figure(results: Results, panels: Sequence[DrawPanel]) -> Figure:
         draw(axis)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    if axes[0].get_legend() is None and 1 < len(labels) <= _LINES:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    if axes[0].get_legend() is None:
+        legend(figure, axes[0])
     return figure
+
+
+def legend(figure: Figure, axis: Any) -> None:
+    """Put a legend of the lines of `axis` below it, as wide as its figure, if they are not many."""
+    handles, labels = axis.get_legend_handles_labels()
+    if 1 < len(labels) <= LINES:
+        labels = [textwrap.fill(label, _WIDE) for label in labels]
+        columns = max(min(3, _WIDE // (max(map(len, labels)) + 6)), 1)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _along(results: Results) -> str | None:
@@ -93,16 +104,20 @@ def _split(panel: Any, results: Results, along: str, split: str) -> None:
     panel.set(xlabel=short[along].replace("_", " "), ylabel=results.rows[0].select, title=split)
     panel.label_outer()
     panel.grid(alpha=0.3)
+    curves.bound(panel)
 
 
 def _styles(groups: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """Return a colour for each value of the first field, and a dash for each of the others."""
     first = list(dict.fromkeys(values[:1] for values in groups))
     rest = list(dict.fromkeys(values[1:] for values in groups))
-    shades = mpl.colormaps["viridis"]
+    shades = [line["color"] for line in mpl.rcParams["axes.prop_cycle"]]
+    if len(first) > len(shades):
+        ways = (0.3 + 0.55 * i / (len(first) - 1) for i in range(len(first)))
+        shades = [mpl.colormaps["viridis"](way) for way in ways]
     return [
         {
-            "color": shades(0.3 + 0.55 * first.index(values[:1]) / max(len(first) - 1, 1)),
+            "color": shades[first.index(values[:1])],
             "linestyle": _DASHES[rest.index(values[1:]) % len(_DASHES)],
         }
         for values in groups
@@ -151,7 +166,6 @@ def _dots(panel: Any, results: Results) -> None:
     panel.set_yticks(range(len(rows)), [row.name for row in rows])
     panel.set(xlabel=rows[0].select)
     panel.grid(alpha=0.3)
-    panel.legend()
 
 
 def _task(panel: Any, row: ComparedRun) -> None:
@@ -168,4 +182,5 @@ def _task(panel: Any, row: ComparedRun) -> None:
     panel.set(title=f"{row.name}{tested}", xlabel="step", ylabel=row.select)
     panel.grid(alpha=0.3)
     panel.margins(y=0.12)
+    curves.bound(panel)
     panel.legend()

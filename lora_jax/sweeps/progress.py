@@ -31,6 +31,7 @@ class GroupDisplay(CurveBar):
             "loss": f"{mean:.4f}" if losses else "-",
             "speed": f"{speed:,.1f} steps/s" if speed else "-",
             "live": f"{len(live)} of {len(steps)} members",
+            "left": self.left(taken, total),
         }
         self.bar.update(self.task, **numbers)
         if not self.console.is_terminal and (tick % self.every == 0 or taken == total):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import io
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from lora_jax.errors import LoraError, ModelError, told
-from lora_jax.system import host_memory, program_cache, table
+from lora_jax.system import host_memory, options_help, program_cache, table
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ T = TypeVar("T")
 USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
 _STATUS = """Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read,
 130 stopped by Ctrl-C."""
+_HELP = ("-h", "--help", "--help-all")
 _LESS = "Lower --batch-size, if the command has it, or use a machine with more memory."
 
 
@@ -140,8 +142,12 @@ def read_options(
     arguments: Sequence[str] | None,
     *,
     adding: bool = False,
+    brief: Callable[[Sequence[options_help.Option], int], str] | None = None,
 ) -> T:
     """Return the options of a command as the dataclass `kind`, whose docstrings are its `--help`.
+
+    `brief` makes a shorter help of the options and the width of the screen; `--help-all` is then
+    the whole one.
 
     An option that is given more than once is noted on stderr, because only the last one counts. It
     is not an error, because scripts append options to a command to change it. With `adding`, the
@@ -149,13 +155,30 @@ def read_options(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     refuse_empty(given)
-    found = tyro.cli(
-        kind,
-        prog=program,
-        description=description,
-        args=given,
-        config=(tyro.conf.FlagCreatePairsOff, *([tyro.conf.UseAppendAction] if adding else [])),
-    )
+    asked = {*_HELP} & {*given}
+    own = (tyro.conf.FlagCreatePairsOff, *([tyro.conf.UseAppendAction] if adding else []))
+
+    def read(words: list[str]) -> T:
+        return tyro.cli(kind, prog=program, args=words, config=own)
+
+    if asked:
+        with contextlib.redirect_stdout(io.StringIO()):  # checks the other options, no more
+            try:
+                read([*(word for word in given if word not in _HELP), "--help"])
+            except SystemExit as end:
+                if end.code:
+                    raise
+        known, width = list(options_help.options(kind)), min(Console().width, 100)
+        if brief is not None and "--help-all" not in asked:
+            text = brief(known, width)
+        else:
+            about = options_help.described(description or "", width)
+            positional = "".join(f" {x.name}" for x in known if x.name[0] != "-")
+            text = f"usage: {program}{positional} [OPTIONS]\n\n{about}\n\n"
+            text += options_help.full(known, width)
+        sys.stdout.write(f"{text}\n")
+        raise SystemExit(0)
+    found = read(given)
     several = {f"--{f.name}" for f in dataclasses.fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
     names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
     for name in dict.fromkeys(names):

@@ -133,13 +133,12 @@ def class_loss(logits: jax.Array, batch: Any) -> Loss:
     If the batch has "classes", [] int32, the logits after that many belong to other members of the
     group: they do not count and get no gradient.
     """
-    weight, joined = batch["weight"], "classes" in batch
-    if joined:
+    weight = batch["weight"]
+    if "classes" in batch:
         own = jnp.arange(logits.shape[-1]) < batch["classes"]
         logits = jnp.where(own, logits, -jnp.inf)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    two = joined or logits.shape[-1] == 2
-    sums = scores.class_sums(logits, batch["label"], weight, two)
+    sums = scores.class_sums(logits, batch["label"], weight)
     return Loss(jnp.sum(each * weight), jnp.sum(weight), sums)
 
 

@@ -6,11 +6,14 @@ import io
 import pathlib
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from lora_jax.training import metrics
 
 FILE = "curves.png"
+_STEEP = 2.5
 
 
 def draw(run: pathlib.Path) -> bytes:
@@ -38,16 +41,37 @@ def names(lines: list[metrics.Line]) -> list[str]:
 
 
 def plot(axis: Any, lines: list[metrics.Line], name: str) -> None:
-    """Plot one metric: at every validation and, if it is the loss, at every training step."""
-    if name == "loss":
-        steps = [line for line in lines if "split" not in line]
-        _plot(axis, steps, name, "training", linewidth=0.8)
+    """Plot one metric, at every training step and every validation that has it."""
+    steps = [line for line in lines if "split" not in line]
+    _plot(axis, steps, name, "training", linewidth=0.8)
     evaluations = [line for line in lines if line.get("split") == "validation"]
     _plot(axis, evaluations, name, "validation", marker="o")
     axis.set(xlabel="step", title=name)
     axis.legend()
+    bound(axis)
 
 
 def _plot(axis: Any, lines: list[metrics.Line], name: str, label: str, **style: Any) -> None:
     found = [line for line in lines if line.get(name) is not None]
-    axis.plot([x["step"] for x in found], [x[name] for x in found], label=label, **style)
+    if found:
+        axis.plot([x["step"] for x in found], [x[name] for x in found], label=label, **style)
+
+
+def bound(axis: Any) -> None:
+    """End the axis of shares, such as an accuracy, at 1; and show the tail of a steep fall.
+
+    A curve whose first tenth is far above its last half has a logarithmic axis.
+    """
+    lines = [np.asarray(line.get_ydata(), float) for line in axis.lines]
+    lines = [line[np.isfinite(line)] for line in lines if len(line) > 1]
+    if not (lines := [line for line in lines if len(line)]):
+        return
+    if max(line.max() for line in lines) <= 1 < axis.get_ylim()[1]:
+        axis.set_ylim(top=1)
+    starts = max(line[: len(line) // 10 + 1].mean() for line in lines)
+    ends = min(np.median(line[len(line) // 2 :]) for line in lines)
+    falls = axis.get_title() != "learning_rate" and starts > _STEEP * ends
+    if falls and min(line.min() for line in lines) > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))

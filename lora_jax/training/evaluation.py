@@ -29,17 +29,17 @@ def evaluate(
     workload: Workload,
     place: Placement,
     batches: Iterable[Batch],
-) -> dict[str, float]:
-    """Evaluate all batches. The sums are taken in float64 on the host."""
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the scores of all batches, and their sums, taken in float64 on the host."""
     losses, under_way = list[Loss](), deque[Loss]()
     for batch in batches:
         under_way.append(batch_loss(place.batch(batch)))
         if len(under_way) > AHEAD:
             losses.append(jax.device_get(under_way.popleft()))
     losses += jax.device_get(list(under_way))
-    add = lambda *xs: float(np.sum(xs, dtype=np.float64))  # noqa: E731
+    add = lambda *xs: np.sum(xs, axis=0, dtype=np.float64).tolist()  # noqa: E731
     total, weight, sums = jax.tree.map(add, *losses) if losses else (0.0, 0.0, {})
-    return {"loss": total / max(weight, 1e-9), **workload.scores(sums, weight)}
+    return {"loss": total / max(weight, 1e-9), **workload.scores(sums, weight)}, dict(sums)
 
 
 def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch:

@@ -12,6 +12,7 @@ import optax
 from lora_jax.sharding import gathered
 from lora_jax.system.console import Console
 from lora_jax.training import metrics, reference_cache
+from lora_jax.training.evaluation import merged_difference
 from lora_jax.training.open_run import BatchLoss, Run
 from lora_jax.training.profiler import Profiler
 from lora_jax.training.progress import Display
@@ -113,6 +114,14 @@ class Loop:
     def batch_loss(self, trained: Trained) -> BatchLoss:
         """Return the loss function of the run with these trained parameters."""
         return lambda batch: self._batch_loss(trained, self._frozen, self._referred(batch))
+
+    def merged_difference(self, trained: Trained, batch: Any) -> float:
+        """Return the largest |merged - unmerged| output on a placed batch."""
+        setup = self.run.setup
+        compare = merged_difference(setup.workload, setup.layout)
+        with self._display.compiling("the comparison with merged weights"):
+            found = jax.jit(compare, out_shardings=setup.place.whole)(trained, setup.frozen, batch)
+            return float(found)
 
     def _referred(self, batch: Any) -> Any:
         """Return a batch with what the reference says of it, if the loss has a reference."""

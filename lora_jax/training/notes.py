@@ -22,6 +22,7 @@ class Notes:
     flops: of the products of the steps so far; 0 if the peak of the devices is not known.
     history: the settings that were changed on the way, each time with the step before them.
     samples: texts "before" and "after" (by the best adapter), with what is asked and expected.
+    confusion: split -> examples by class and guess of the best adapter, of a classifier.
     shift: batches of the data before the first of this batch size, minus the steps before it.
     """
 
@@ -34,6 +35,7 @@ class Notes:
     flops: float = 0.0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    confusion: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
     shift: int = 0
 
     @contextlib.contextmanager

@@ -26,7 +26,6 @@ from lora_jax.training import (
 )
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
-from lora_jax.training.evaluation import merged_difference
 from lora_jax.training.loop import Loop
 from lora_jax.training.open_run import Evaluated, Run, Setup
 from lora_jax.training.state import State
@@ -102,6 +101,7 @@ def train(
         Checkpoints(path / "checkpoints", report=lambda text: say(console, text)) as checkpoints,
         Loop(Run(setup, data, checkpoints, evaluated), state, tx, console) as loop,
     ):
+        loop.run.notes.add("open", time.monotonic() - setup.began)
         say(console, summary.opening(loop.run, loop.state))
         if earlier:
             say(console, earlier)
@@ -121,7 +121,6 @@ def train(
 
         # ---- the results
         loop.settle()
-        whole = setup.place.whole
-        compare = jax.jit(merged_difference(setup.workload, setup.layout), out_shardings=whole)
-        difference = lambda best, batch: float(compare(best, setup.frozen, batch))  # noqa: E731
-        return summary.conclude(loop.run, loop.state, loop.batch_loss, difference, example)
+        return summary.conclude(
+            loop.run, loop.state, loop.batch_loss, loop.merged_difference, example
+        )

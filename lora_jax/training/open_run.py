@@ -86,6 +86,7 @@ class Run:
         self._screen: Screen | None = None
         self._speed = Throughput()
         self._written: list[dict[str, str]] = []  # the newest samples
+        self._confusion: list[list[float]] | None = None  # of the newest evaluation
 
     def resume(self, state: State) -> State:
         """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
@@ -148,7 +149,8 @@ class Run:
         with self.notes.clock("evaluate"):
             workload, place = self.setup.workload, self.setup.place
             batches = workload.evaluation[split](place.shard)
-            numbers = evaluate(batch_loss, workload, place, batches)
+            numbers, sums = evaluate(batch_loss, workload, place, batches)
+            self._confusion = sums.get("confusion")
             if workload.samples is not None and trained is not None:
                 own = trained()
                 params = join(own["base"], self.setup.frozen)
@@ -203,6 +205,7 @@ class Run:
             self.notes.best = {"step": step, **numbers}
             for sample, new in zip(self.notes.samples, self._written, strict=True):
                 sample["after"] = new["text"]
+            self._keep_confusion("validation")
             self.export("best", trained())
 
     @property
@@ -213,10 +216,16 @@ class Run:
 
     def evaluate_best(self, step: int, batch_loss: BatchLoss) -> dict[str, dict[str, float]]:
         """Evaluate the exported best adapter on the splits that did not pick it."""
-        splits = [name for name in self.setup.workload.evaluation if name != "validation"]
-        return {
-            split: self.evaluate(step, split, batch_loss, "  (best adapter)") for split in splits
-        }
+        found = {}
+        for split in self.setup.workload.evaluation:
+            if split != "validation":
+                found[split] = self.evaluate(step, split, batch_loss, "  (best adapter)")
+                self._keep_confusion(split)
+        return found
+
+    def _keep_confusion(self, split: str) -> None:
+        if self._confusion is not None:
+            self.notes.confusion[split] = self._confusion
 
     def checkpoint(self, step: int, state: State) -> None:
         """Write a checkpoint in the background. Every step up to this one is known good."""
@@ -236,7 +245,8 @@ class Run:
         """Export the adapter as `name`."""
         setup = self.setup
         about = setup.workload.about
-        export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
+        with self.notes.clock("checkpoint"):
+            export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
 
     def finish(self, summary: directory.Summary) -> None:
         """Write the summary, which marks the run as finished: it is never opened again.

@@ -55,7 +55,7 @@ class PreferenceConfig(TextConfig):
     """The weight of bad answers in kto."""
     cached_reference: bool = incidental(True)
     """Keep the log-probabilities by the reference on disk, in the user's cache, where other epochs,
-    evaluations and runs find them. False: compute them for each batch."""
+    evaluations and runs find them. Otherwise they are computed for each batch."""
 
     @property
     def group_key(self) -> tuple[Any, ...]:

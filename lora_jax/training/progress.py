@@ -8,9 +8,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
-from rich.progress import MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Task, TextColumn
 from rich.text import Text
 
 from lora_jax.system.console import Bar, Console
@@ -37,9 +38,22 @@ class CurveBar(Bar):
     def __init__(self, console: Console, every: int, shown: str, **task: Any) -> None:
         """Show a curve; without a terminal, print a line every `every` steps."""
         self.curve, self.every, self.activity = LossCurve(), every, Activity(shown)
-        columns = (self.curve, MofNCompleteColumn(), self.activity, TimeRemainingColumn())
-        super().__init__(console, *columns)
-        self.task = self.bar.add_task("train", **{"loss": "-", "speed": "-", **task})
+        left = TextColumn("{task.fields[left]}")
+        super().__init__(console, self.curve, MofNCompleteColumn(), self.activity, left)
+        self.task = self.bar.add_task("train", **{"loss": "-", "speed": "-", "left": "-", **task})
+        self._compiling, self._first = 0.0, (0.0, -1)  # seconds; the time and number of a step
+
+    def clock(self) -> float:
+        """Return a time in seconds that stands still while a program is compiled."""
+        return time.monotonic() - self._compiling
+
+    def left(self, step: int, steps: int) -> str:
+        """Return the time that the remaining steps take at the pace since the first one."""
+        if self._first[1] < 0:
+            self._first = (self.clock(), step)
+        since, first = self._first
+        pace = (self.clock() - since) / max(step - first, 1)
+        return str(timedelta(seconds=round((steps - step) * pace))) if step > first else "-"
 
     @contextlib.contextmanager
     def compiling(self, program: str, shape: str = "") -> Iterator[None]:
@@ -59,7 +73,8 @@ class CurveBar(Bar):
         finally:
             later.cancel()
             self.activity.compiled = ""
-        taken = time.monotonic() - self.activity.since
+            taken = time.monotonic() - self.activity.since
+            self._compiling += taken
         if taken > _LONG and not self.console.is_terminal:
             self.say(f"compiled {name} in {taken:.0f} s")
 
@@ -76,18 +91,19 @@ class Display(CurveBar):
         shown = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"
         super().__init__(console, every, shown, total=steps, completed=start, rate="-")
         self._steps, self._unit = steps, unit
-        self._recent = deque([(time.monotonic(), start, 0)], maxlen=50)  # (time, step, units)
+        self._recent = deque[tuple[float, int]](maxlen=50)  # (time, units so far)
 
     def step(self, line: dict[str, Any]) -> None:
         """Show a training line of metrics.jsonl."""
-        now, step = time.monotonic(), line["step"]
-        since, from_step, from_units = self._recent[0]
-        units, elapsed = self._recent[-1][2] + line["units"], max(now - since, 1e-9)
-        self._recent.append((now, step, units))
+        step, units = line["step"], line["units"]
+        self._recent.append((self.clock(), units + (self._recent[-1][1] if self._recent else 0)))
+        (since, before), (now, units) = self._recent[0], self._recent[-1]
+        pace = f"{(units - before) / (now - since):,.0f}" if now > since else "-"
         numbers: dict[str, Any] = {
             "loss": f"{line['loss']:.4f}",
             "rate": f"{line['learning_rate']:.2e}",
-            "speed": f"{(units - from_units) / elapsed:,.0f} {self._unit}/s",
+            "speed": f"{pace} {self._unit}/s",
+            "left": self.left(step, self._steps),
         }
         if line.get("mfu", math.nan) >= 0:
             numbers["speed"] += f"  MFU {line['mfu']:.1%}"
@@ -95,8 +111,7 @@ class Display(CurveBar):
         self.bar.update(self.task, completed=step, **numbers)
         due = step % self.every == 0 or step == self._steps
         if due and not self.console.is_terminal:
-            left = (self._steps - step) * elapsed / (step - from_step)
             self.say(
                 f"step {step}/{self._steps}  loss {numbers['loss']}  "
-                f"lr {numbers['rate']}  {numbers['speed']}  {left:.0f} s left"
+                f"lr {numbers['rate']}  {numbers['speed']}  {numbers['left']} left"
             )

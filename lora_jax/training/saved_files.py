@@ -57,6 +57,9 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     whole = isinstance(samples, list) and all(isinstance(sample, dict) for sample in samples)
     if not whole or not all(isinstance(x, str) for s in samples for x in s.values()):
         raise LoraError(f"{file}: 'samples' holds values other than texts; {_SUMMARY_CURE}")
+    confusion = found.get("confusion", {})
+    if not isinstance(confusion, dict) or not all(map(_is_confusion, confusion.values())):
+        raise LoraError(f"{file}: 'confusion' is no square of counts; {_SUMMARY_CURE}")
     speeds = (n for n in found if n.endswith("_per_second") and not n.startswith("steps_"))
     if not any(isinstance(found[name], _NUMBER) for name in speeds):
         raise LoraError(f"{file} has no speed except steps_per_second; {_SUMMARY_CURE}")
@@ -68,6 +71,13 @@ def _fits(value: Any, kind: Any) -> bool:
     if not isinstance(value, kind) or _too_large(value):
         return False
     return kind is not _NUMBER or math.isfinite(value)
+
+
+def _is_confusion(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == len(rows) and all(_fits(x, _NUMBER) for x in row)
+        for row in rows
+    )
 
 
 def _too_large(value: Any) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Sums = Mapping[str, float]
+Sums = Mapping[str, Any]  # name -> a number, or a matrix of numbers
 
 
 def names(scores: Callable[[Sums, float], dict[str, float]]) -> list[str]:
@@ -26,16 +28,12 @@ def names(scores: Callable[[Sums, float], dict[str, float]]) -> list[str]:
     return ["loss", *scores(defaultdict(float), 0.0)]
 
 
-def class_sums(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, two: bool
-) -> dict[str, jax.Array]:
-    """Count the correct guesses; with `two` classes also the four cells of the confusion matrix."""
-    guess = jnp.argmax(logits, axis=-1)
-    sums = {"correct": jnp.sum(weights * (guess == labels))}
-    if two:
-        for name, g, y in (("tp", 1, 1), ("fp", 1, 0), ("fn", 0, 1), ("tn", 0, 0)):
-            sums[name] = jnp.sum(weights * (guess == g) * (labels == y))
-    return sums
+def class_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    """Count the examples of each class by what was guessed, [class, guess], and correct guesses."""
+    guess, count = jnp.argmax(logits, axis=-1), logits.shape[-1]
+    own = jax.nn.one_hot(labels, count) * weights[:, None]
+    confusion = own.T @ jax.nn.one_hot(guess, count)
+    return {"correct": jnp.trace(confusion), "confusion": confusion}
 
 
 def accuracy(sums: Sums, weight: float) -> dict[str, float]:
@@ -45,7 +43,8 @@ def accuracy(sums: Sums, weight: float) -> dict[str, float]:
 
 def class_scores(sums: Sums, weight: float) -> dict[str, float]:
     """Return the scores for two classes: accuracy, F1 of class 1, and Matthews' correlation."""
-    tp, fp, fn, tn = (sums[name] for name in ("tp", "fp", "fn", "tn"))
+    cells = np.atleast_2d(sums["confusion"])[:2, :2]  # a group's head may be wider
+    (tn, fp), (fn, tp) = np.broadcast_to(cells, (2, 2)).tolist()
     spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return {
         **accuracy(sums, weight),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 
 from lora_jax.adapters import count
 from lora_jax.bases.quantise import bytes_of
+from lora_jax.errors import listed
 from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
@@ -20,6 +22,16 @@ from lora_jax.training.open_run import BatchLoss, Run, Setup
 from lora_jax.training.sizes import in_units, is_quantised, on_each_device, parameters
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch
+
+# The activities whose seconds a summary has -> their names for readers.
+ACTIVITIES = {
+    "open": "opening the model and the data",
+    "compile": "compiling",
+    "train": "training",
+    "evaluate": "evaluating",
+    "checkpoint": "saving",
+    "compare": "comparing with merged weights",
+}
 
 
 def conclude(
@@ -41,7 +53,8 @@ def conclude(
     found = None
     if not is_quantised(setup.frozen):  # merged weights are floats, which may not fit
         batch = setup.place.batch(first_batch(setup.workload, setup.place, example))
-        found = difference(best, batch)
+        with run.notes.clock("compare"):
+            found = difference(best, batch)
     finished = summarise(run, state, tested, found)
     run.finish(finished)
     return finished
@@ -73,10 +86,9 @@ def summarise(
         "stopped_early": run.is_over,
         "history": notes.history,
         "samples": notes.samples,
+        "confusion": notes.confusion,
         "merged_difference": difference,
-        "compile_seconds": spent.get("compile", 0.0),
-        "train_seconds": spent.get("train", 0.0),
-        "evaluate_seconds": spent.get("evaluate", 0.0),
+        **{f"{name}_seconds": spent.get(name, 0.0) for name in ACTIVITIES},
         "total_seconds": round(run.seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "device_peak_bytes": device_peak(),
@@ -133,9 +145,25 @@ def device_peak() -> int | None:
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Print the summary as a table."""
+    """Print the summary as a table, and the commands that go on with the run."""
     say(console, summary["run"])
     say_table(console, rows(summary), (0, 1))
+    say(console, f"next:\n{listed(commands(summary))}")
+
+
+def commands(summary: Summary) -> list[str]:
+    """Return the commands that use the adapter of a finished run."""
+    run = shlex.quote(summary["run"])
+    scores = summary["before"].values()
+    export = f"lora-jax export {run} --format peft --out adapter"
+    found = [f"lora-jax report {run}"]
+    if any({"perplexity", "rewards/accuracies", "kl"} & {*one} for one in scores):
+        return [f"lora-jax generate --adapter {run} --prompt TEXT", export, *found]
+    if "tokens_per_second" in summary:
+        return [f"lora-jax predict --adapter {run} --text TEXT", export, *found]
+    if "images_per_second" in summary:
+        return [f"lora-jax predict --adapter {run} --image FILE", export, *found]
+    return found
 
 
 def rows(summary: Summary) -> list[tuple[str, str]]:
@@ -172,7 +200,15 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
         ("peak memory", in_units(summary["peak_memory_bytes"])),
         ("speed", f"{summary['steps_per_second']:.2f} steps/s, {summary[speed]:,.0f} {unit}/s"),
         *([] if mfu is None else [("model FLOPs utilisation", f"{mfu:.1%}")]),
-        ("merged - unmerged", "-" if difference is None else f"{difference:.1e}"),
-        ("seconds", f"{summary['total_seconds']:.0f}, of them compiling "
-                    f"{summary['compile_seconds']:.0f}"),
+        ("merged - unmerged", "-" if difference is None else
+                              f"{difference:.1e}, the largest difference of outputs: rounding"),
+        ("seconds", seconds(summary)),
     ]  # fmt: skip
+
+
+def seconds(summary: Summary) -> str:
+    """Return the seconds of a run, and what they were spent on."""
+    spent = {what: summary.get(f"{name}_seconds", 0.0) for name, what in ACTIVITIES.items()}
+    spent["other"] = summary["total_seconds"] - sum(spent.values())
+    parts = [f"{what} {value:,.0f}" for what, value in spent.items() if round(value) > 0]
+    return ": ".join(filter(None, (f"{summary['total_seconds']:,.0f}", ", ".join(parts))))

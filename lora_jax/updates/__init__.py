@@ -6,6 +6,9 @@
     vera   W + A diag(lambda_d) B diag(lambda_b)             2310.11454    r + out
     loha   W + scale * (a1 @ b1) * (a2 @ b2)                 2108.06098    2 r (in + out)
     lokr   W + scale * kron(left, a @ b)                     2212.10650    m l + r (in/m + out/l)
+    ia3    W diag(gain); "ia3_inputs" diag(gain) W           2205.05638    out; in
+    oft    R W, R in blocks [r, r]                           2306.07280    in (r - 1) / 2
+    miss   W + block[i % r] for each input i                 2409.15371    r out
     bias   W + delta                                         2106.10199    all of it
 
 `Rule(pattern, kind=...)` and `LoraSpec(kind=...)` choose one by its name. To add one of your own,
@@ -22,6 +25,9 @@ from lora_jax.updates.dora import Directed as Directed
 from lora_jax.updates.dora import Dora as Dora
 from lora_jax.updates.factors import Factors as Factors
 from lora_jax.updates.factors import Gains as Gains
+from lora_jax.updates.ia3 import Gain as Gain
+from lora_jax.updates.ia3 import Ia3 as Ia3
+from lora_jax.updates.ia3 import Ia3Inputs as Ia3Inputs
 from lora_jax.updates.kind import Kind as Kind
 from lora_jax.updates.kind import kind_of as kind_of
 from lora_jax.updates.kind import register as register
@@ -30,8 +36,16 @@ from lora_jax.updates.loha import Loha as Loha
 from lora_jax.updates.lokr import KroneckerFactors as KroneckerFactors
 from lora_jax.updates.lokr import Lokr as Lokr
 from lora_jax.updates.lora import Lora as Lora
+from lora_jax.updates.miss import Miss as Miss
+from lora_jax.updates.miss import Shared as Shared
+from lora_jax.updates.oft import Oft as Oft
+from lora_jax.updates.oft import OftCayley as OftCayley
+from lora_jax.updates.oft import Rotation as Rotation
 from lora_jax.updates.vera import Vectors as Vectors
 from lora_jax.updates.vera import Vera as Vera
 
-for _kind in (Lora(), Dora(), Vera(), Loha(), Lokr(), Bias()):
+for _kind in (
+    *(Lora(), Dora(), Vera(), Loha(), Lokr(), Bias()),
+    *(Ia3(), Ia3Inputs(), Oft(), OftCayley(), Miss()),
+):
     register(_kind)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.base import Array
-from lora_jax.updates.lowrank import Gained
 from lora_jax.updates.named import EXTRA, Named, Names
 from lora_jax.updates.update import Operation, Update, Wrapper, Zero
 
@@ -43,8 +42,8 @@ class Dropped(Wrapper):
         return Dropped(Zero(), keys, rate, jax.random.key_impl(key)).around(inner)
 
     def around(self, inner: Update) -> Update:
-        """Return the inner update with dropout; a gain of the whole sum stays outermost."""
-        if isinstance(inner, Gained):
+        """Return the inner update with dropout; what multiplies the whole sum stays outermost."""
+        if isinstance(inner, Wrapper) and not inner.additive:
             return inner.around(self.around(inner.inner))
         return dataclasses.replace(self, inner=inner)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Leaf
 from lora_jax.spec import Target
@@ -24,24 +25,34 @@ class Factors(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """The numbers that multiply each output and each input of `W + scale * a @ b`; None is 1.
+    """The matrices that multiply `W + scale * a @ b` from either side; None is 1.
+
+    A rotation comes first.
 
     Attributes:
-      outputs: [*stack, *outputs].
-      inputs: [*stack, *inputs].
+      outputs: [*stack, *outputs], a number for each output.
+      inputs: [*stack, *inputs], a number for each input.
+      rotation: [*stack, blocks, size, size], a block-diagonal matrix along the inputs, flattened.
     """
 
     outputs: Leaf = None
     inputs: Leaf = None
+    rotation: Leaf = None
 
     def sides(self, target: Target) -> list[tuple[Any, tuple[int, ...]]]:
-        """Return the gains that are not 1, each with its axes of W without the stack.
+        """Return the numbers that are not 1, each with its axes of W without the stack.
 
         Args:
           target: from the layout.
         """
-        both = zip(self, (target.outputs, target.inputs), strict=True)
+        both = ((self.outputs, target.outputs), (self.inputs, target.inputs))
         return [(gain, side) for gain, side in both if gain is not None]
+
+
+def no_factors(target: Target, dtype: DTypeLike) -> Factors:
+    """Return factors of rank 0, for an update that only multiplies W."""
+    a, b = (*target.a_shape[:-1], 0), (*target.sizes(target.stack), 0)
+    return Factors(jnp.zeros(a, dtype), jnp.zeros((*b, *target.sizes(target.outputs)), dtype))
 
 
 def named(
@@ -53,6 +64,15 @@ def named(
     )
     a = Named(factors.a, (*several, *stack, *inputs, RANK))
     return a, Named(factors.b, (*several, *stack, RANK, *outputs))
+
+
+def rotated(target: Target, w: Array, blocks: Array) -> Array:
+    """Return `R W`: W with its inputs multiplied by the blocks [*stack, blocks, size, size]."""
+    order = (*target.stack, *target.inputs, *target.outputs)
+    whole = jnp.transpose(w, order)
+    rows = whole.reshape(*blocks.shape[:-1], target.fan_out)
+    turned = jnp.matmul(blocks, rows, precision="highest").reshape(whole.shape)
+    return jnp.transpose(turned, [order.index(i) for i in range(len(order))])
 
 
 def in_w_order(target: Target, values: Array, side: tuple[int, ...]) -> Array:

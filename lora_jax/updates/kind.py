@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 from lora_jax.base import Array, Parameters, W, dense, wide_dtype
 from lora_jax.errors import LoraError, listed
 from lora_jax.spec import Target
-from lora_jax.updates.factors import Factors, Gains, in_w_order, named
+from lora_jax.updates.factors import Factors, Gains, in_w_order, named, rotated
 from lora_jax.updates.lowrank import Gained, LowRank
-from lora_jax.updates.named import Named, Names
+from lora_jax.updates.named import BLOCK, COLUMN, ROW, Named, Names
+from lora_jax.updates.rotated import Rotated
 from lora_jax.updates.update import Update
 
 Initializer = Callable[[jax.Array, Target, Any], jax.Array]
@@ -34,13 +35,16 @@ class Kind(abc.ABC):
       name: the name that `Target.kind` and `Rule.kind` give.
       fields: the NamedTuple type for the arrays of one target.
       has_parts: whether it adapts slices of an output axis (`Target.parts`).
-      zero_at_first: the array that is zero at the start, so that the update is.
+      zero_at_first: the array that is zero at the start, so that the update is; "" if none is.
+      pads: whether padding with zeros along the rank keeps the update. If not, adapters of one
+        stack have one rank.
     """
 
     name: ClassVar[str]
     fields: ClassVar[Any]
     has_parts: ClassVar[bool] = False
     zero_at_first: ClassVar[str] = "b"
+    pads: ClassVar[bool] = True
 
     def roles(
         self, shape: tuple[int, ...], stack: tuple[int, ...]
@@ -167,7 +171,7 @@ class Kind(abc.ABC):
         w: W,
         scale: Array | float | None = None,
     ) -> Gains:
-        """Return the factors of the outputs and of the inputs of `W + scale * a @ b`; None is 1.
+        """Return what multiplies `W + scale * a @ b`, on the side of the outputs or the inputs.
 
         Args:
           target: from the layout.
@@ -176,8 +180,8 @@ class Kind(abc.ABC):
           scale: the scale to use, which may be traced; None for the target's own.
 
         Returns:
-          `Gains(outputs [*stack, *outputs], inputs [*stack, *inputs])` in float32 (float64 if W
-          is).
+          `Gains(outputs [*stack, *outputs], inputs [*stack, *inputs], rotation [*stack, blocks,
+          size, size])` in float32 (float64 if W is). None is 1.
         """
         return Gains()
 
@@ -211,7 +215,10 @@ class Kind(abc.ABC):
         w = jnp.asarray(dense(w))
         wide = wide_dtype(w.dtype)
         whole = w.astype(wide) + self.delta(target, parameters, wide)
-        for gain, side in self.gains(target, parameters, w).sides(target):
+        gains = self.gains(target, parameters, w)
+        if gains.rotation is not None:
+            whole = rotated(target, whole, gains.rotation)
+        for gain, side in gains.sides(target):
             whole = whole * in_w_order(target, gain, side)
         return whole.astype(w.dtype)
 
@@ -348,9 +355,16 @@ def gained(
     update: Update, target: Target, gains: Gains, names: Names, several: Names = ()
 ) -> Update:
     """Return the update with gains, whose leading axes are `several`."""
+
+    def own(side: tuple[int, ...]) -> Names:
+        return (*several, *(names[i] for i in (*target.stack, *side)))
+
+    if gains.rotation is not None:
+        inputs = tuple(names[i] for i in target.inputs)
+        blocks = Named(gains.rotation, (*own(()), BLOCK, ROW, COLUMN))
+        update = Rotated(update, blocks, inputs, target.sizes(target.inputs))
     for gain, side in gains.sides(target):
-        own = (*several, *(names[i] for i in (*target.stack, *side)))
-        update = Gained(update, Named(gain, own))
+        update = Gained(update, Named(gain, own(side)))
     return update
 
 

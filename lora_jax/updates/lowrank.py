@@ -60,7 +60,8 @@ class LowRank(Update):
         return Named(array, h.names)
 
     def product(self, p: Operation) -> Array:
-        return p.low_rank(p.base(None if p.x is None else p.x.array), p.dropped, self)
+        y = p.base(None if p.x is None else p.x.array)
+        return p.low_rank(y, p.dropped, self) if self.a.size(RANK) else y
 
     def merged(self, w: Named) -> Array:
         wide = wide_dtype(w.array.dtype)
@@ -218,12 +219,13 @@ class Gained(Wrapper):
         and multiplying a bfloat16 number by it would round back to the same number.
         """
         x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
-        if x is not None and any(n not in p.out for n in gain.names):
-            if any(n not in x.names for n in gain.names):
+        if any(n not in p.out for n in gain.names):
+            if x is None or any(n not in x.names for n in gain.names):
                 raise LoraError(
                     "a product sums over some axes of a weight that its adapter rescales (DoRA's "
-                    "magnitude), and not over others, or over places that share no input; the "
-                    "gain cannot follow. Use another kind of update for this weight"
+                    "magnitude, a gain of (IA)3), and not over others, or over places that share "
+                    "no input, or looks up rows; the gain cannot follow. Use another kind of "
+                    "update for this weight"
                 )
             wide = x.astype(wider(x.array.dtype, jnp.float32)).times(gain)
             scaled = Named(wide.array.astype(x.array.dtype), x.names)

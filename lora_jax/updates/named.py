@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 Names = tuple[int, ...]
 
 # These names mean the same in all weights. Names from OTHER downwards are free for local use.
-RANK, ROWS, MEMBER, EXTRA, OTHER = -1, -2, -3, -4, -5
+RANK, ROWS, MEMBER, EXTRA, BLOCK, ROW, COLUMN, OTHER = range(-1, -9, -1)
 
 
 @jax.tree_util.register_dataclass

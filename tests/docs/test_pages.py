@@ -81,7 +81,8 @@ def ours(words: list[str]) -> tuple[str, ...] | None:
 @functools.cache
 def help_of(program: tuple[str, ...], folder: pathlib.Path) -> str:
     log = folder / f"{len(list(folder.iterdir()))}.log"
-    assert forks.python([*program, "--help"], log) == 0, log.read_text()
+    every = "--help-all" if {"train.py", "lora_jax"} & {*program} else "--help"
+    assert forks.python([*program, every], log) == 0, log.read_text()
     return log.read_text()
 
 

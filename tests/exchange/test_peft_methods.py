@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +24,9 @@ METHODS = GOLDEN / "golden_methods"
 KINDS = {
     "loha": {"loha"}, "loha_patterns": {"loha"}, "loha_saved": {"loha"}, "lokr": {"lokr"},
     "lokr_whole": {"lokr"}, "lokr_factor": {"lora"}, "vera": {"lora"}, "vera_wide": {"lora"},
-    "toy_loha": {"loha", "lora"}, "toy_lokr": {"lokr", "lora"},
+    "toy_loha": {"loha", "lora"}, "toy_lokr": {"lokr", "lora"}, "ia3": {"ia3", "ia3_inputs"},
+    "ia3_bert": {"ia3", "ia3_inputs", "bias"}, "ia3_biased": {"ia3", "ia3_inputs", "bias"},
+    "oft": {"oft"}, "oft_cayley": {"oft_cayley"}, "miss": {"miss"}, "miss_uneven": {"miss"},
 }  # fmt: skip
 """The kinds that a folder is read as; plain factors where no kind has the arrays."""
 
@@ -37,7 +41,9 @@ def opened(name: str, scan: bool = False) -> tuple[Model, Any, np.ndarray]:
     return model, jnp.asarray(x), golden["out"]
 
 
-CASES = [(name, False) for name in KINDS] + [(name, True) for name in ("loha", "lokr_factor")]
+CASES = [(name, False) for name in KINDS] + [
+    (name, True) for name in ("loha", "lokr_factor", "oft")
+]
 
 
 @pytest.mark.few(4)
@@ -82,7 +88,64 @@ def test_parts_of_a_fused_kernel_become_plain_factors(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(3)
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", ["ia3", "ia3_biased", "ia3_bert", "oft", "oft_cayley"])
+def test_what_peft_wrote_is_written_again(name: str, scan: bool, tmp_path: Path) -> None:
+    """PEFT has these kinds alone: the folder that is written has the numbers of PEFT's own."""
+    model, *_ = opened(name, scan)
+    adapter = peft.load(METHODS / name, model.names, model.f, model.params, model.x)
+    options = {"params": model.params, "task_type": "SEQ_CLS" if "bert" in name else None}
+    saved = peft.save(tmp_path / "a", model.names, adapter, base="org/name", **options)
+    assert "vllm refuses peft_type" in str(saved) and "rank" not in str(saved)
+    before, after = (peft.describe(folder) for folder in (METHODS / name, tmp_path / "a"))
+    assert after.settings["peft_type"] == before.settings["peft_type"]
+    files = [tensor_file.read(f / peft.TENSORS).tensors for f in (METHODS / name, tmp_path / "a")]
+    assert {*files[0]} == {*files[1]}
+    for key, x in files[0].items():
+        np.testing.assert_array_equal(files[1][key], x, err_msg=key)
+    again = peft.load(tmp_path / "a", model.names, model.f, model.params, model.x)
+    for path, arrays in adapter.parameters.items():
+        for x, y in zip(arrays, again.parameters[path], strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-6, err_msg=path)
+
+
+def test_what_no_folder_can_say(tmp_path: Path) -> None:
+    """A bias that PEFT's (IA)3 would multiply, two methods, blocks of two sizes, other formats."""
+    model, *_ = opened("ia3_biased")
+    adapter = peft.load(METHODS / "ia3_biased", model.names, model.f, model.params, model.x)
+    kernels = adapter.layout.subset("**/kernel")
+    alone = lora_jax.Adapter(kernels, {t.path: adapter.parameters[t.path] for t in kernels.targets})
+    save = functools.partial(peft.save, tmp_path / "a", model.names, base="")
+    with pytest.raises(lora_jax.LoraError, match=r"multiplies '.*k_proj.bias' by the gains"):
+        save(alone, params=model.params)
+    with pytest.raises(lora_jax.LoraError, match="pass params="):
+        save(alone)
+    with pytest.raises(lora_jax.LoraError, match=r"(?s)portable.*the kind 'ia3'"):
+        save(alone, profile="portable", params=model.params)
+    plain = lora_jax.resolve(lora_jax.LoraSpec(2, targets="**/q/kernel"), *traced(model))
+    both = {**alone.parameters, **lora_jax.init(jax.random.key(0), plain)}
+    two = lora_jax.Layout((*kernels.targets, *plain.targets))
+    with pytest.raises(lora_jax.LoraError, match=r"kinds ia3, ia3_inputs, lora, and a PEFT folder"):
+        save((two, both), params=model.params)
+    sizes = tuple(lora_jax.Rule(f"layers_{i}/**/q/kernel", rank=4 * (i + 1)) for i in (0, 1))
+    rotated = lora_jax.resolve(lora_jax.LoraSpec(targets=sizes, kind="oft"), *traced(model))
+    with pytest.raises(lora_jax.LoraError, match=r"blocks of 4, .*oft_block_size, 8"):
+        save((rotated, lora_jax.init(jax.random.key(0), rotated)))
+    assert not (tmp_path / "a").exists()
+
+
+def traced(model: Model) -> tuple[Any, Any, Any]:
+    return model.f, model.params, model.x
+
+
 WRONG = {
+    "shared blocks": ("oft_shared", {}, "block_share is True: .*merge it in PEFT"),
+    "the mini variant": ("miss_mini", {}, "init_weights is 'mini': this variant of MiSS"),
+    "a constrained rotation": ("oft", {"coft": True}, "coft is True"),
+    "a longer series": ("oft", {"num_cayley_neumann_terms": 6}, "num_cayley_neumann_terms=5"),
+    "a series before PEFT 0.18": ("oft", {"peft_version": None}, "0.18 and later"),
+    "another rank of MiSS": ("miss", {"r": 3}, "r is 3"),
     "a rank unlike the arrays": ("loha", {"r": 4}, "hada.*r is 4"),
     "no projection": ("vera", {"keep": "lambda"}, "save_projection=True"),
     "half of a pair": ("lokr", {"keep": "w1"}, "lokr_w2_a is not"),

@@ -8,9 +8,10 @@ import shutil
 
 import pytest
 
-from experiments.paper import page, page_files, questions, result_cache
+from experiments.paper import page, questions, result_cache
 from experiments.paper.__main__ import main
 from experiments.paper.configs import matrices, rank
+from experiments.shared import page_files
 from lora_jax.errors import LoraError
 from lora_jax.serving.served_adapters import BaseChoice
 from tests.experiments import runs

@@ -41,6 +41,8 @@ window.onload = () => {{
     sizes: sizes,
     scales: small,
     tables: [...page.querySelectorAll(".table")].map(x => x.getBoundingClientRect().width),
+    cut: [...page.querySelectorAll(".table")].filter(x => x.scrollWidth > x.clientWidth + 1)
+      .map(x => x.getAttribute("aria-label")),
     loaded: inner.performance.getEntriesByType("resource").map(x => x.name),
   }});
 }};

@@ -29,12 +29,15 @@ REPORT = Report(
 )
 
 
+OUT = pathlib.Path("report")
+
+
 def explained(report: Report) -> dict[str, str | None]:
     return {term.names[0]: term.link for term in report.terms}
 
 
 def test_each_word_is_explained_in_the_page_and_linked_to_there() -> None:
-    made = glossary.with_glossary(REPORT, None)
+    made = glossary.with_glossary(REPORT, None, OUT)
     page = render.html(made, {})
     words = {"rank", "adapter", "effective rank", "energy", "ΔW", "singular values"}
     assert words | {"trained in full"} <= set(explained(made))
@@ -51,11 +54,11 @@ def test_each_word_is_explained_in_the_page_and_linked_to_there() -> None:
 
 def test_a_report_without_such_words_has_no_glossary() -> None:
     empty = Report("run", "a", "nothing", (), (Section("One", (Paragraph("None."),)),))
-    assert glossary.with_glossary(empty, None) == empty
+    assert glossary.with_glossary(empty, None, OUT) == empty
 
 
 def test_links_to_the_site_are_those_that_are_asked_for(tmp_path: pathlib.Path) -> None:
-    made = glossary.with_glossary(REPORT, "https://example.org/docs/")
+    made = glossary.with_glossary(REPORT, "https://example.org/docs/", OUT)
     assert explained(made)["rank"] == "https://example.org/docs/glossary.html#term-rank"
     assert '<a href="https://example.org/docs/glossary.html#term-rank">More on rank</a>' in (
         render.html(made, {})
@@ -64,13 +67,13 @@ def test_links_to_the_site_are_those_that_are_asked_for(tmp_path: pathlib.Path) 
         render.markdown(made)
     )
     with pytest.raises(LoraError, match=r"has no glossary\.html"):
-        glossary.with_glossary(REPORT, str(tmp_path))
+        glossary.with_glossary(REPORT, str(tmp_path), tmp_path / "runs" / "report")
     (tmp_path / "glossary.html").touch()
-    of_folder = explained(glossary.with_glossary(REPORT, str(tmp_path)))["rank"]
-    assert of_folder == f"{tmp_path.resolve().as_uri()}/glossary.html#term-rank"
+    of_folder = glossary.with_glossary(REPORT, str(tmp_path), tmp_path / "runs" / "report")
+    assert explained(of_folder)["rank"] == "../../glossary.html#term-rank"  # no path of a machine
     for wrong in ("javascript:alert(1)", "docs/none", "https://"):
         with pytest.raises(LoraError, match=r"expected the address"):
-            glossary.with_glossary(REPORT, wrong)
+            glossary.with_glossary(REPORT, wrong, OUT)
 
 
 def test_words_have_anchors_of_their_own() -> None:
@@ -79,5 +82,5 @@ def test_words_have_anchors_of_their_own() -> None:
 
 
 def test_explanations_are_one_block() -> None:
-    made = glossary.with_glossary(REPORT, None)
+    made = glossary.with_glossary(REPORT, None, OUT)
     assert [type(b) for b in made.sections[-1].blocks] == [Glossary]

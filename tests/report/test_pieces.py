@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -95,3 +96,61 @@ def test_two_pictures_of_one_name_are_an_error() -> None:
     figure = Figure("", (Panel("phi", "", None),))
     with pytest.raises(LoraError, match="more than one picture is named phi"):
         Report("", "", "", (), (Section("a", (figure,)), Section("b", (figure,))))
+
+
+def luminance(color: str) -> float:
+    """Return the relative luminance of WCAG 2."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, two: str) -> float:
+    low, high = sorted(map(luminance, (one, two)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_lines_and_texts_have_contrast_on_light_and_on_dark_pages() -> None:
+    page = render.html(Report("run", "a", "b", (), ()), {})
+    light, dark = page.split("prefers-color-scheme: dark")[:2]
+    for theme in (light, dark):
+        colors = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6});", theme))
+        drawn = [color for name, color in colors.items() if name.startswith("line-")]
+        assert len(drawn) == len(svg.LINES)
+        for color in [*drawn, *(colors[name] for name in ("text", "soft", "accent"))]:
+            assert contrast(color, colors["card"]) >= 4.5, color
+
+
+def test_a_line_takes_its_colour_from_the_page() -> None:
+    text = svg.inline(svg.svg(charts.by_layer({"q": [1.0, 2.0]}, ["0", "1"], "y")), "name", "")
+    assert "stroke: var(--line-0)" in text
+    assert not [color for color in svg.LINES if color in text]
+
+
+def test_a_heat_map_of_many_layers_has_no_numbers() -> None:
+    """Numbers are written where they can be read; the colour bar has a label."""
+    for rows, written in ((6, 12), (30, 0)):
+        names = [str(i) for i in range(rows)]
+        axis, bar = charts.heat(np.ones((rows, 2)), names, ["q", "v"], "energy").axes
+        assert len(axis.texts) == written
+        assert bar.get_ylabel() == "energy"
+
+
+def test_axes_end_at_one_and_show_the_tail() -> None:
+    steps = range(100)
+    shares = [{"step": i, "split": "validation", "accuracy": min(i / 50, 1)} for i in steps]
+    assert charts.curve(shares, "accuracy").axes[0].get_ylim()[1] == 1
+    steep = [{"step": i, "loss": 10 if i < 5 else 1 + i / 1e3, "learning_rate": i} for i in steps]
+    assert charts.curve(steep, "loss").axes[0].get_yscale() == "log"
+    falling = [{**line, "learning_rate": 1e-3 / (1 + line["step"])} for line in steep]
+    assert charts.curve(falling, "learning_rate").axes[0].get_yscale() == "linear"
+
+
+def test_a_legend_is_inside_of_its_figure() -> None:
+    names = [f"lora.targets bert/encoder/layer_{i}/attention/query/kernel" * 2 for i in range(4)]
+    drawn = charts.by_layer({name: [1.0, 2.0] for name in names}, ["0", "1"], "y")
+    svg.png(drawn)
+    (legend,) = drawn.legends
+    found, whole = legend.get_window_extent(), drawn.bbox
+    assert whole.x0 <= found.x0 and found.x1 <= whole.x1
+    assert whole.y0 <= found.y0 and found.y1 <= whole.y1

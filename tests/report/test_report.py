@@ -17,6 +17,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from lora_jax.cli.report import main
+from lora_jax.report import single_run
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.sizes import in_units
 from lora_jax.training.summary import costs
@@ -116,9 +117,50 @@ def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
     assert [list(row) for row in costs(summary)] == cells[1 : len(costs(summary)) + 1]
 
 
+def test_the_first_lines_say_what_the_run_is_worth(written: Written) -> None:
+    page = saved_runs.page(folder(written, "solo") / "report.html")
+    summary = json.loads((written.solo / "summary.json").read_text())
+    first = page.paragraphs[2]  # after the kind and the title
+    before, after = (summary[when]["validation"]["accuracy"] for when in ("before", "after"))
+    what = "better than" if after > before else "no better than"
+    assert first.startswith(f"This adapter is {what} the base by {abs(after - before):.4f}")
+    assert in_units(summary["adapter_file_bytes"]) in first
+    assert f"{written.solo} --text TEXT" in (folder(written, "solo") / "report.html").read_text()
+
+
+def test_a_lower_loss_is_better_and_a_lower_accuracy_is_not(written: Written) -> None:
+    summary = json.loads((written.solo / "summary.json").read_text())
+    for name, better, says in (("loss", "lower", " better"), ("accuracy", "higher", " no better")):
+        scores = {"before": {"test": {name: 0.75}}, "after": {"test": {name: 0.5}}}
+        made = single_run.verdict({**summary, **scores, "select": name, "better": better})
+        assert f"is{says} than the base by 0.2500: test {name} 0.7500 → 0.5000" in made
+
+
+def test_guesses_are_counted_by_class(written: Written) -> None:
+    """The classes' examples are all examples, and their right guesses are the accuracy."""
+    summary = json.loads((written.solo / "summary.json").read_text())
+    rows = table(folder(written, "solo"), "class", "examples", "recall")
+    own, recall = numbers([row[1] for row in rows]), [row[4] for row in rows]
+    right = sum(x * float(y) for x, y in zip(own, recall, strict=True) if y != "-")
+    assert right / sum(own) == pytest.approx(summary["after"]["validation"]["accuracy"], abs=1e-3)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_both_log_probabilities_may_fall(written: Written, tmp_path: pathlib.Path) -> None:
+    """A run on preferences has a note under its curves; another run has none."""
+    said = "may both fall"
+    saved_runs.record(tmp_path / "run", written.solo, to_dict(written.config), 0.5)
+    assert main([str(tmp_path / "run")]) == 0
+    assert said not in (tmp_path / "run/report/report.html").read_text()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "split": "validation", "loss": 0.6, "logps/chosen": -9.0}\n')
+    assert main([str(tmp_path / "run")]) == 0
+    assert said in (tmp_path / "run/report/report.html").read_text()
+
+
 def test_settings_are_those_that_are_no_default(written: Written) -> None:
     """Settings at their defaults are not shown, except a few."""
-    rows = {row[0]: row[1:] for row in table(folder(written, "solo"), "field", "default")}
+    rows = {row[0]: row[1:] for row in table(folder(written, "solo"), "field", "lora_jax's own")}
     assert rows["data.max_length"] == ["16", "128"]
     assert rows["lora.rank"] == ["4", "8"]
     assert rows["seed"] == ["0", "0"]
@@ -274,6 +316,9 @@ def test_runs_given_one_by_one(
     assert "--out DIR" in capsys.readouterr().err
     assert main([*runs, "--out", str(tmp_path)]) == 0
     assert column(tmp_path, "rank", "trained") == ["4", "2"]
+    page = saved_runs.page(tmp_path / "report.html")
+    assert page.paragraphs[:2] == ["LoRA runs", "r2, r4"]
+    assert "Validation loss of 2 runs over the steps" in page.alternatives
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
 
 
@@ -284,6 +329,7 @@ def test_runs_given_one_by_one(
         ("[]", "summary.json holds a list, expected an object"),
         ("{}", "has no 'steps'"),
         ({"adapter_file_bytes": "many"}, "'adapter_file_bytes' is 'many'"),
+        ({"confusion": {"test": [[1, 2]]}}, "'confusion' is no square of counts"),
         ({"after": {"test": 3}}, "'after' holds values other than numbers"),
     ],
 )
@@ -327,7 +373,7 @@ def test_what_is_no_run_is_an_error(
 @pytest.mark.slow
 @browser.NEEDED
 @BOTH
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", [390, 1280])
 def test_all_is_drawn_and_nothing_wider_than_the_window(
     written: Written, which: str, width: int, tmp_path: pathlib.Path
 ) -> None:
@@ -341,6 +387,7 @@ def test_all_is_drawn_and_nothing_wider_than_the_window(
         assert min(size) > 80
     assert min(found["scales"]) > 0.75  # letters of 10 points have 10 pixels at least
     assert max(found["tables"]) <= width
+    assert not found["cut"]
 
 
 @pytest.mark.slow

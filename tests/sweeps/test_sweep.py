@@ -204,7 +204,7 @@ def test_the_command_line_of_tasks() -> None:
 
 def test_help_of_tasks_shows_the_fields_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse("--help", config=TASKS)
+        parse("--help-all", config=TASKS)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "reviews, r8, r52, newsgroups, together" in text
     for option in ("--only", "--memory", "--run-dir", "--reviews.lora.rank"):
@@ -214,7 +214,7 @@ def test_help_of_tasks_shows_the_fields_once(capsys: pytest.CaptureFixture[str])
 
 def test_help_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse("--help")
+        parse("--help-all")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for option in ("--grid", "--only", "--base.lora.rank", "--base.data.batch-size"):
         assert f"{option} " in text

@@ -17,7 +17,7 @@ from lora_jax.training.progress import Display
 
 
 def line(step: int, loss: float) -> dict[str, Any]:
-    return {"step": step, "loss": loss, "learning_rate": 1e-3, "units": 400}
+    return {"step": step, "loss": loss, "learning_rate": 1e-3, "units": 4}
 
 
 def last_line(text: str) -> str:
@@ -87,6 +87,25 @@ def test_a_curve_keeps_the_mean_of_many_steps() -> None:
         curve.add(step / 4000, float(step % 2))
     assert curve.heights(8, 1.0) == [0.5] * 8
     assert curve.heights(8, 0.0) == []
+
+
+def test_the_remaining_time_leaves_compilation_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening and compiling for a minute, then a second a step: the rest is a second a step."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    console = Console(file=file, width=100)
+    with Display(console, 100, 0, 1, "tokens") as display:
+        now[0] += 60
+        for step in range(1, 4):
+            if step in (1, 3):
+                with display.compiling("the step"):
+                    now[0] += 60
+            now[0] += 1
+            display.step(line(step, 1.0))
+    steps = [text for text in file.getvalue().splitlines() if "/100" in text]
+    ends = [text.split("/s")[1].strip() for text in steps]
+    assert ends == ["- left", "0:01:38 left", "0:01:37 left"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -16,6 +16,7 @@ import lora_jax
 import train
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.training import directory, export, metrics, open_run
+from lora_jax.training.summary import ACTIVITIES, commands
 from tests.training.runs import OWN, SMALL, assert_same_run, run
 
 RUN = (*SMALL, "--checkpoint-every", "4", "--lora.targets", "first/kernel", "second/kernel")
@@ -81,6 +82,24 @@ def test_the_summary_says_what_was_asked_of_it(finished: pathlib.Path) -> None:
         assert summary[name] > 0, name
     assert set(summary["before"]["validation"]) == {"loss", "within_0.1"}
     assert set(summary["after"]["validation"]) == {"loss", "within_0.1"}
+
+
+def test_the_seconds_of_a_run_are_explained(finished: pathlib.Path) -> None:
+    """The activities take most of the run's seconds, and no more than all."""
+    summary = json.loads((finished / "summary.json").read_text())
+    spent = sum(summary[f"{name}_seconds"] for name in ACTIVITIES)
+    assert 0.8 * summary["total_seconds"] < spent <= summary["total_seconds"] + 0.01
+    assert all(summary[f"{name}_seconds"] > 0 for name in ("open", "compare", "checkpoint"))
+
+
+def test_the_next_commands_are_those_of_the_workload() -> None:
+    """A run names the commands that take its adapter; a model of one's own has a report alone."""
+    run = {"run": "runs/a b", "before": {"test": {"loss": 1.0}}}
+    assert commands(run) == ["lora-jax report 'runs/a b'"]
+    assert "predict --adapter 'runs/a b' --text" in commands({**run, "tokens_per_second": 1})[0]
+    assert "predict --adapter 'runs/a b' --image" in commands({**run, "images_per_second": 1})[0]
+    decoder = {**run, "tokens_per_second": 1, "before": {"test": {"perplexity": 9.0}}}
+    assert "generate --adapter 'runs/a b' --prompt" in commands(decoder)[0]
 
 
 def test_the_record_has_every_step_once_and_every_evaluation(finished: pathlib.Path) -> None:

@@ -270,7 +270,8 @@ def test_class_scores_are_those_of_the_textbook() -> None:
     guesses = np.array([1, 1, 0, 0, 0, 1, 0, 0], np.int32)
     weights = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)  # the last row is padding
     logits = np.eye(2, dtype=np.float32)[guesses]
-    sums = {k: float(v) for k, v in scores.class_sums(logits, labels, weights, True).items()}
+    sums = {k: np.asarray(v) for k, v in scores.class_sums(logits, labels, weights).items()}
+    assert sums["confusion"].tolist() == [[3.0, 1.0], [1.0, 2.0]]  # by class, then by guess
     found = scores.class_scores(sums, float(weights.sum()))
     y, g = labels[:7], guesses[:7]
     assert found["accuracy"] == pytest.approx(np.mean(y == g))

@@ -21,10 +21,20 @@ FORMS = {
     "kernel": ((3, 2, 5, 8), (), (0, 1, 2), (3,)),
     "experts": ((2, 3, 6, 7), (0, 1), (2,), (3,)),
 }
-ADDITIVE = ("lora", "vera", "loha", "lokr")
-KINDS = (*ADDITIVE, "dora")
+ADDITIVE = ("lora", "vera", "loha", "lokr", "miss")
+RESCALING = ("ia3", "ia3_inputs", "oft", "oft_cayley")
+KINDS = (*ADDITIVE, "dora", *RESCALING)
+
+
+def rank_of(kind: str, fan_in: int) -> int:
+    """Return 2, or for a kind with blocks of inputs the smallest divisor above 1."""
+    return 3 if kind.startswith("oft") and fan_in % 2 else 2
+
+
 TARGETS = [
-    Target(form, *FORMS[form], rank=2, alpha=3.0, kind=kind) for form in FORMS for kind in KINDS
+    Target(form, *FORMS[form], rank=rank_of(kind, size), alpha=3.0, kind=kind)
+    for form, size in zip(FORMS, (9, 9, 8, 9, 30, 6), strict=True)
+    for kind in KINDS
 ]
 PARTS = [
     Target("matrix", *FORMS["matrix"], 2, 3.0, parts=((0, 3), (5, 2))),

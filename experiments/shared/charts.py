@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from experiments.paper.settings import mean, spread
+from experiments.shared.spreads import mean, spread
 from lora_jax.report import svg
 
 
