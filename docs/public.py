@@ -1,10 +1,19 @@
-"""List the public names of the package: each of them has a page in the API reference."""
+"""List the public names of the package: each of them has a page in the API reference.
+
+python -m docs.public        writes them, with their parameters, as the record of this version
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import pathlib
 import re
+from collections.abc import Iterator
+
+import flax.linen as nn
+
+import lora_jax
 
 # All names that these modules export are public: `from a import b as b`, or defined in the file.
 MODULES = (
@@ -83,3 +92,56 @@ def _defined(module: object) -> list[str]:
         and (inspect.isclass(value) or inspect.isfunction(value))
         and value.__module__ == module.__name__  # type: ignore[attr-defined]
     ]
+
+
+RECORD = pathlib.Path(__file__).parent / "api" / f"public_{lora_jax.__version__}.txt"
+
+
+def signatures() -> list[str]:
+    """Return a line for each public function, class, method and value, with its parameters.
+
+    A parameter with a default ends with `=`. Neither annotations nor defaults are in a line,
+    because their text depends on the versions of Python and of other packages.
+    """
+    found = {}
+    for name, value in names().items():
+        found[name] = name + _parameters(value)
+        if inspect.isclass(value):
+            found |= {f"{name}.{part}": line for part, line in _members(name, value)}
+    return sorted(found.values())
+
+
+def _members(name: str, kind: type) -> Iterator[tuple[str, str]]:
+    for part, value in vars(kind).items():
+        if part.startswith("_") or part == "parent":
+            continue
+        if inspect.isfunction(value):
+            yield part, f"{name}.{part}{_parameters(value)}"
+        elif isinstance(value, property):
+            yield part, f"{name}.{part}"
+
+
+def _parameters(value: object) -> str:
+    if not callable(value):
+        return ""
+    try:
+        found = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):
+        return "(...)"
+    own = ("self", "parent", "name") if _is_module(value) else ("self",)
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    each = [
+        f"{stars.get(p.kind, '')}{p.name}{'' if p.default is p.empty else '='}"
+        for p in found
+        if p.name not in own
+    ]
+    return f"({', '.join(each)})"
+
+
+def _is_module(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module)
+
+
+if __name__ == "__main__":
+    RECORD.write_text("\n".join(signatures()) + "\n")
+    print(f"wrote {RECORD}")

@@ -41,3 +41,5 @@ from lora_jax.spec import Rule as Rule
 from lora_jax.spec import Target as Target
 from lora_jax.transform import adapt as adapt
 from lora_jax.updates.factors import Factors as Factors
+
+__version__ = "0.1.0"
