@@ -161,7 +161,7 @@ def test_models_and_data_that_do_not_go_together(
     own = dataclasses.replace(base, model=ModelConfig(reference=str(finished.model)))
     assert isinstance(own, TextConfig)
     with pytest.raises(
-        ConfigError, match="an encoder of images; classification takes a model of text"
+        ConfigError, match="classification takes a model of text"
     ):
         classification(own)
 
