@@ -160,9 +160,7 @@ def test_models_and_data_that_do_not_go_together(
     base: Any = command_line.load(str(ROOT / "configs/glue_roberta.py"), ROOT)[1]
     own = dataclasses.replace(base, model=ModelConfig(reference=str(finished.model)))
     assert isinstance(own, TextConfig)
-    with pytest.raises(
-        ConfigError, match="classification takes a model of text"
-    ):
+    with pytest.raises(ConfigError, match="classification takes a model of text"):
         classification(own)
 
 
