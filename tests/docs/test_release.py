@@ -1,4 +1,4 @@
-"""What a release promises: its public names, its version, and what it fetches."""
+"""The promises of a release: its public names, its version, and the packages that it fetches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_a_change_of_the_public_names_is_in_the_changelog() -> None:
-    """Names and parameters are those of the record, or the changelog names what changed since."""
+    """The record has the same names and parameters, or the changelog names each change."""
     before, now = {*public.RECORD.read_text().splitlines()}, {*public.signatures()}
     unreleased = (ROOT / "CHANGELOG.md").read_text().partition("## [Unreleased]")[2]
     unreleased = unreleased.partition("\n## [")[0]
