@@ -70,15 +70,34 @@ def _first(every: Sequence[Tuned]) -> Iterator[Section]:
     unique = {tuple(sorted(map(str, one.arm.changes.items()))): one for one in reversed(every)}
     whole = [one for one in unique.values() if not grids.edge(one.losses)]
     ordered = sorted(whole, key=lambda one: mean([x.test for x in one.best]))[:10]
-    if ordered:
-        yield Section("Which adapter, with which rate?", (_rows(ordered, _FIRST),))
+    if not ordered:
+        return
+    caption = (
+        "The methods of all tables with the lowest test losses, of those whose best rate is inside "
+        "its grid: mean ± standard deviation of three seeds."
+    )
+    blocks: list[Block] = [_rows(ordered, caption)]
+    if len(ordered) > 1:
+        ends = [mean([x.test for x in one.best]) for one in ordered]
+        apart = [_span(one) for one in ordered]
+        blocks.append(
+            Paragraph(
+                "Between these methods, each at its best rate, the mean loss differs by at most "
+                f"{max(ends) - min(ends):.3f}. Between the rates of one method, one step of three "
+                f"away from the best, it differs by up to {min(apart):.3f} to {max(apart):.3f}."
+            )
+        )
+    yield Section("Which adapter, with which rate?", tuple(blocks))
 
 
-_FIRST = (
-    "The methods of all tables with the lowest test losses, of those whose best rate is inside "
-    "its grid: mean ± standard deviation of three seeds. Most of them are within each other's "
-    "spread: the rate matters more than the kind."
-)
+def _span(one: Tuned) -> float:
+    """Return the largest difference of the test loss between the best rate and its neighbours."""
+    rates = list(one.found)
+    at = rates.index(one.rate)
+    means = {
+        rate: mean([x.test for x in one.found[rate]]) for rate in rates[max(at - 1, 0) : at + 2]
+    }
+    return max(abs(x - means[one.rate]) for x in means.values())
 
 
 def _verdicts(found: Sequence[tuple[Table, list[Tuned]]]) -> Section:
