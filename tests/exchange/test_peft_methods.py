@@ -98,7 +98,7 @@ def test_what_peft_wrote_is_written_again(name: str, scan: bool, tmp_path: Path)
     adapter = peft.load(METHODS / name, model.names, model.f, model.params, model.x)
     options = {"params": model.params, "task_type": "SEQ_CLS" if "bert" in name else None}
     saved = peft.save(tmp_path / "a", model.names, adapter, base="org/name", **options)
-    assert "vllm refuses peft_type" in str(saved) and "rank" not in str(saved)
+    assert "vllm" in str(saved) and "refuses peft_type=" in str(saved)
     before, after = (peft.describe(folder) for folder in (METHODS / name, tmp_path / "a"))
     assert after.settings["peft_type"] == before.settings["peft_type"]
     files = [tensor_file.read(f / peft.TENSORS).tensors for f in (METHODS / name, tmp_path / "a")]
