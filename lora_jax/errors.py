@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 # Comparing takes the product of the lengths: a stranger's file may have a million long names.
 _CHARACTERS, _MOST = 200, 5_000
-_NEAR = 0.6  # the least likeness of a path that is named, from 0 to 1
+_NEAR = 0.6  # the least likeness of two segments of paths, from 0 to 1
 _SHOWN = 200  # characters of a file's own text in a message, because a name may have millions
 
 
@@ -142,30 +141,24 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 def near_paths(pattern: str, known: Iterable[str]) -> str:
     """Return "; the nearest paths are:" and three paths that resemble a pattern, "" if none does.
 
-    A path resembles a pattern if some of its segments in a row do; among equals the first counts.
+    A path does if most of the pattern's segments are like some of its own. Among equals the first
+    of `known` come first.
 
-    >>> near_paths("**/quary", ["layer/query/kernel", "layer/query/bias", "head/kernel"])
-    '; the nearest paths are:\n  layer/query/kernel\n  layer/query/bias'
+    >>> near_paths("**/quary", ["layer/query/kernel", "head/kernel"]).split()[-1]
+    'layer/query/kernel'
     >>> near_paths("**/lm_head", ["layer/query/kernel"])
     ''
     """
-    words = pattern.strip("*/")[:_CHARACTERS]
-    count, matcher = words.count("/") + 1, difflib.SequenceMatcher(b=words)
+    words = [word[:_CHARACTERS] for word in pattern.split("/") if word.strip("*")]
 
-    @functools.cache
-    def likeness(run: str) -> float:
-        matcher.set_seq1(run[:_CHARACTERS])
-        return matcher.ratio()
+    def alike(path: str) -> int:
+        segments = path[:_CHARACTERS].split("/")
+        return sum(bool(difflib.get_close_matches(word, segments, 1, _NEAR)) for word in words)
 
-    def best(path: str) -> float:
-        segments = path.split("/")
-        starts = range(max(len(segments) - count, 0) + 1)
-        return max(likeness("/".join(segments[i : i + count])) for i in starts)
-
-    likely = [(best(path), path) for path in itertools.islice(known, _MOST)]
-    found = sorted((one for one in likely if one[0] >= _NEAR), key=lambda one: -one[0])
-    listing = listed(path for _, path in found[:3])
-    return f"; the nearest paths are:\n{listing}" if found else ""
+    likely = [(alike(path), path) for path in itertools.islice(known, _MOST)]
+    most = max((count for count, _ in likely), default=0)
+    found = [path for count, path in likely if count == most and 2 * count > len(words)]
+    return f"; the nearest paths are:\n{listed(found[:3])}" if found else ""
 
 
 def listed(items: Iterable[str], limit: int = 5) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -190,3 +191,33 @@ def test_parameters_that_do_not_fit_the_layout() -> None:
         g({"params": PARAMS}, adapters, X)
     with pytest.raises(LoraError, match=r"'head' has shape \(6, 7\)"):
         lora_jax.merge(layout, {**PARAMS, "head": jnp.ones((6, 7))}, adapters)
+
+
+def test_a_function_with_its_own_gradient_has_three_cures() -> None:
+    """Both errors, of `resolve` and of `adapt`, name them; a folded weight is marked as such."""
+
+    @jax.custom_vjp
+    def own(x: jax.Array, w: jax.Array) -> jax.Array:
+        return x @ w
+
+    own.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+
+    def f(params: Any, x: jax.Array) -> jax.Array:
+        return own(x, params["w"]) + x @ params["w"] + params["b"][None]
+
+    x = jnp.ones((2, 3))
+    rules = ("w", lora_jax.Rule("b", kind="bias"))
+    layout = lora_jax.resolve(LoraSpec(2, 2.0, rules, fold="w"), f, params, x)
+    rows = {line.split()[0]: line.split()[1:] for line in str(layout).splitlines()}
+    assert rows["w"] == ["3x4", "-", "0", "1", "lora", "folded", "2", "1", "14"]
+    assert rows["b"] == ["4", "-", "-", "0", "bias", "-", "1", "4"]  # it has no rank
+    cures = ("out of the targets", "fold=('w',)", "table.register(rule, function=")
+    with pytest.raises(LoraError) as of_resolve:
+        lora_jax.resolve(LoraSpec(2, 2.0, rules), f, params, x)
+    plain = lora_jax.Layout(tuple(dataclasses.replace(t, fold=False) for t in layout.targets))
+    adapters = lora_jax.init(jax.random.key(0), plain)
+    with pytest.raises(LoraError) as of_adapt:
+        lora_jax.adapt(plain, f)(params, adapters, x)
+    for error in (of_resolve, of_adapt):
+        assert all(cure in str(error.value) for cure in cures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -26,13 +27,13 @@ def test_it_prints_kinds_and_what_is_left_out() -> None:
         "path       shape     stack  in  out  kind                rank  scale  parameters\n"
         "body/qkv   64x192    -      0   1    lora[0:64,128:192]     4      2       1,024\n"
         "body/up    3x64x256  0      1   2    dora                   4      2       4,608\n"
-        "body/down  256x64    -      0   1    lora                   4      4       1,280\n"
-        "head/bias  10        -      -   0    bias                   4      1          10\n"
+        "body/down  256x64    -      0   1    lora folded            4      4       1,280\n"
+        "head/bias  10        -      -   0    bias                   -      1          10\n"
         "total                                                                      6,922\n"
         "left out:\n"
         "  head/kernel  64x10  the output head"
     )
-    plain = Layout((LAYOUT["body/down"],))
+    plain = Layout((dataclasses.replace(LAYOUT["body/down"], fold=False),))
     assert str(plain).splitlines()[0].split() == (
         ["path", "shape", "stack", "in", "out", "rank", "scale", "parameters"]
     )

@@ -117,73 +117,65 @@ def _about(reference: str, members: Sequence[str]) -> str:
     )
 
 
-# The options of the short help, by group; `--help-all` has all of them, with their whole meaning.
-MAIN = {
-    "Model": {
-        "model.reference": "folder, file.gguf, hub:org/name, pypi:name",
-        "model.dtype": "float32 or bfloat16",
-        "model.quantize": "nf4, int8, int4, fp8, or as it is stored",
-    },
-    "Data": {
-        "data.source": "a name, data/{split}.jsonl or train=a.csv",
-        "data.label-field": "to classify: the field with the label",
-        "data.prompt": 'to write: the text before, "{word}:"',
-        "data.max-length": "tokens of the longest example",
-        "data.batch-size": "rows of a batch",
-    },
-    "Adapters": {
-        "lora.rank": "r of B A",
-        "lora.alpha": "the update is multiplied by alpha / rank",
-        "lora.targets": 'patterns, "**/query/kernel", or all-linear',
-        "lora.kind": "lora, dora, vera, loha, lokr or bias",
-    },
-    "Training": {
-        "steps": "optimizer steps",
-        "optimizer.learning-rate": "at its peak",
-        "evaluate-every": "an evaluation each, which picks the best",
-        "from": "the run or adapter to begin with",
-        "run-dir": "the same one goes on with its run",
-    },
-    "Many runs": {
-        "grid": "the values to combine: lora.rank=1,2,4",
-        "only": "the members to train",
-    },
-    "Devices": {
-        "mesh.fsdp": "devices that share one copy of the weights",
-        "mesh.tensor": "devices that share each product",
-    },
-    "Before a run": {
-        "dry-run": "take one step, and leave no file",
-        "plan": "what it needs, also on other devices",
-    },
-}
-
-
-_EXAMPLES = (
-    "--steps 50 --lora.rank 4 --run-dir runs/small",
-    "--config configs/smollm2_definitions.py",
-    "--data.source train=a.csv,validation=b.csv --data.label-field topic",
-    "--plan --model llama3-8b",
-)
+# The short help: `--help-all` has all options, with their whole meaning.
+EXAMPLES = """
+--steps 50 --lora.rank 4 --run-dir runs/small
+--config configs/smollm2_definitions.py
+--data.source train=a.csv,validation=b.csv --data.label-field topic
+--plan --model llama3-8b"""
+MAIN = """
+Model:
+model.reference   folder, file.gguf, hub:org/name, pypi:name
+model.dtype   float32 or bfloat16
+model.quantize   nf4, int8, int4, fp8, or as it is stored
+Data:
+data.source   a name, data/{split}.jsonl or train=a.csv
+data.label-field   to classify: the field with the label
+data.prompt   to write: the text before, "{word}:"
+data.max-length   tokens of the longest example
+data.batch-size   rows of a batch
+Adapters:
+lora.rank   r of B A
+lora.alpha   the update is multiplied by alpha / rank
+lora.targets   patterns, "**/query/kernel", or all-linear
+lora.kind   lora, dora, vera, loha, lokr or bias
+Training:
+steps   optimizer steps
+optimizer.learning-rate   at its peak
+evaluate-every   an evaluation each, which picks the best
+from   the run or adapter to begin with
+run-dir   the same one goes on with its run
+Many runs:
+grid   the values to combine: lora.rank=1,2,4
+only   the members to train
+Devices:
+mesh.fsdp   devices that share one copy of the weights
+mesh.tensor   devices that share each product
+Before a run:
+dry-run   take one step, and leave no file
+plan   what it needs, also on other devices"""
 
 
 def _brief(program: str, run: Runnable, about: str, found: Sequence[Option], width: int) -> str:
     """Return a help of one screen: examples, and the main options of each group."""
     mine = next(kind for kind in type(run).__mro__ if kind.__module__.startswith("lora_jax."))
     own = {f.name for f in dataclasses.fields(run)} - {f.name for f in dataclasses.fields(mine)}
-    groups = {"Of this config": dict.fromkeys((n.replace("_", "-") for n in own), ""), **MAIN}
     known = {one.name.removeprefix("--"): one for one in found}
-    lines = [about, *(f"  {program} {words}" for words in _EXAMPLES), ""]
-    for title, names in groups.items():
-        rows = []
-        for name, said in names.items():
-            ends = [key for key in known if key == name or key.endswith(f".{name}")]
-            if ends:
-                key = min(ends, key=len)  # of the sweep, rather than of its members
-                value = known[key].value if key == name and len(known[key].value) < 10 else ""
-                said = said or known[key].about.split(". ")[0]
-                rows.append(f"  {f'--{key} {value}':33} {said}"[:width])
-        lines += [f"{title}:", *rows] if rows else []
+    text = "".join(
+        f"\n{key}   {one.about.split('. ')[0]}"
+        for key, one in known.items()
+        if key.replace("-", "_") in own
+    )
+    lines = [about, *(f"  {program} {words}" for words in EXAMPLES.split("\n")[1:]), "", "Own:"]
+    for line in f"{text}{MAIN}".split("\n")[1:]:
+        name, _, said = line.partition("   ")
+        ends = [key for key in known if key == name or key.endswith(f".{name}")]
+        if ends:
+            key = min(ends, key=len)  # of the sweep, rather than of its members
+            value = known[key].value if key == name and len(known[key].value) < 10 else ""
+            lines.append(f"  {f'--{key} {value}':33} {said}"[:width])
+        elif not said:
+            lines[-1:] = [line] if lines[-1].endswith(":") else [lines[-1], line]
     return "\n".join([*lines, "", f"{program} --help-all explains all {len(found)} options."])
 
 

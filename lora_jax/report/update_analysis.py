@@ -200,8 +200,9 @@ def table7(found: AmplifiedUpdate) -> Table:
     ]
     names = ("layer", "matrix", "r", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "random", "factor")
     return Table(
-        "‖UᵀWV‖, where U and V hold the top r singular directions of ΔW, of W itself, or random "
-        "ones. The factor is ‖ΔW‖ divided by the first of the three (the paper's Table 7).",
+        "How much of W lies in r directions: in the main ones of ΔW, in the main ones of W itself, "
+        "and in random ones (‖UᵀWV‖). The factor is ‖ΔW‖ divided by the first of these three (the "
+        "paper's Table 7).",
         names,
         tuple(zip(*columns, strict=True)),
         ("matrix",),
