@@ -23,6 +23,7 @@ class Rule:
       rank, alpha, kind, scaling: as in `LoraSpec`.
       parts: `((start, size), ...)`. Only these slices of an output axis are adapted, and each has
         factors of its own: for example q and v of a fused qkv kernel. See `lora_jax.updates.lora`.
+        With kind="tokens", the rows of an embedding that are trained.
       part_axis: the output axis that `parts` slices, as an index into the output axes. It has no
         effect without `parts`.
       inputs, outputs, stack: the roles of the axes of W. State them for a weight that passes an

@@ -45,7 +45,7 @@ MUTANTS = (  # name, where, old, new, test
         "tests/updates/test_dora.py::test_an_output_of_zero_stays"),
     Mutant("rotation-of-another-order", "updates/rotated.py:map",
         "known and np.array_equal(np.ravel(moved.array), order)", "known",
-        "tests/updates/test_rescaling.py::test_a_rotation_that_cannot_follow_is_refused[slices]"),
+        "tests/updates/test_rescaling.py::test_a_rotation_that_cannot_follow_is_refused[shards]"),
     Mutant("base-slot-without-outputs", "multi/selected.py",
         "gain == 0", "gain == 1",
         "tests/updates/test_consumers.py::test_a_mixed_batch[ia3]"),

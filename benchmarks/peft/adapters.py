@@ -36,6 +36,7 @@ MIXED = (
 )
 RSLORA = LoraSpec(3, 4.0, "all-linear", scaling="alpha/sqrt(r)")
 IA3 = (Rule("**/{k,v}/kernel", kind="ia3"), Rule("**/down/kernel", kind="ia3_inputs"))
+TOKENS = Rule("embed/embedding", kind="tokens", parts=((5, 2), (9, 1)))
 
 # Name -> (base, spec, parameters that are trained in full, options of `save`)
 CASES: dict[str, tuple[str, LoraSpec, tuple[str, ...], dict[str, Any]]] = {
@@ -53,6 +54,8 @@ CASES: dict[str, tuple[str, LoraSpec, tuple[str, ...], dict[str, Any]]] = {
     "miss": ("llama", LoraSpec(3, 3.0, QV, kind="miss"), (), {}),
     "ia3": ("llama", LoraSpec(1, targets=IA3), ("lm_head/kernel",), {"params": True}),
     "ia3_scanned": ("llama", LoraSpec(1, targets=IA3), (), {"params": True, "scan": True}),
+    "tokens": ("llama", LoraSpec(2, 3.0, (TOKENS, *QV)), (), {"params": True}),
+    "tokens_tied": ("qwen2", LoraSpec(2, 3.0, (TOKENS, *QV)), (), {"params": True}),
     "oft": ("llama", LoraSpec(4, 1.0, QV, kind="oft"), (), {}),
     "oft_cayley": ("llama", LoraSpec(8, 1.0, QV, kind="oft_cayley"), (), {}),
     "tables": ("llama", LoraSpec(2, 3.0, ("embed/embedding", "lm_head/kernel")), (), {}),

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters import Adapter
+from lora_jax.base import dense
 from lora_jax.errors import LoraError
 from lora_jax.exchange import kind_arrays
 from lora_jax.exchange.axes import a_from_module, rows_of, rows_there
@@ -24,7 +25,7 @@ from lora_jax.primitives import jaxprs
 from lora_jax.primitives.analysis import analyse
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec, Rule, Target
-from lora_jax.updates import Shift, kind_of
+from lora_jax.updates import Rows, Shift, kind_of, row_parts
 
 
 class _Piece(NamedTuple):
@@ -45,19 +46,54 @@ def into_adapter(
     shifts = _shifts(modules, table)
     used = analyse(jaxprs.trace(f, params, args)).uses
     _check_ties(pieces, heads, used, modules.ties)
+    rows = _rows(modules, table)
     rules = [*(Rule(p) for p in pieces), *(Rule(p, kind="bias") for p in shifts)]
+    rules += [Rule(p, kind="tokens", parts=row_parts(numbers)) for p, (numbers, _) in rows.items()]
+    if both := pieces.keys() & rows:
+        raise LoraError(
+            f"the file has factors and trained rows of {both.pop()!r}; merge one of them"
+        )
     spec = LoraSpec(1, 1.0, tuple(rules))
     layout = resolve(spec, f, params, *args) if rules else Layout()
+    whole = into_parameters(modules, table, leaves, used, layout)
     targets, parameters = [], {}
     for target in layout.targets:
+        arrays: Any
         if target.path in shifts:
             arrays = _shift(target, shifts[target.path], leaves[target.path])
+        elif target.path in rows:
+            w = whole.get(target.path, leaves[target.path])
+            arrays = _differences(target, *rows[target.path], w)
         else:
             target, arrays = _filled(target, pieces[target.path], leaves[target.path])
         targets.append(target)
         parameters[target.path] = arrays
     layout = Layout(tuple(targets))
-    return Adapter(layout, parameters, into_parameters(modules, table, leaves, used, layout))
+    return Adapter(layout, parameters, whole)
+
+
+def _rows(modules: Modules, table: NameTable) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Return the numbers of trained rows, ascending, and their values; a tied head is left out."""
+    found = {}
+    for name, (numbers, values) in modules.rows.items():
+        if len({*numbers}) != len(values) or len(numbers) != len(values):
+            raise LoraError(
+                f"{name!r}: {len(values)} trained rows for the numbers {numbers[:5]}..."
+            )
+        order = np.argsort(numbers)
+        for place in places_of(table, name):
+            if not place.tied:
+                found[place.path] = [numbers[i] for i in order], values[order]
+    return found
+
+
+def _differences(target: Target, numbers: list[int], values: np.ndarray, w: Any) -> Rows:
+    if values.shape[1:] != target.shape[1:] or target.inputs != (0,):
+        raise LoraError(
+            f"the file has trained rows of shape {values.shape}, and {target.path!r} has the shape "
+            f"{target.shape}"
+        )
+    return Rows(jnp.asarray(values - np.asarray(dense(w), np.float32)[numbers]))
 
 
 def _pieces(

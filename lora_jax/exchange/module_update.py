@@ -199,6 +199,7 @@ def check_plain(
     `dora` says whether it has the lengths of DoRA too, for linear layers; `more` cannot be held.
     """
     wrong = [*(f"{name}: trained as a whole" for name in modules.values), *more]
+    wrong += [f"{name}: trained rows" for name in modules.rows]
     for name, u in modules.updates.items():
         if u.own is not None:
             wrong.append(f"{name}: the kind {u.own.kind!r}")

@@ -21,7 +21,8 @@ from lora_jax.exchange.whole_parameters import out_of_parameters
 from lora_jax.layout import Layout
 from lora_jax.models.hf_module import HfModule, HfNames
 from lora_jax.spec import Target
-from lora_jax.updates import Directed, Factors, kind_of
+from lora_jax.updates import Directed, Factors, Rows, kind_of
+from lora_jax.updates.tokens import row_numbers
 
 Pieces = dict[str, list[tuple[HfModule, Any]]]  # tensor's name -> its pieces
 
@@ -42,6 +43,7 @@ def out_of_adapter(
     if params is not None:
         layout.check_params(leaves)
     pieces: Pieces = {}
+    rows: dict[str, Any] = {}
     whole = dict(trainable)
     biases: dict[str, Any] = {}
     for target in layout.targets:
@@ -53,17 +55,35 @@ def out_of_adapter(
                 w = np.asarray(dense(leaves[target.path]))
                 whole[target.path] = (w.astype(np.float32) + delta).astype(w.dtype)
             continue
+        if isinstance(adapters[target.path], Rows):
+            base = whole.get(target.path, leaves.get(target.path))
+            rows |= _absolute_rows(target, adapters[target.path], table, base)
+            continue
         _add_updates(pieces, target, adapters[target.path], table)
     updates = {
         tensor.removesuffix(".weight"): _module(tensor, found, table)
         for tensor, found in pieces.items()
     }
-    tied = _tied(layout, table)
+    tied = [(entry, name) for entry, name in _tied(layout, table) if name in updates]
     for entry, name in tied:
         updates[entry.tied] = twin_of(updates[name])
     _add_biases(updates, biases, layout, table)
     values = out_of_parameters(whole, leaves, table, layout)
-    return table, Modules(updates, values, ties=bool(tied))
+    return table, Modules(updates, values, rows=rows, ties=bool(tied))
+
+
+def _absolute_rows(target: Target, parameters: Rows, table: NameTable, w: Any) -> dict[str, Any]:
+    """Return the values of trained rows, which files have in the place of differences."""
+    if w is None:
+        raise LoraError(
+            f"{target.path!r} has trained rows, which are differences here and values in files: "
+            "pass params=, the base"
+        )
+    numbers = row_numbers(target)
+    values = np.asarray(dense(w), np.float32)[numbers] + np.asarray(parameters.delta)
+    entries = written(table.entries(target.path))
+    tensors = [name for e in entries for _, name in table.tensors(target.path, e, ())]
+    return dict.fromkeys(tensors, (numbers, values))
 
 
 def _add_updates(pieces: Pieces, target: Target, parameters: Any, table: NameTable) -> None:

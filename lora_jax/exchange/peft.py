@@ -107,8 +107,8 @@ def load(
         Pass False for a folder that was edited on purpose. Files that PEFT wrote have no hashes.
 
     Returns:
-      The adapter, with its factors in float32. PEFT's modules_to_save, biases and trained tokens
-      are in `trainable`.
+      The adapter, with its factors in float32. PEFT's modules_to_save and biases are in
+      `trainable`.
 
     Raises:
       LoraError: a damaged or hostile folder, an unknown key or setting, a module that the model

@@ -37,9 +37,11 @@ METHODS: dict[str, set[str]] = {
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "MISS": {"mini_r", "miss_dropout"},
     "OFT": {"eps", "init_weights", "module_dropout", "oft_block_size", "r"},
+    "TRAINABLE_TOKENS": {"init_weights"},
     "VERA": {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
 }
 """PEFT's methods that are read, each with settings of its own that the tensors repeat."""
+RENAMED = {"alpha": "lora_alpha", "token_indices": "trainable_token_indices"}  # not in LORA
 HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -152,8 +154,8 @@ def parse(json: Mapping[str, Any]) -> PeftConfig:
             f"init_weights is {shown(variant)!r}: this variant of MiSS is not read; merge it in "
             "PEFT, and load the model"
         )
-    if method != "LORA" and "alpha" in json:
-        json["lora_alpha"] = json.pop("alpha")
+    renamed = {} if method == "LORA" else RENAMED
+    json = {renamed.get(key, key): value for key, value in json.items()}
     for key, value in json.items():
         if key in REFUSED and value not in OFF:
             raise LoraError(f"{key} is {shown(value)}: {REFUSED[key]}")

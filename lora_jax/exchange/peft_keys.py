@@ -34,7 +34,8 @@ SLOTS = {
     ".lora_embedding_B": "embedding_b",
     ".lora_magnitude_vector": "magnitude",
 }
-TOKENS = ".token_adapter.trainable_tokens_delta"
+TOKENS = ".trainable_tokens_delta"
+WRAPPER = ".token_adapter"  # around a module with trained rows, except in TRAINABLE_TOKENS
 WRAPPED = re.compile(r"\.modules_to_save\.[^.]+\.")  # bias="all" writes biases by this name too
 Slots = dict[str, tuple[str, np.ndarray]]  # slot -> (key, array)
 
@@ -54,7 +55,7 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
         if slot is not None:
             grouped.setdefault(name.removesuffix(slot), {})[known[slot]] = (key, x)
         elif name.endswith(TOKENS):
-            module = name.removesuffix(TOKENS)
+            module = name.removesuffix(TOKENS).removesuffix(WRAPPER)
             rows[f"{module}.weight"] = (config.token_numbers(module), x)
         elif ".base_layer." in name:
             base[name.replace(".base_layer.", ".")] = x

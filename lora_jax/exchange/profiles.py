@@ -66,12 +66,18 @@ def spelled(
         settings["peft_version"] = EXPERTS_VERSION
     settings["ensure_weight_tying"] = modules.ties
     tensors |= _whole_tensors(values, single, settings)
+    for name, (numbers, rows) in modules.rows.items():
+        module = name.removesuffix(".weight")
+        settings.setdefault("trainable_token_indices", {})[module] = numbers
+        tensors[f"{peft_keys.PREFIX}{module}{peft_keys.WRAPPER}{peft_keys.TOKENS}"] = rows
     return settings, {k: np.ascontiguousarray(x) for k, x in tensors.items()}
 
 
 def _spelled_by_method(
     modules: Modules, table: NameTable, layout: Layout, params: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if modules.rows:
+        raise LoraError("rows were trained, which PEFT has with LoRA only; merge the adapter")
     settings, own = peft_methods.spell(modules.updates)
     leaves = {} if params is None else paths.flatten(params)
     values = dict(modules.values)

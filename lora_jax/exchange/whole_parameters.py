@@ -1,4 +1,4 @@
-"""Parameters that are trained as a whole: PEFT's modules_to_save, biases and trained tokens."""
+"""Parameters that are trained as a whole: PEFT's modules_to_save, and biases."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def is_shared(uses: Any) -> bool:
 def into_parameters(
     modules: Modules, table: NameTable, leaves: Mapping[str, Any], used: Any, layout: Layout
 ) -> dict[str, Any]:
-    """Return the parameters that a file replaces as a whole, or in single rows, if they differ."""
+    """Return the parameters that a file replaces as a whole, if they differ."""
     found: dict[str, np.ndarray] = {}
 
     def own(path: str) -> np.ndarray:
@@ -59,10 +59,6 @@ def into_parameters(
                     "the output head in one; give the model a head of its own (untie it)"
                 )
             _put(stack_first(layout, place.path, len(place.at), own(place.path)), place, value)
-    for name, (numbers, values) in modules.rows.items():
-        for place in places_of(table, name):
-            if not place.tied:
-                _put_rows(own(place.path), place, numbers, values)
     new = {p: x for p, x in found.items() if not np.array_equal(x, np.asarray(dense(leaves[p])))}
     return {path: jnp.asarray(value) for path, value in new.items()}
 
@@ -79,15 +75,6 @@ def _put(into: np.ndarray, place: TensorPlace, value: np.ndarray) -> None:
 def _slot(entry: HfModule) -> Any:
     """Return the index of a module's part of our parameter."""
     return (...,) if entry.part is None else (..., slice(entry.part[0], sum(entry.part)))
-
-
-def _put_rows(into: np.ndarray, place: TensorPlace, numbers: Any, values: np.ndarray) -> None:
-    if values.shape != (len(numbers), *into.shape[1:]) or max(numbers, default=0) >= len(into):
-        raise LoraError(
-            f"{place.entry.name!r}: the file has rows {list(numbers)[:5]}... of shape "
-            f"{values.shape}, and {place.path!r} has the shape {into.shape}"
-        )
-    into[list(numbers)] = values
 
 
 def out_of_parameters(

@@ -9,6 +9,7 @@
     ia3    W diag(gain); "ia3_inputs" diag(gain) W           2205.05638    out; in
     oft    R W, R in blocks [r, r]                           2306.07280    in (r - 1) / 2
     miss   W + block[i % r] for each input i                 2409.15371    r out
+    tokens W[rows] + delta                                                 rows out
     bias   W + delta                                         2106.10199    all of it
 
 `Rule(pattern, kind=...)` and `LoraSpec(kind=...)` choose one by its name. To add one of your own,
@@ -41,11 +42,14 @@ from lora_jax.updates.miss import Shared as Shared
 from lora_jax.updates.oft import Oft as Oft
 from lora_jax.updates.oft import OftCayley as OftCayley
 from lora_jax.updates.oft import Rotation as Rotation
+from lora_jax.updates.tokens import Rows as Rows
+from lora_jax.updates.tokens import Tokens as Tokens
+from lora_jax.updates.tokens import row_parts as row_parts
 from lora_jax.updates.vera import Vectors as Vectors
 from lora_jax.updates.vera import Vera as Vera
 
 for _kind in (
     *(Lora(), Dora(), Vera(), Loha(), Lokr(), Bias()),
-    *(Ia3(), Ia3Inputs(), Oft(), OftCayley(), Miss()),
+    *(Ia3(), Ia3Inputs(), Oft(), OftCayley(), Miss(), Tokens()),
 ):
     register(_kind)

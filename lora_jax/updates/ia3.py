@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -26,13 +26,10 @@ class Gain(NamedTuple):
 class Ia3(Kind):
     """Infused adapter by inhibiting and amplifying inner activations ((IA)3, arXiv 2205.05638).
 
-        W' = W diag(gain)        a gain for each output
+        W' = W diag(gain)        for keys and values
 
-    For the projections of keys and values. The second projection of an MLP has gains of its inputs:
-    `Ia3Inputs`. The gains start at one. There is no rank and no alpha.
-
-    PEFT's (IA)3 multiplies the bias of the layer too: `exchange.peft` says this by a difference of
-    the bias (the kind "bias").
+    The gains start at one; there is no rank and no alpha. PEFT's (IA)3 multiplies the bias of the
+    layer too: `exchange.peft` says this by a difference of the bias (the kind "bias").
 
     >>> target = Target("w", (3, 2), (), (0,), (1,), rank=1, alpha=1.0, kind="ia3")
     >>> Ia3().merged(target, Gain(jnp.array([2.0, 1.0])), jnp.ones((3, 2)))[0]
@@ -42,17 +39,10 @@ class Ia3(Kind):
     name = "ia3"
     fields = Gain
     zero_at_first = ""
-
-    def side(self, target: Target) -> tuple[int, ...]:
-        """Return the axes of W that have gains, without the stack.
-
-        Args:
-          target: from the layout.
-        """
-        return target.outputs
+    of_inputs: ClassVar[bool] = False
 
     def axes(self, target: Target) -> Gain:
-        return Gain((*target.stack, *self.side(target)))
+        return Gain((*target.stack, *(target.inputs if self.of_inputs else target.outputs)))
 
     def rank_limit(self, target: Target) -> None:
         return None
@@ -68,23 +58,12 @@ class Ia3(Kind):
     def gains(
         self, target: Target, parameters: Gain, w: W, scale: Array | float | None = None
     ) -> Gains:
-        return Gains(outputs=jnp.asarray(parameters.gain, wide_dtype(w.dtype)))
+        gain = jnp.asarray(parameters.gain, wide_dtype(w.dtype))
+        return Gains(inputs=gain) if self.of_inputs else Gains(gain)
 
 
 class Ia3Inputs(Ia3):
-    """(IA)3 of the inputs: `W' = diag(gain) W`, for the second projection of an MLP.
-
-    >>> target = Target("w", (3, 2), (), (0,), (1,), rank=1, alpha=1.0, kind="ia3_inputs")
-    >>> Ia3Inputs().merged(target, Gain(jnp.array([2.0, 1.0, 0.0])), jnp.ones((3, 2)))[:, 0]
-    Array([2., 1., 0.], dtype=float32)
-    """
+    """(IA)3 of the inputs: `W' = diag(gain) W`, for the second product of an MLP."""
 
     name = "ia3_inputs"
-
-    def side(self, target: Target) -> tuple[int, ...]:
-        return target.inputs
-
-    def gains(
-        self, target: Target, parameters: Gain, w: W, scale: Array | float | None = None
-    ) -> Gains:
-        return Gains(inputs=super().gains(target, parameters, w).outputs)
+    of_inputs = True

@@ -34,7 +34,7 @@ class Kind(abc.ABC):
     Attributes:
       name: the name that `Target.kind` and `Rule.kind` give.
       fields: the NamedTuple type for the arrays of one target.
-      has_parts: whether it adapts slices of an output axis (`Target.parts`).
+      has_parts: whether it adapts slices of an axis (`Target.parts`).
       zero_at_first: the array that is zero at the start, so that the update is; "" if none is.
       pads: whether padding with zeros along the rank keeps the update. If not, adapters of one
         stack have one rank.
@@ -267,7 +267,7 @@ class Kind(abc.ABC):
         if target.parts and not self.has_parts:
             raise LoraError(
                 f"{target.path!r}: the kind {self.name!r} has no parts; only kind='lora' takes "
-                "slices of an output axis"
+                "slices of an output axis, and kind='tokens' rows"
             )
         limit = self.rank_limit(target)
         if limit is not None and target.rank > limit[0]:

@@ -23,8 +23,8 @@ class Rotated(Wrapper):
     """`R (W + update)`: x is multiplied by R, and then by W.
 
     R follows all that the program does to W's outputs and stack, and a reshape of its inputs. It
-    cannot follow a slice or another order of the inputs, since a row of `R W` is made
-    of other rows of W: then `map` raises `LoraError`.
+    cannot follow a slice or another order of the inputs, since a row of `R W` is made of other rows
+    of W.
 
     blocks: the blocks of R, with W's stack axes and BLOCK, ROW, COLUMN.
     inputs, sizes: the names and sizes of W's input axes. R takes them flattened in this order.
@@ -43,16 +43,12 @@ class Rotated(Wrapper):
         if isinstance(moved.array, PartitionSpec):
             kept, sizes = not any(moved.array), self.sizes
         else:
-            known = not isinstance(moved.array, jax.core.Tracer)
+            known, sizes = not isinstance(moved.array, jax.core.Tracer), moved.array.shape
             kept = known and np.array_equal(np.ravel(moved.array), order)
-            sizes = tuple(moved.array.shape)
         if not kept:
-            raise LoraError(
-                "the program slices or rearranges the inputs of a weight that its adapter rotates "
-                f"(OFT), and the rotation cannot follow. {_CURE}"
-            )
+            raise _refused("the program slices, shards or rearranges the inputs")
         new: Any = super().map(fn, *operands)
-        return Rotated(new.inner, new.blocks, moved.names, sizes)
+        return Rotated(new.inner, new.blocks, moved.names, tuple(sizes))
 
     def product(self, p: Operation) -> Array:
         inputs, before = {*self.inputs}, {*(() if p.x is None else p.x.names)}
@@ -63,38 +59,32 @@ class Rotated(Wrapper):
         if inputs <= {*p.out} and not inputs & before:  # a product with the transpose
             y = Named(self.inner.product(p), p.out)
             return self._turned(y, blocks, (COLUMN, ROW), p.precision).array
-        raise LoraError(
-            "a lookup, a convolution or a product over a part of the inputs takes a weight that "
-            f"its adapter rotates (OFT), and the rotation needs all inputs at once. {_CURE}"
-        )
+        raise _refused("a lookup, a convolution or a product over a part of the inputs is taken")
 
     def _spread(self, p: Operation) -> Named:
         """Return the blocks with the rows of a grouped product in place of the groups."""
         assert p.spread is not None
         own = without(self.blocks.names, (BLOCK, ROW, COLUMN))
-        flat = self.blocks.matrix(own, (), (BLOCK, ROW, COLUMN))[..., 0, :]
+        sizes = tuple(map(self.blocks.size, (BLOCK, ROW, COLUMN)))
+        flat = self.blocks.array.reshape(*map(self.blocks.size, own), math.prod(sizes))
         rows = p.spread(Named(flat, (*own, BLOCK)))
-        sizes = map(self.blocks.size, (BLOCK, ROW, COLUMN))
-        return Named(rows.array.reshape(*rows.array.shape[:-1], *sizes), (*rows.names, ROW, COLUMN))
+        array = rows.array.reshape(*rows.array.shape[:-1], *sizes)
+        return Named(array, (*rows.names, ROW, COLUMN))
 
     def _turned(
         self, x: Named, blocks: Named, along: tuple[int, int], precision: PrecisionLike
     ) -> Named:
         """Return x with its inputs multiplied along the first axis of each block."""
         rest = without(x.names, self.inputs)
-        if any(n not in rest for n in without(blocks.names, (BLOCK, ROW, COLUMN))):
-            raise LoraError(
-                "a product gives one x to all slices of a stack, whose adapter rotates each "
-                f"slice's inputs in its own way (OFT). {_CURE}"
-            )
+        if not {*blocks.names} <= {*rest, BLOCK, ROW, COLUMN}:
+            raise _refused("all slices of a stack are given one x")
         moved, wide = x.moved((*rest, *self.inputs)), wide_dtype(x.array.dtype)
         shape = moved.array.shape
         split = moved.array.reshape(*shape[: len(rest)], blocks.size(BLOCK), blocks.size(ROW))
         split = Named(split.astype(wide), (*rest, BLOCK, along[0]))
         with jax.named_scope("lora"):
             y = einsum(split, blocks.astype(wide), (*rest, BLOCK, along[1]), precision)
-        back = Named(y.reshape(shape), moved.names).moved(x.names)
-        return back.astype(x.array.dtype)
+        return Named(y.reshape(shape), moved.names).moved(x.names).astype(x.array.dtype)
 
     def merged(self, w: Named) -> Array:
         whole = Named(self.inner.merged(w.astype(wide_dtype(w.array.dtype))), w.names)
@@ -113,4 +103,8 @@ class Rotated(Wrapper):
         return [*along, (w, dataclasses.replace(self, blocks=tangent.blocks))]
 
 
-_CURE = "Use another kind of update for this weight"
+def _refused(what: str) -> LoraError:
+    return LoraError(
+        f"{what} of a weight that its adapter rotates (OFT), and the rotation needs all inputs in "
+        "their order. Use another kind of update for this weight"
+    )

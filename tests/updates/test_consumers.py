@@ -24,8 +24,8 @@ from tests.test_transform import assert_close, weighted
 from tests.updates import forms
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-KINDS = ["lora", "parts", "dora", "vera", "loha", "lokr", "miss", "ia3", "oft", "bias"]
-ADDITIVE = ["lora", "parts", "vera", "loha", "lokr", "miss"]
+KINDS = ["lora", "parts", "dora", "vera", "loha", "lokr", "miss", "ia3", "oft", "tokens", "bias"]
+ADDITIVE = ["lora", "parts", "vera", "loha", "lokr", "miss", "tokens"]
 CONSUMERS = (
     "adapt",
     "merge",
@@ -45,8 +45,8 @@ REFUSED = {
     "mix, route": ["dora", "ia3", "oft", "bias"],
     "combine, truncate": ["dora", "ia3", "oft", "bias"],
     "analysis": ["bias"],
-    "init_from_base": ["parts", "vera", "loha", "lokr", "miss", "ia3", "oft", "bias"],
-    "init_from_inputs": ["vera", "lokr", "miss", "ia3", "oft"],
+    "init_from_base": ["parts", "vera", "loha", "lokr", "miss", "ia3", "oft", "tokens", "bias"],
+    "init_from_inputs": ["vera", "lokr", "miss", "ia3", "oft", "tokens"],
 }
 
 
@@ -82,6 +82,8 @@ def layout_of(kind: str, rank: int = 2) -> Layout:
     targets: Any = ("layers/kernel", "out")
     if kind == "parts":
         targets = (Rule("layers/kernel", parts=((0, 4), (8, 4))), Rule("out", parts=((3, 6),)))
+    if kind == "tokens":
+        targets = (Rule("layers/kernel", parts=((1, 1), (4, 2))), Rule("out", parts=((3, 6),)))
     if kind == "bias":
         targets = ("layers/bias",)
     name = "lora" if kind == "parts" else kind

@@ -75,8 +75,8 @@ def test_a_block_that_does_not_divide_is_named_with_the_nearest() -> None:
 
 
 PROGRAMS = {
-    "slices or rearranges": lambda p, x: x[:, :4] @ p["w"][::2],
-    "slices": lambda p, x: x @ p["w"][::-1],
+    "slices, shards or rearranges": lambda p, x: x[:, :4] @ p["w"][::2],
+    "shards": lambda p, x: x @ p["w"][::-1],
     "a lookup": lambda p, x: p["w"][jnp.argmax(x, 1)],
     "over a part of the inputs": lambda p, x: jnp.einsum("bi,ij->bij", x, p["w"]),
 }
