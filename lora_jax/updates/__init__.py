@@ -43,13 +43,13 @@ from lora_jax.updates.oft import Oft as Oft
 from lora_jax.updates.oft import OftCayley as OftCayley
 from lora_jax.updates.oft import Rotation as Rotation
 from lora_jax.updates.tokens import Rows as Rows
-from lora_jax.updates.tokens import Tokens as Tokens
+from lora_jax.updates.tokens import TrainedRows as TrainedRows
 from lora_jax.updates.tokens import row_parts as row_parts
 from lora_jax.updates.vera import Vectors as Vectors
 from lora_jax.updates.vera import Vera as Vera
 
 for _kind in (
     *(Lora(), Dora(), Vera(), Loha(), Lokr(), Bias()),
-    *(Ia3(), Ia3Inputs(), Oft(), OftCayley(), Miss(), Tokens()),
+    *(Ia3(), Ia3Inputs(), Oft(), OftCayley(), Miss(), TrainedRows()),
 ):
     register(_kind)

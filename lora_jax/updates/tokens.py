@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     delta: Leaf
 
 
-class Tokens(Kind):
+class TrainedRows(Kind):
     """Trained rows: `W'[i] = W[i] + delta[k]` for the k-th of the chosen rows i; the rest stays.
 
     For the embeddings of a few tokens, new ones or old. A head that is tied to the embedding
@@ -36,7 +36,7 @@ class Tokens(Kind):
 
     >>> parts = row_parts([1, 3])
     >>> target = Target("w", (4, 2), (), (0,), (1,), 1, 1.0, kind="tokens", parts=parts)
-    >>> Tokens().delta(target, Rows(jnp.array([[1.0, 2.0], [3.0, 4.0]])))[:, 0]
+    >>> TrainedRows().delta(target, Rows(jnp.array([[1.0, 2.0], [3.0, 4.0]])))[:, 0]
     Array([0., 1., 0., 3.], dtype=float32)
     """
 
