@@ -324,6 +324,6 @@ def _check_task(served: Served, task: str | None) -> None:
     other = "predict" if served.classifies else "generate"
     if task in (None, other):
         return
-    whose = "with its adapters " if served.members else ""
-    what = "classifies" if served.classifies else "writes texts"
-    raise LoraError(f"the base {served.reference} {whose}{what}; `lora-jax {other}` runs it")
+    what = "a decoder" if isinstance(served.config, models.DecoderConfig) else "an encoder"
+    what += ", and its adapters classify" if what == "a decoder" and served.classifies else ""
+    raise LoraError(f"the base {served.reference} is {what}; `lora-jax {other}` runs it")

@@ -207,7 +207,7 @@ def test_adapters_of_two_models_are_not_mixed(
     with pytest.raises(LoraError, match=r"base .*llama is a decoder; .*lora-jax generate"):
         served_adapters.open_adapters([given], "predict")
     with pytest.raises(LoraError, match=r"base .*roberta is an encoder; .*lora-jax predict"):
-        served_adapters.open_adapters([f"{runs}/a"], models.DecoderConfig)
+        served_adapters.open_adapters([f"{runs}/a"], "generate")
     scanned = save(runs / "e", params, str(weights), scan_layers=True)
     with pytest.raises(LoraError, match=r"model.scan_layers is False for 'a' and True for 'e'"):
         served_adapters.open_adapters([f"{runs}/a", scanned], "predict")

@@ -248,7 +248,7 @@ def test_a_run_directory_is_opened_on_its_base(setup: Setup, alone: Any) -> None
         (lambda s, f: s.generate("a", "one"), "expected a list, got 'a' alone"),
         (lambda s, f: s.generate(["a"], ["one", "two"]), "1 were given, and the names of 2"),
         (lambda s, f: s.generate(["w " * 40], "one"), "has 40 tokens; expected from 1 to 31"),
-        (lambda s, f: s.predict(["a"], "one"), r"is a decoder: use generate\(\)"),
+        (lambda s, f: s.predict(["a"], "one"), r"writes texts: use generate\(\)"),
         (lambda s, f: s.remove("tow"), "no adapter is called 'tow'; nearest: 'two'"),
         (lambda s, f: s.remove("base"), "stands for no adapter"),
         (lambda s, f: s.add("base", f("one")), "cannot be called 'base'"),
@@ -331,7 +331,7 @@ def test_predictions_of_many_threads(tasks: pathlib.Path, compilations: list[str
     assert len(compilations) == before
     with pytest.raises(LoraError, match=r"text 1: no adapter is called 'thre'; nearest: 'three'"):
         server.predict(["word1"], "thre")
-    with pytest.raises(LoraError, match=r"is an encoder, which classifies: use predict\(\)"):
+    with pytest.raises(LoraError, match=r"is open as a classifier: use predict\(\)"):
         server.generate(["word1"], "three")
 
 

@@ -193,7 +193,7 @@ def test_a_decoder_learns_labels(source: str, llama: pathlib.Path, tmp_path: pat
     found = [answer["prediction"] for answer in server.predict([row["text"] for row in rows])]
     right = [one == str(row["label"]) for one, row in zip(found, rows, strict=True)]
     assert np.mean(right) == pytest.approx(after["accuracy"])
-    with pytest.raises(lora_jax.LoraError, match="classifies; `lora-jax predict`"):
+    with pytest.raises(lora_jax.LoraError, match="adapters classify; `lora-jax predict`"):
         served_adapters.open_adapters([str(tmp_path / "run")], "generate")
 
 
