@@ -143,9 +143,8 @@ def _write(
     base = options.base_name or model_card.name_of(run)
     layout = run.member.layout if plain is None else plain.adapter.layout
     rank = consumers.vllm_rank({"r": max((t.rank for t in layout.targets), default=1)})
-    card = model_card.text(
-        run, options.format, str(out), base, rank, options.head or options.format != "peft"
-    )
+    head = options.head or options.format != "peft"
+    card = model_card.text(run, options.format, base, rank, head)
     whole_files.write(out / "README.md", card.encode())
     return said
 

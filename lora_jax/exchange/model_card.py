@@ -19,33 +19,33 @@ _ON_THE_HUB = {
 _OPEN = {
     "hf": (
         "the model with the adapter merged into its weights",
-        "AutoModelFor{auto}.from_pretrained({python})    # transformers\n"
-        "vllm serve {out}\n"
-        "python convert_hf_to_gguf.py {out}    # llama.cpp: a merged GGUF file",
+        "AutoModelFor{auto}.from_pretrained('.')    # transformers\n"
+        "vllm serve .\n"
+        "python convert_hf_to_gguf.py .    # llama.cpp: a merged GGUF file",
     ),
     "peft": (
         "a PEFT adapter",
-        "AutoPeftModelFor{auto}.from_pretrained({python}{classes})    # PEFT\n"
-        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={out}\n"
-        "lora-jax import {out} --base {reference} --out runs/{name}",
+        "AutoPeftModelFor{auto}.from_pretrained('.'{classes})    # PEFT\n"
+        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=.\n"
+        "lora-jax import . --base {reference} --out runs/{name}",
     ),
     "gguf": (
         "adapter.gguf, an adapter of llama.cpp",
-        "llama-server -m BASE.gguf --lora {out}/adapter.gguf\n"
-        "llama-cli -m BASE.gguf --lora {out}/adapter.gguf\n"
-        "ollama create {name}    # a Modelfile: FROM BASE.gguf, ADAPTER {out}/adapter.gguf",
+        "llama-server -m BASE.gguf --lora adapter.gguf\n"
+        "llama-cli -m BASE.gguf --lora adapter.gguf\n"
+        "ollama create {name}    # a Modelfile: FROM BASE.gguf, ADAPTER adapter.gguf",
     ),
     "mlx": (
         "an adapter of mlx-lm",
-        "mlx_lm.generate --model {base} --adapter-path {out}\n"
-        "mlx_lm.server --model {base} --adapter-path {out}\n"
-        "mlx_lm.fuse --model {base} --adapter-path {out}",
+        "mlx_lm.generate --model {base} --adapter-path .\n"
+        "mlx_lm.server --model {base} --adapter-path .\n"
+        "mlx_lm.fuse --model {base} --adapter-path .",
     ),
     "orbax": (
         "an adapter of lora_jax",
-        "lora_jax.restore({python})    # in Python\n"
-        "lora-jax {use} --adapter {out}\n"
-        "lora-jax report {out} --out page",
+        "lora_jax.restore('.')    # in Python\n"
+        "lora-jax {use} --adapter .\n"
+        "lora-jax report . --out page",
     ),
 }
 
@@ -59,8 +59,8 @@ def name_of(run: Served) -> str:
     return str(run.source.path) if scheme == "pypi" else run.reference
 
 
-def text(run: Served, format: str, out: str, base: str, rank: int, head: bool) -> str:
-    """Return the README.md of the folder `out`, with the fields of a model card of the hub.
+def text(run: Served, format: str, base: str, rank: int, head: bool) -> str:
+    """Return the README.md of a folder, with the fields of a model card of the hub.
 
     `base` is the base's name, `rank` the one that vLLM needs, and `head` whether a classifier's
     head is in the folder.
@@ -82,8 +82,6 @@ def text(run: Served, format: str, out: str, base: str, rank: int, head: bool) -
         "tags": ["lora", "lora_jax", *([f"base_model:adapter:{base}"] if hub else [])],
     }
     lines = commands.format(
-        out=shlex.quote(out),
-        python=json.dumps(out),
         base=shlex.quote(base),
         rank=rank,
         name=shlex.quote(run.member.name),
@@ -97,5 +95,5 @@ def text(run: Served, format: str, out: str, base: str, rank: int, head: bool) -
         f"---\n{fields}\n---\n\n# {run.member.name}\n\nThis folder has {what}. It was written by "
         f"`lora-jax export --format {format}`.\n\n- Base: `{run.reference}`\n- Trained on "
         f"{run.trained_on}\n- {run.member.layout.size:,} numbers in the adapter\n\n## Open it\n\n"
-        f"```\n{lines}\n```\n"
+        f"In this folder:\n\n```\n{lines}\n```\n"
     )

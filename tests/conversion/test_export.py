@@ -237,7 +237,7 @@ def test_every_folder_says_what_it_is(format: str, tmp_path: pathlib.Path) -> No
     assert {"lora", "base_model:adapter:org/llama"} <= {*fields["tags"]}
     assert f"Base: `{GOLDEN / 'llama'}`" in text and "float32 weights" in text
     commands = text.split("```")[1].strip().splitlines()
-    assert len(commands) == 3 and all(str(out) in command for command in commands)
+    assert len(commands) == 3 and str(tmp_path) not in "".join(commands)  # it may be moved
 
 
 def test_several_adapters_have_one_command(
