@@ -51,7 +51,7 @@ def _walk(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield every key, with its value if that describes an array."""
 
-    def find(piece: ocdbt.Piece) -> FilePiece:
+    def find(piece: ocdbt.Extent) -> FilePiece:
         name, end = place + piece.path.decode(), piece.offset + piece.length
         if end > files.get(name, -1):
             state = "is shorter" if name in files else "is not in its folder"
@@ -80,7 +80,7 @@ def _walk(
             name, described = key.decode(errors="replace")[:200], key.endswith(b"zarr.json")
             if described and size > _DESCRIPTION:
                 raise DamagedError(f"{name} has {size:,} bytes; the limit is {_DESCRIPTION:,}")
-            if isinstance(value, ocdbt.Piece):
+            if isinstance(value, ocdbt.Extent):
                 value = _read(root, find(value)) if described else b""
             yield name, value if described else b""
 

@@ -23,7 +23,7 @@ _NOTHING = 2**64 - 1  # the offset and the length of the root of an empty databa
 Spend = Callable[[int], None]  # raises if it is called for too many bytes
 
 
-class Piece(NamedTuple):
+class Extent(NamedTuple):
     """A piece of a file.
 
     base: how many bytes of the path the paths begin with that a node in this piece names.
@@ -35,11 +35,11 @@ class Piece(NamedTuple):
     length: int
 
 
-class Node(Piece):
+class Node(Extent):
     """A piece of a file that is a node. All its keys begin with the key that it has above."""
 
 
-Listed = tuple[bytes, bytes | Piece]
+Listed = tuple[bytes, bytes | Extent]
 
 
 class _Reader:
@@ -154,6 +154,6 @@ def entries(node: bytes, base: bytes, prefix: bytes, spend: Spend) -> list[Liste
     offsets = [reader.number() if there else 0 for there in elsewhere]
     values = zip(keys, sizes, elsewhere, files, offsets, strict=True)
     return [
-        (key, Piece(*paths[file], at, size) if there else reader.take(size))
+        (key, Extent(*paths[file], at, size) if there else reader.take(size))
         for key, size, there, file, at in values
     ]

@@ -17,15 +17,15 @@ def _spend(_: int) -> None:
     pass
 
 
-def _content(folder: pathlib.Path, piece: ocdbt.Piece) -> bytes:
+def _content(folder: pathlib.Path, piece: ocdbt.Extent) -> bytes:
     with open(folder / piece.path.decode(), "rb") as file:
         file.seek(piece.offset)
         return database._unpacked(file.read(piece.length))
 
 
-def _as_dumped(location: str) -> ocdbt.Piece:
+def _as_dumped(location: str) -> ocdbt.Extent:
     _, base, path, offset, length = location.split(":")
-    return ocdbt.Piece(unquote(base + path).encode(), len(unquote(base)), int(offset), int(length))
+    return ocdbt.Extent(unquote(base + path).encode(), len(unquote(base)), int(offset), int(length))
 
 
 def _equal_below(folder: pathlib.Path, store: Any, location: str, prefix: bytes) -> list[int]:
