@@ -40,7 +40,6 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The time of one step."""
         return max(dataclasses.astuple(self))
 
     @property
@@ -74,7 +73,6 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """The number of devices."""
         return math.prod(self.sizes.values())
 
     @property

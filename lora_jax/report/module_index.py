@@ -44,7 +44,6 @@ class ModuleIndex:
 
     @classmethod
     def of(cls, layout: Layout) -> ModuleIndex:
-        """Find the places of a layout's matrices."""
         found = []
         for target in layout.targets:
             layer, name = _split(target.path)
@@ -63,7 +62,6 @@ class ModuleIndex:
 
     @property
     def labels(self) -> list[str]:
-        """The labels of the layers."""
         return list(map(label, self.layers))
 
     @property

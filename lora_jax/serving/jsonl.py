@@ -135,7 +135,6 @@ class Writer:
                 pathlib.Path(self.path).unlink()
 
     def _forget(self) -> None:
-        """Delete the old contents, once."""
         if self._old:
             self._file.truncate(0)
             self._old = False

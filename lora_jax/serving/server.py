@@ -66,10 +66,8 @@ class Server:
         self._engine: Decoder | Classifier
         if not served.classifies:
             self._prompts = prompts or Prompts(served)
-            params, stacked = _params(served), served.stack(self.slots) if served.members else ()
-            self._engine = Decoder(
-                served.config, params, *stacked, rows=batch_size, capacity=max_tokens
-            )
+            own = (_params(served), *(served.stack(self.slots) if served.members else ()))
+            self._engine = Decoder(served.config, *own, rows=batch_size, capacity=max_tokens)
             self._engine.slots = self.slots
         else:
             self._engine = _classifier(served, batch_size, self.slots)

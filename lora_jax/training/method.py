@@ -15,8 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax.checkpoint.saved_adapter import EXTRA
-
-Tree = Any  # a pytree
+from lora_jax.paths import Tree
 
 HEAD = "classifier/**"  # the new head of an encoder, which every method trains
 
