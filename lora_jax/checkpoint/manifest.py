@@ -49,7 +49,6 @@ class Entry:
     """One array of a manifest.
 
     shape, dtype: as the array has them, the dtype by its name.
-    hash: the hash of its bits.
     """
 
     shape: tuple[int, ...]

@@ -91,7 +91,6 @@ class SavedAdapter:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes of its head, in order; () if it names none."""
         return labels_in(self.about)
 
     @property

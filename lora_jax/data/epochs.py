@@ -28,9 +28,7 @@ class Epochs:
     Every epoch has every example exactly once; its last batch may be short.
 
     sizes: the number of each example's bucket, [n]; examples of one bucket come together.
-    batch_size: examples of a batch.
     seed: the seed of the order. None: every epoch has the order of the data.
-    count: the number of epochs. None: without end.
     """
 
     sizes: NDArray[np.int64]

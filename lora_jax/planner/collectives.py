@@ -25,7 +25,6 @@ class Collective:
 
     kind: the name of the operation, such as "all-gather".
     operand, result: the array that goes in, and the one that comes out.
-    group: the devices of the first group.
     origin: the name of the operation or argument that it comes from.
     asynchronous: whether the program computes something else until it is done.
     """

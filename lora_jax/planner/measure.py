@@ -55,7 +55,6 @@ class DeviceBytes:
 
     @property
     def total(self) -> float:
-        """The total, which the memory of the device must hold."""
         return sum(dataclasses.astuple(self))
 
 
@@ -86,7 +85,6 @@ class StepCosts:
     moved: bytes that these products read and write.
     arrays: every array that a collective moves.
     unknown_loops: loops that count once, because XLA does not know their number of iterations.
-    moments: the dtypes of the optimizer's floats.
     buffers: the largest values of the simulated program.
     program: the program of the device's own compiler. Where there is one, `traffic` and `arrays`
       are its collectives; `bytes` stays the estimate by the simulated program.

@@ -23,8 +23,6 @@ Scores = dict[str, dict[str, float]]  # split -> name -> number
 class SavedRun:
     """The files of one run, read and checked.
 
-    config: the contents of config.json.
-    lines: the lines of metrics.jsonl.
     summary: the contents of summary.json with "run" set to `path`; None until the run has finished.
     error: the error that stopped the run, if one did.
     """

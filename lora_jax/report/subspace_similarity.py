@@ -36,7 +36,6 @@ class RunAdapter:
     """A run that has saved an adapter.
 
     config: dotted path -> value, for the fields that decide the result.
-    folder: the adapter's folder.
     rank: the largest rank of its layout.
     """
 

@@ -74,7 +74,6 @@ def are_all(kind: type[Any], values: Any, least: int = 0) -> bool:
 class ScoredExample(Job):
     """An example that waits for its scores; the result is (its number, the scores [outputs]).
 
-    row: the example, prepared.
     length: the length of the batches that it fits in.
     alone: whether it was in a batch that failed, and has its next one for itself.
     """

@@ -30,9 +30,7 @@ class Request:
     """One prompt for one adapter.
 
     name: the name of the adapter, or "base".
-    text: the text of the prompt.
     prompt: its tokens, the number of its adapter, and its stop tokens.
-    fields: the fields of its line.
     size: bytes of its line, for a progress bar; 0 for all but the last request of a line.
     error: why its line cannot be used; then only its fields and its size count.
     """

@@ -322,7 +322,6 @@ def _check_alone(members: Sequence[SavedAdapter]) -> None:
 
 
 def _classifier(served: Served, batch_size: int, slots: int) -> Classifier:
-    """Return the classifier for this kind of base."""
     if isinstance(served.config, models.VitConfig):
         from lora_jax.serving.image_classifier import ImageClassifier  # needs an extra
 

@@ -98,7 +98,6 @@ class Group:
         return gone
 
     def member(self, name: str) -> OpenMember:
-        """Return a member by its name."""
         for member in self.members:
             if member.name == name:
                 return member

@@ -41,8 +41,6 @@ class OpenMember:
     """A member in progress.
 
     host: its state while it is in no group.
-    example: its first batch.
-    step: the number of steps it has taken.
     references: the values of the reference, which all members of a group share.
     error: the reason why it stopped, if it did.
     """
@@ -93,7 +91,6 @@ class OpenMember:
 class SharedBase:
     """The base, which the first member loads and all share.
 
-    name: the name of the first member.
     trainable: the parameters that the first member trains in full.
     """
 

@@ -34,8 +34,6 @@ Scales = dict[str, Any]
 class Settings(NamedTuple):
     """The constants that differ between members; each leaf is [N] for N members.
 
-    hyper: the settings of the optimizer.
-    scales: the scales of the adapters.
     skip: bool; True skips a step that is not finite, False stops the member there.
     """
 

@@ -259,5 +259,4 @@ class Bar(Progress):
         super().__init__(*columns, console=console, disable=hidden, **options)
 
     def say(self, text: str) -> None:
-        """Print plain text above the bar."""
         say(self.console, text)

@@ -153,12 +153,11 @@ def _check_trainable(saved: SavedAdapter, workload: Workload) -> None:
             )
         got = None if leaf is None else tuple(leaf.shape)
         if got != shape:
-            is_head = any(paths.match(pattern, path) for pattern in workload.trainable)
-            cure = (
-                "The head has an output for each class: take data with the classes of the adapter"
-                if is_head and got is not None
-                else "Is it the same model?"
-            )
+            cure = "Is it the same model?"
+            if got is not None and any(
+                paths.match(pattern, path) for pattern in workload.trainable
+            ):
+                cure = "The head has an output for each class: take data with the adapter's classes"
             raise ConfigError(
                 f"it has trained {path!r} of shape {list(shape)} in full; here that is "
                 f"{'missing' if got is None else list(got)}. {cure}"

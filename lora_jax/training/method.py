@@ -44,7 +44,6 @@ class Method:
         return self.init(jax.random.fold_in(jax.random.key(seed), 2))
 
     def shapes(self) -> Tree:
-        """Return the result of `init` as ShapeDtypeStructs."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def placement(self) -> tuple[tuple[str, PartitionSpec], ...]:

@@ -32,11 +32,9 @@ class Hyper(NamedTuple):
     head: factor of the learning rate of parameters trained in full.
     loraplus: factor of the learning rate of B.
     rise: number of warm-up steps.
-    steps: number of steps of the run.
     kind: int32, the index in `KINDS` of the decay after the warm-up.
     weight_decay: label (`NO_DECAY` and `OTHER`) -> decoupled weight decay.
     clip: largest global norm of the gradient; infinity if gradients are not clipped.
-    b1, b2, eps: as in Adam.
     """
 
     peak: Any
@@ -53,7 +51,6 @@ class Hyper(NamedTuple):
 
 
 def hyper(config: OptimizerConfig, steps: int) -> Hyper:
-    """Return the settings of a run as arrays."""
     values: dict[str, float] = {
         "peak": config.learning_rate,
         "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate,

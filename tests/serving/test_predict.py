@@ -220,7 +220,7 @@ GOOD = {"text": "word1", "adapter": "two"}
         ),
         ({"text": ["a"], "adapter": "two"}, r"line 2: 'text' is \[\"a\"\], expected a str"),
         ({"text": None, "adapter": "two"}, "line 2: 'text' is null, expected a str"),
-        ([], r"line 2 is \[\]; expected an object"),
+        ([], "line 2 holds a list, expected an object"),
     ],
 )
 def test_a_line_that_cannot_be_classified(
