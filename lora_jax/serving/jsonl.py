@@ -83,10 +83,7 @@ def objects(file: BinaryIO, name: str, keep_broken: bool = False) -> Iterator[Js
             continue
         where = f"{name}, line {number}"
         try:
-            value = json_file.parse_object(
-                raw, where, lambda said: LineError(f"{said}\n{_EXPECTED}")
-            )
-            yield JsonLine(value, where, len(raw))
+            yield JsonLine(json_file.parse_object(raw, where, broken), where, len(raw))
         except LineError as error:
             if not keep_broken:
                 raise
