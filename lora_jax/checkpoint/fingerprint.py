@@ -127,7 +127,8 @@ def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -
             '{path: {"shape": [...], "hash": "..."}}. Pass allow_other_base=True to do without '
             "(on a command line: --allow-other-base)"
         )
-    if found := differences(stored, ours):
+    found = differences(stored, ours)
+    if found:
         raise LoraError(
             f"{what} was trained on another base: {len(found)} of "
             f"{len({*stored, *ours})} frozen parameters differ:\n{listed(found)}\n"
