@@ -1,0 +1,141 @@
+"""Checkpoints of openpi, read only: base weights and LoRA factors in one tree of arrays.
+
+adapter = openpi.load(restored["params"], f, params, *args)
+
+The layers of openpi have factors for each slice of W along its first axes, such as heads:
+
+    <layer>/w, <layer>/lora_a, <layer>/lora_b                    attention, scaled by its alpha
+    <layer>/<name>, <name>_lora_a, <name>_lora_b                 MLPs, never scaled
+
+    W [..., in, out]    lora_a [..., in, rank]    lora_b [..., rank, out]
+
+The layout says what the axes before are. Along a stack each slice keeps its factors. Along an
+output (the heads of a query) they become blocks of one update, whose rank is `heads * rank`. Along
+an input (the heads of the output projection) openpi's first einsum sums over the slices of
+`lora_a`, and its second one over those of `lora_b` alone. So all slices share the sum of `lora_b`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters import Adapter
+from lora_jax.errors import LoraError, near_paths
+from lora_jax.exchange import tensor_file
+from lora_jax.layout import Layout
+from lora_jax.resolve import resolve
+from lora_jax.spec import LoraSpec, Rule, Target
+from lora_jax.updates import Factors
+
+Pairs = dict[str, dict[str, np.ndarray]]  # lora_a and lora_b by the path of W
+
+
+def load(
+    checkpoint: Any,
+    f: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    alpha: Mapping[str, float] | None = None,
+    scaling: str = "alpha/r",
+) -> Adapter:
+    """Read the LoRA factors of a checkpoint of openpi, and the weights that it trained in full.
+
+    Args:
+      checkpoint: the tree of arrays, as Orbax restores it without openpi:
+        `orbax.checkpoint.PyTreeCheckpointer().restore(folder)["params"]`.
+      f, params, *args: the model without LoRA, with the weights that the run began from.
+      alpha: the alpha of `lora_configs["attn"]` by a pattern of paths, `{"**/attn/*_1/w": 32.0}`.
+        Without one it is the rank, as in openpi's own configs. MLPs have none: openpi reads it
+        there, and does not use it.
+      scaling: "alpha/sqrt(r)" for `rslora=True`.
+
+    Returns:
+      The adapter. Weights that openpi trained in full are in `trainable`: all without factors that
+      differ from `params`.
+
+    Raises:
+      LoraError: a parameter that the model does not have, arrays that do not fit, a pattern that
+        matches no factors, or a frozen weight that is another one in `params`.
+    """
+    alphas, leaves = dict(alpha or {}), paths.flatten(params)
+    pairs, values = _sorted(checkpoint, leaves)
+    attention = [path for path in pairs if path.endswith("/w")]
+    for pattern in alphas:
+        if not paths.matching(pattern, attention):
+            near = near_paths(pattern, attention)
+            raise LoraError(f"alpha: {pattern!r} matches no factors of attention{near}")
+    layout = resolve(LoraSpec(1, 1.0, tuple(map(Rule, pairs))), f, params, *args)
+    targets, adapters = [], {}
+    for target in layout.targets:
+        rank, factors = _factors(target, pairs[target.path])
+        own = (a for pattern, a in alphas.items() if paths.match(pattern, target.path))
+        scale = 1.0
+        if target.path in attention and (given := next(own, None)) is not None:
+            scale = dataclasses.replace(target, rank=rank, alpha=given, scaling=scaling).scale
+        plain = target.plain(factors.a.shape[-1])
+        targets.append(dataclasses.replace(plain, alpha=scale * plain.rank))
+        adapters[target.path] = factors
+    whole = {p: jnp.asarray(x) for p, x in values.items() if not _is_frozen(x, leaves[p])}
+    if changed := sorted(whole.keys() & adapters):
+        raise LoraError(
+            f"{changed[0]!r} has factors, so openpi froze it, but params have another weight there:"
+            " pass the weights that the run began from (its weight_loader)"
+        )
+    return Adapter(Layout(tuple(targets)), adapters, whole)
+
+
+def _sorted(checkpoint: Any, leaves: Mapping[str, Any]) -> tuple[Pairs, dict[str, np.ndarray]]:
+    """Return the factors by the path of their weight, and all other arrays by their own."""
+    pairs: Pairs = {}
+    values: dict[str, np.ndarray] = {}
+    for name, leaf in paths.flatten(checkpoint).items():
+        x, path = np.asarray(leaf), name.removesuffix("/value")  # as NNX saves a variable
+        tensor_file.check_finite("the checkpoint", name, x)
+        stem, side = path[:-6], path[-6:]
+        if is_factor := side in ("lora_a", "lora_b"):
+            path = f"{stem}w" if stem.endswith("/") else stem.removesuffix("_")
+        if path not in leaves:
+            near = near_paths(path, leaves)
+            raise LoraError(f"{name!r} of the checkpoint is of {path!r}, not in the model{near}")
+        if is_factor:
+            pairs.setdefault(path, {})[side] = x.astype(np.float32)
+        else:
+            values[path] = x
+    return pairs, values
+
+
+def _factors(target: Target, pair: Mapping[str, np.ndarray]) -> tuple[int, Factors]:
+    """Return openpi's rank, and factors of the same update with the axes of the target."""
+    *_, one, other = range(len(target.shape))
+    a, b = (pair.get(side, np.zeros(0, np.float32)) for side in ("lora_a", "lora_b"))
+    rank = a.shape[-1]
+    fits = a.shape == (*target.shape[:-1], rank)
+    if not fits or b.shape != (*target.shape[:-2], rank, target.shape[-1]):
+        raise LoraError(
+            f"{target.path!r} of shape {target.shape}: lora_a {a.shape} and lora_b {b.shape} do "
+            "not fit; expected [..., in, rank] and [..., rank, out]"
+        )
+    if one not in target.inputs or other not in target.outputs:
+        raise LoraError(f"{target.path!r}: f uses it in another way than openpi; {target.form}")
+    blocks = tuple(i for i in target.outputs if i != other)
+    a = a.transpose(*target.stack, *target.inputs, *blocks, other)
+    summed = tuple(i for i in target.inputs if i != one)
+    b = b.sum(summed, keepdims=True).transpose(*target.stack, *summed, *blocks, one, other)
+    count = int(np.prod(target.sizes(blocks)))
+    b = b.reshape(*target.sizes(target.stack), count, rank, -1)
+    whole = np.einsum("...hro,hk->...hrko", b, np.eye(count, dtype=b.dtype))
+    plain = target.plain(count * rank)
+    return rank, Factors(
+        jnp.asarray(a.reshape(plain.a_shape)), jnp.asarray(whole.reshape(plain.b_shape))
+    )
+
+
+def _is_frozen(x: np.ndarray, before: Any) -> bool:
+    """Return whether an array is the weight of before; openpi rounds frozen ones to bfloat16."""
+    return np.array_equal(x, np.asarray(before).astype(x.dtype))
