@@ -2,17 +2,13 @@
 
 adapter = openpi.load(restored["params"], f, params, *args)
 
-The layers of openpi have factors for each slice of W along its first axes, such as heads:
-
-    <layer>/w, <layer>/lora_a, <layer>/lora_b                    attention, scaled by its alpha
-    <layer>/<name>, <name>_lora_a, <name>_lora_b                 MLPs, never scaled
-
+    <layer>/w, <layer>/lora_a, <layer>/lora_b        attention, scaled by its alpha
+    <layer>/<name>, <name>_lora_a, <name>_lora_b     MLPs, never scaled
     W [..., in, out]    lora_a [..., in, rank]    lora_b [..., rank, out]
 
 The layout says what the axes before are. Along a stack each slice keeps its factors. Along an
-output (the heads of a query) they become blocks of one update, whose rank is `heads * rank`. Along
-an input (the heads of the output projection) openpi's first einsum sums over the slices of
-`lora_a`, and its second one over those of `lora_b` alone. So all slices share the sum of `lora_b`.
+output (heads of a query) they become blocks of one update, of rank `heads * rank`. Along an input
+(heads of the output projection) openpi sums over `lora_a` and, apart from it, over `lora_b`.
 """
 
 from __future__ import annotations
@@ -66,14 +62,14 @@ def load(
     alphas, leaves = dict(alpha or {}), paths.flatten(params)
     pairs, values = _sorted(checkpoint, leaves)
     attention = [path for path in pairs if path.endswith("/w")]
-    for pattern in alphas:
-        if not paths.matching(pattern, attention):
-            near = near_paths(pattern, attention)
-            raise LoraError(f"alpha: {pattern!r} matches no factors of attention{near}")
+    if idle := [pattern for pattern in alphas if not paths.matching(pattern, attention)]:
+        near = near_paths(idle[0], attention)
+        raise LoraError(f"alpha: {idle[0]!r} matches no factors of attention{near}")
     layout = resolve(LoraSpec(1, 1.0, tuple(map(Rule, pairs))), f, params, *args)
     targets, adapters = [], {}
     for target in layout.targets:
-        rank, factors = _factors(target, pairs[target.path])
+        factors = _factors(target, pairs[target.path])
+        rank = pairs[target.path]["lora_a"].shape[-1]
         own = (a for pattern, a in alphas.items() if paths.match(pattern, target.path))
         scale = 1.0
         if target.path in attention and (given := next(own, None)) is not None:
@@ -110,16 +106,15 @@ def _sorted(checkpoint: Any, leaves: Mapping[str, Any]) -> tuple[Pairs, dict[str
     return pairs, values
 
 
-def _factors(target: Target, pair: Mapping[str, np.ndarray]) -> tuple[int, Factors]:
-    """Return openpi's rank, and factors of the same update with the axes of the target."""
+def _factors(target: Target, pair: Mapping[str, np.ndarray]) -> Factors:
+    """Return factors of the same update, with the axes of the target."""
     *_, one, other = range(len(target.shape))
     a, b = (pair.get(side, np.zeros(0, np.float32)) for side in ("lora_a", "lora_b"))
-    rank = a.shape[-1]
-    fits = a.shape == (*target.shape[:-1], rank)
-    if not fits or b.shape != (*target.shape[:-2], rank, target.shape[-1]):
+    *before, inputs, outputs = target.shape
+    expected = [(*before, inputs, a.shape[-1]), (*before, a.shape[-1], outputs)]
+    if [a.shape, b.shape] != expected:
         raise LoraError(
-            f"{target.path!r} of shape {target.shape}: lora_a {a.shape} and lora_b {b.shape} do "
-            "not fit; expected [..., in, rank] and [..., rank, out]"
+            f"{target.path!r}: lora_a {a.shape}, lora_b {b.shape} do not fit; expected {expected}"
         )
     if one not in target.inputs or other not in target.outputs:
         raise LoraError(f"{target.path!r}: f uses it in another way than openpi; {target.form}")
@@ -128,12 +123,10 @@ def _factors(target: Target, pair: Mapping[str, np.ndarray]) -> tuple[int, Facto
     summed = tuple(i for i in target.inputs if i != one)
     b = b.sum(summed, keepdims=True).transpose(*target.stack, *summed, *blocks, one, other)
     count = int(np.prod(target.sizes(blocks)))
-    b = b.reshape(*target.sizes(target.stack), count, rank, -1)
-    whole = np.einsum("...hro,hk->...hrko", b, np.eye(count, dtype=b.dtype))
-    plain = target.plain(count * rank)
-    return rank, Factors(
-        jnp.asarray(a.reshape(plain.a_shape)), jnp.asarray(whole.reshape(plain.b_shape))
-    )
+    plain = target.plain(count * a.shape[-1])
+    b = b.reshape(*target.sizes(target.stack), count, b.shape[-2], -1)
+    b = np.einsum("...hro,hk->...hrko", b, np.eye(count, dtype=b.dtype)).reshape(plain.b_shape)
+    return Factors(jnp.asarray(a.reshape(plain.a_shape)), jnp.asarray(b))
 
 
 def _is_frozen(x: np.ndarray, before: Any) -> bool:

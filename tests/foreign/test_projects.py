@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ PAGES = [name for name in pages.names() if name.startswith("projects/")]
 CASES = [(name, title) for name in PAGES for title in pages.sections(name) if title]
 IDS = [f"{name.removeprefix('projects/')}: {title}" for name, title in CASES]
 each = pytest.mark.parametrize(("name", "title"), CASES, ids=IDS)
-OTHERS = ("haiku", "gemma", "diffrax", "equinox", "e3nn_jax", "tunix")
+OTHERS = {"haiku", "diffrax", "equinox", "e3nn_jax"}
 
 # In bfloat16 one rounding changes another, so the law of these is tested on the float32 model.
 IN_FLOAT32: dict[str, Callable[[], Any]] = {
@@ -55,10 +56,8 @@ def section(name: str, title: str) -> dict[str, Any]:
     code = "\n".join(
         b.code for b in pages.blocks(name) if b.language == "python" and b.section in ("", title)
     )
-    packages = imported(code)
-    if "copies import alphagenome" in code:
-        packages.add("haiku")
-    for package in packages.intersection(OTHERS):
+    copies = {f"tests.foreign.copies.{name}" for name in re.findall(r"copies import (\w+)", code)}
+    for package in (imported(code) & OTHERS) | copies:  # a copy may import its package
         pytest.importorskip(package, exc_type=ImportError)
     return run(name, title)
 
