@@ -85,7 +85,6 @@ class PartwiseFingerprint:
         self._shape, self._sums, self._start = list(shape), [0 for _ in _SEEDS], 0
 
     def add(self, part: jax.Array) -> None:
-        """Add the next part."""
         found = jax.device_get(_sums(part, True, jnp.uint32(self._start % 2**32)))
         self._sums = [(x + int(y)) % 2**32 for x, y in zip(self._sums, found, strict=True)]
         self._start += part.size
@@ -150,22 +149,18 @@ def is_fingerprint(value: Any) -> bool:
 
 def differences(stored: Fingerprint, ours: Fingerprint) -> list[str]:
     """Return a line for each parameter in which two fingerprints differ."""
-    lines = (_difference(p, stored.get(p), ours.get(p)) for p in dict.fromkeys([*stored, *ours]))
-    return [line for line in lines if line]
-
-
-def _difference(
-    path: str, stored: Mapping[str, Any] | None, ours: Mapping[str, Any] | None
-) -> str | None:
-    if stored is None:
-        return f"{path}: there was none of that name"
-    if ours is None:
-        return f"{path}: there is none of that name here"
-    if list(stored["shape"]) != list(ours["shape"]):
-        return f"{path}: shape {list(stored['shape'])}, here {list(ours['shape'])}"
-    if stored["hash"] != ours["hash"]:
-        return f"{path}: other values (hash {stored['hash']}, here {ours['hash']})"
-    return None
+    lines = []
+    for path in dict.fromkeys([*stored, *ours]):
+        old, new = stored.get(path), ours.get(path)
+        if old is None:
+            lines.append(f"{path}: there was none of that name")
+        elif new is None:
+            lines.append(f"{path}: there is none of that name here")
+        elif list(old["shape"]) != list(new["shape"]):
+            lines.append(f"{path}: shape {list(old['shape'])}, here {list(new['shape'])}")
+        elif old["hash"] != new["hash"]:
+            lines.append(f"{path}: other values (hash {old['hash']}, here {new['hash']})")
+    return lines
 
 
 def _hashes(leaves: Mapping[K, Any], rounded: bool) -> dict[K, str]:

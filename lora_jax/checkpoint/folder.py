@@ -65,9 +65,8 @@ def check(folder: pathlib.Path, part: str, max_bytes: float | None) -> int:
         if place == name:
             continue
         if not re.fullmatch(rf"{part}/(ocdbt\.process_[^/]*/)?", place):
-            raise DamagedError(
-                f"it holds a database in /{place[:200]}; expected one only in {part}"
-            )
+            said = f"it holds a database in /{place[:200]}; expected one only in {part}"
+            raise DamagedError(said)
         database.check(root, place, files, spend)
     return on_disk
 

@@ -49,7 +49,6 @@ class Entry:
     """One array of a manifest.
 
     shape, dtype: as the array has them, the dtype by its name.
-    hash: the hash of its bits.
     """
 
     shape: tuple[int, ...]
@@ -89,10 +88,8 @@ class Manifest:
             if (entry.shape, entry.dtype) != (saved.shape, saved.dtype):
                 lines.append(f"{path} is {entry.kind}, and was saved as {saved.kind}")
             elif entry.hash != saved.hash:
-                lines.append(
-                    f"{path} holds other bits than were saved (hash {entry.hash}, saved "
-                    f"{saved.hash})"
-                )
+                both = f"(hash {entry.hash}, saved {saved.hash})"
+                lines.append(f"{path} holds other bits than were saved {both}")
         return lines
 
 

@@ -28,8 +28,6 @@ EXTRA = "extra"  # the key of parameters that a method adds to the model, next t
 class SavedAdapter:
     """An adapter in a folder that `lora_jax.save` wrote: all of it but the arrays, checked.
 
-    folder: the folder.
-    layout: the layout of the adapter.
     manifest: the arrays as they are declared, and the notes.
     about: the `about` that was saved, or {}; not checked.
     name: the name by which users ask for it.
@@ -84,7 +82,6 @@ class SavedAdapter:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters of the adapter by target."""
         return self.adapter.parameters
 
     @property
@@ -94,9 +91,7 @@ class SavedAdapter:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes of its head, in order; () if it names none."""
-        labels = self.about.get("labels")
-        return tuple(map(str, labels)) if isinstance(labels, list) else ()
+        return labels_in(self.about)
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -157,10 +152,8 @@ class SavedAdapter:
         factors: dict[str, Any] = {}
         for t in self.layout.targets:
             place, fields = place_of(t.path), kind_of(t).fields
-            places = (
-                place if isinstance(place, fields) else fields(*(place for _ in fields._fields))
-            )
-            named = places._asdict().items()
+            places = place if isinstance(place, fields) else [place] * len(fields._fields)
+            named = zip(fields._fields, places, strict=True)
             factors[t.path] = {n: struct(f"adapters/{t.path}/{n}", each) for n, each in named}
         base = {p: struct(f"base/{p}", place_of(p)) for p in self.manifest.notes["base"]}
         target = {k: v for k, v in {"adapters": factors, "base": base}.items() if v}
@@ -168,6 +161,11 @@ class SavedAdapter:
         arrays = loaded.get("adapters", {})
         adapters = {t.path: kind_of(t).fields(**arrays[t.path]) for t in self.layout.targets}
         return Adapter(self.layout, adapters, loaded.get("base", {}))
+
+
+def labels_in(about: Mapping[str, Any]) -> tuple[str, ...]:
+    labels = about.get("labels")
+    return tuple(map(str, labels)) if isinstance(labels, list) else ()
 
 
 def _check_layout(layout: Layout, manifest: Manifest) -> None:

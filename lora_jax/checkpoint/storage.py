@@ -42,7 +42,6 @@ RemotePath = Any  # etils' epath.Path: a local folder, or a remote one (gs://...
 
 
 def orbax() -> Any:
-    """Return version 1 of Orbax's API."""
     from orbax.checkpoint import v1
 
     return v1
@@ -239,18 +238,13 @@ def recover(folder: RemotePath) -> None:
 
     What killed writes of the folder left incomplete is deleted.
     """
-    _once(lambda: _restore_old(folder))
-    _once(lambda: _clean(folder))
+    _once(lambda: _recover(folder))
 
 
-def _restore_old(folder: RemotePath) -> None:
+def _recover(folder: RemotePath) -> None:
     old = folder.with_name(f"{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
-
-
-def _clean(folder: RemotePath) -> None:
-    """Delete what writes of the folder left incomplete, under names that only they give."""
     part = re.compile(rf"{re.escape(folder.name)}(\.new|\.old)?\.(orbax-checkpoint-tmp|deleted-)")
     for path in folder.parent.iterdir() if folder.parent.exists() else ():
         if part.match(path.name):

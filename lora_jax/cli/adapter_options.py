@@ -67,10 +67,10 @@ class OpeningBar(Bar):
     def __init__(self, console: Console) -> None:
         columns = TextColumn("opening"), BarColumn(), MofNCompleteColumn()
         super().__init__(console, *columns, transient=True)
-        self._task = self.bar.add_task("", total=None)
+        self._task = self.add_task("", total=None)
 
     def count(self, number: int, total: int) -> None:
-        self.bar.update(self._task, completed=number, total=total)
+        self.update(self._task, completed=number, total=total)
         tenth = total >= 20 and number * 10 // total > (number - 1) * 10 // total
         if tenth and not self.console.is_terminal:
             self.say(f"opened {number} of {total} adapters")
@@ -86,11 +86,11 @@ class FileBar(Bar):
         super().__init__(console, *columns, shown=file is not None, transient=True)
         path = None if file is None else pathlib.Path(file)
         total = path.stat().st_size if path is not None and path.is_file() else None
-        self._task = self.bar.add_task("", total=total, unit=unit, count=0, rate=0.0)
-        self._count = 0
+        self.add_task("", total=total, unit=unit, count=0, rate=0.0)
 
-    def advance(self, size: int) -> None:
+    def count(self, size: int) -> None:
         """Count one more line, of `size` bytes."""
-        self._count += 1
-        rate = self._count / max(self.bar.tasks[0].elapsed or 0.0, 1e-9)
-        self.bar.update(self._task, advance=size, count=self._count, rate=rate)
+        (task,) = self.tasks
+        count = task.fields["count"] + 1
+        rate = count / max(task.elapsed or 0.0, 1e-9)
+        self.update(task.id, advance=size, count=count, rate=rate)

@@ -21,6 +21,7 @@ killed; the next export to the same folder deletes what a kill left (`.writing-*
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 import shlex
@@ -97,7 +98,7 @@ def export(options: ExportOptions, _: Console, console: Console) -> None:
     if options.as_lora is None:
         if options.share_rank:
             raise LoraError("--share-rank is for --as-lora RANK")
-        say(console, _write(run, None, options, out, console))
+        say(console, _Export(run, None, options, out, console).write())
         return
     if options.format == "hf":
         raise LoraError("--format hf writes merged weights, which have no rank: drop --as-lora")
@@ -106,7 +107,7 @@ def export(options: ExportOptions, _: Console, console: Console) -> None:
     rows = [(p, str(ranks.get(p, 0)), f"{cut.relative:.2%}") for p, cut in plain.errors.items()]
     say(console, "\n".join(table.aligned([("as plain LoRA", "rank", "error"), *rows])))
     say(console, f"error of the logits on random inputs: {plain.logits:.3%} of the run's change")
-    say(console, _write(run, plain, options, out, console))
+    say(console, _Export(run, plain, options, out, console).write())
     targets = {
         path: {"rank": ranks.get(path, 0), "error": float(x.error), "relative": float(x.relative)}
         for path, x in plain.errors.items()
@@ -128,135 +129,125 @@ def _several(options: ExportOptions, out: pathlib.Path, console: Console) -> Non
         return
     base, rank = settings[0]["base_model_name_or_path"], max(map(consumers.vllm_rank, settings))
     modules = " ".join(shlex.quote(f"{name}={out / name}") for name in names)
-    say(
-        console,
-        f"vllm serve {shlex.quote(base)} --enable-lora --max-loras {len(names)} "
-        f"--max-lora-rank {rank} --lora-modules {modules}",
-    )
+    several = f"--enable-lora --max-loras {len(names)} --max-lora-rank {rank}"
+    say(console, f"vllm serve {shlex.quote(base)} {several} --lora-modules {modules}")
 
 
-def _write(
-    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
-) -> str:
-    """Write the folder in its format, with a README.md, and return the message."""
-    said = _WRITE[options.format](run, plain, options, out, console)
-    base = options.base_name or model_card.name_of(run)
-    layout = run.member.layout if plain is None else plain.adapter.layout
-    rank = consumers.vllm_rank({"r": max((t.rank for t in layout.targets), default=1)})
-    head = options.head or options.format != "peft"
-    card = model_card.text(run, options.format, base, rank, head)
-    whole_files.write(out / "README.md", card.encode())
-    return said
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """One run on its way to a folder; `plain` is the run as plain LoRA, with --as-lora."""
 
+    run: Served
+    plain: PlainRun | None
+    options: ExportOptions
+    out: pathlib.Path
+    console: Console
 
-def _hf(
-    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
-) -> str:
-    dtype = np.dtype(options.dtype if options.dtype != "bfloat16" else jnp.bfloat16)
-    files = hf_settings.writers(run, dtype)
-    weights = MergedWeights(run, dtype)
-    tensors = weights.tensors()
-    total = sum(x.nbytes for x in tensors)
-    with Bar(console, BarColumn(), DownloadColumn(), TimeRemainingColumn(), transient=True) as bar:
-        task = bar.bar.add_task("", total=total)
-        written = shards.writers(
-            tensors, options.shard_gb * 1e9, lambda size: bar.bar.update(task, advance=size)
-        )
+    def write(self) -> str:
+        """Write the folder in its format, with a README.md, and return the message."""
+        run, format = self.run, self.options.format
+        said: str = getattr(self, format)()
+        layout = run.member.layout if self.plain is None else self.plain.adapter.layout
+        rank = consumers.vllm_rank({"r": max((t.rank for t in layout.targets), default=1)})
+        head = self.options.head or format != "peft"
+        card = model_card.text(run, format, self.name, rank, head)
+        whole_files.write(self.out / "README.md", card.encode())
+        return said
 
-        def last(path: pathlib.Path) -> None:
-            if not options.allow_other_base:
-                weights.check_base()
-            files["config.json"](path)
+    def hf(self) -> str:
+        run, options, out = self.run, self.options, self.out
+        dtype = np.dtype(options.dtype if options.dtype != "bfloat16" else jnp.bfloat16)
+        files, weights = hf_settings.writers(run, dtype), MergedWeights(run, dtype)
+        tensors = weights.tensors()
+        total = sum(x.nbytes for x in tensors)
+        columns = BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        with Bar(self.console, *columns, transient=True) as bar:
+            done = functools.partial(bar.advance, bar.add_task("", total=total))
+            written = shards.writers(tensors, options.shard_gb * 1e9, done)
 
-        write_together(out, {**written, **files, "config.json": last})
-    kind = hf_settings.config_json(run, dtype)["architectures"][0]
-    return f"wrote {out}: {kind}, {len(tensors)} tensors, {total / 1e9:.2f} GB in {dtype}"
+            def last(path: pathlib.Path) -> None:
+                if not options.allow_other_base:
+                    weights.check_base()
+                files["config.json"](path)
 
+            write_together(out, {**written, **files, "config.json": last})
+        kind = hf_settings.config_json(run, dtype)["architectures"][0]
+        return f"wrote {out}: {kind}, {len(tensors)} tensors, {total / 1e9:.2f} GB in {dtype}"
 
-def _peft(
-    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
-) -> str:
-    task, adapter, names, note = "CAUSAL_LM", _adapter(run, plain), _names(run), ""
-    if run.head is not None and options.head:
-        task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
-        hf_settings.check_head(run, merged=False)
-    elif run.head is not None:
-        decoder = run.head.pooling == LAST
-        task = "CAUSAL_LM" if decoder else "FEATURE_EXTRACTION"
-        names = models.hf_names(run.config, root=run.root)
-        outputs = run.head.num_classes
-        note = f"\nleft out: {run.head.pooling} pooling and the head of {outputs} outputs"
-        kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
-        adapter = adapter._replace(trainable=kept)
-    name = options.base_name or model_card.name_of(run)
-    about = {key: x for key, x in run.member.about.items() if key in _KEPT}
-    how: dict[str, Any] = {"base": name, "task_type": task, "about": about}
-    how["params"] = _base(run, adapter)
-    saved = peft.save(out, names, adapter, profile=options.profile, **how)
-    other = "" if options.base_name else "; --base-name names another"
-    return f"{saved}\nthe base in adapter_config.json is {name!r}{other}{note}"
+    def peft(self) -> str:
+        run, options = self.run, self.options
+        task, adapter, names, note = "CAUSAL_LM", self.adapter, self.names, ""
+        if run.head is not None and options.head:
+            task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
+            hf_settings.check_head(run, merged=False)
+        elif run.head is not None:
+            decoder = run.head.pooling == LAST
+            task = "CAUSAL_LM" if decoder else "FEATURE_EXTRACTION"
+            names = models.hf_names(run.config, root=run.root)
+            outputs = run.head.num_classes
+            note = f"\nleft out: {run.head.pooling} pooling and the head of {outputs} outputs"
+            kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
+            adapter = adapter._replace(trainable=kept)
+        how: dict[str, Any] = {"base": self.name, "task_type": task, "params": self.base(adapter)}
+        how["about"] = {key: x for key, x in run.member.about.items() if key in _KEPT}
+        saved = peft.save(self.out, names, adapter, profile=options.profile, **how)
+        other = "" if options.base_name else "; --base-name names another"
+        return f"{saved}\nthe base in adapter_config.json is {self.name!r}{other}{note}"
 
+    def gguf(self) -> str:
+        from lora_jax.exchange import gguf
 
-def _gguf(
-    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
-) -> str:
-    from lora_jax.exchange import gguf
+        if self.options.dtype == "bfloat16":
+            raise LoraError("--dtype bfloat16 is not for GGUF adapters: float32 or float16")
+        file, adapter = self.out / "adapter.gguf", self.adapter
+        how: dict[str, Any] = {"base": _gguf_base(self.run), "dtype": self.options.dtype}
+        gguf.save(file, self.names, adapter, params=self.base(adapter), **how)
+        return f"wrote {file}: llama-server -m BASE.gguf --lora {file}"
 
-    if options.dtype == "bfloat16":
-        raise LoraError("--dtype bfloat16 is not for GGUF adapters: float32 or float16")
-    file, adapter = out / "adapter.gguf", _adapter(run, plain)
-    how: dict[str, Any] = {"base": _gguf_base(run), "dtype": options.dtype}
-    gguf.save(file, _names(run), adapter, params=_base(run, adapter), **how)
-    return f"wrote {file}: llama-server -m BASE.gguf --lora {file}"
+    def mlx(self) -> str:
+        from lora_jax.exchange import mlx
 
+        out, adapter = self.out, self.adapter
+        mlx.save(out, self.names, adapter, params=self.base(adapter))
+        return f"wrote {out}: mlx_lm.generate --model BASE --adapter-path {out}"
 
-def _mlx(
-    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
-) -> str:
-    from lora_jax.exchange import mlx
+    def orbax(self) -> str:
+        run, plain, out = self.run, self.plain, self.out
+        if plain is None:
+            with whole_folder(out) as aside:
+                shutil.copytree(run.member.folder, aside, dirs_exist_ok=True)
+        else:
+            changes = (BEGUN, ABOUT) if run.changed_by is not None else ()
+            about = {key: x for key, x in run.member.about.items() if key not in changes}
+            base = fingerprint(plain.params)
+            save(out, plain.adapter, fingerprint=base, about=about, overwrite=True)
+        return f"wrote {out}: lora_jax.restore({str(out)!r})"
 
-    adapter = _adapter(run, plain)
-    mlx.save(out, _names(run), adapter, params=_base(run, adapter))
-    return f"wrote {out}: mlx_lm.generate --model BASE --adapter-path {out}"
+    @property
+    def name(self) -> str:
+        """The name of the base model in the files."""
+        return self.options.base_name or model_card.name_of(self.run)
 
+    @property
+    def names(self) -> HfNames:
+        return models.hf_names(self.run.config, self.run.head)
 
-def _orbax(
-    run: Served, plain: PlainRun | None, options: ExportOptions, out: pathlib.Path, console: Console
-) -> str:
-    if plain is None:
-        with whole_folder(out) as aside:
-            shutil.copytree(run.member.folder, aside, dirs_exist_ok=True)
-    else:
-        changes = (BEGUN, ABOUT) if run.changed_by is not None else ()
-        about = {key: x for key, x in run.member.about.items() if key not in changes}
-        save(out, plain.adapter, fingerprint=fingerprint(plain.params), about=about, overwrite=True)
-    return f"wrote {out}: lora_jax.restore({str(out)!r})"
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        return over_stored_base(self.run) if self.plain is None else self.plain.adapter
+
+    def base(self, adapter: Adapter) -> Any:
+        """Return the shapes of the base, or its arrays if trained parameters need them."""
+        run = self.run
+        others = any(not path.startswith("classifier/") for path in adapter.trainable)
+        if not others and all(t.inputs for t in adapter.layout.targets):
+            return run.shapes
+        loaded = run.source.load(run.config)
+        return loaded if run.head is None else {**run.shapes, run.root.strip("/"): loaded}
 
 
 # The notes of training about an adapter that `lora-jax import` needs.
 _KEPT = ("model", "labels", "text_fields", "lengths", "prompt", "eos", "chat", "template")
-_WRITE = {"hf": _hf, "peft": _peft, "gguf": _gguf, "mlx": _mlx, "orbax": _orbax}
-
-
-def _names(run: Served) -> HfNames:
-    return models.hf_names(run.config, run.head)
-
-
-def _adapter(run: Served, plain: PlainRun | None) -> Adapter:
-    return over_stored_base(run) if plain is None else plain.adapter
-
-
-def _base(run: Served, adapter: Adapter) -> Any:
-    """Return the shapes of the base, or its arrays if the export of trained parameters needs it."""
-    head = "classifier/"
-    others = [path for path in adapter.trainable if not path.startswith(head)]
-    biases = [t for t in adapter.layout.targets if not t.inputs]
-    shapes = run.shapes
-    if not others and not biases:
-        return shapes
-    config = run.config
-    loaded = run.source.load(config)
-    return loaded if run.head is None else {**shapes, run.root.strip("/"): loaded}
 
 
 def _gguf_base(run: Served) -> GgufBase | pathlib.Path:
@@ -265,8 +256,7 @@ def _gguf_base(run: Served) -> GgufBase | pathlib.Path:
     if not isinstance(source, Folder):
         return source.path
     kind = source.json["model_type"]
-    architecture = _ARCHITECTURES.get(kind, kind)
-    return GgufBase(architecture, getattr(run.config, "head_dim", None))
+    return GgufBase(_ARCHITECTURES.get(kind, kind), getattr(run.config, "head_dim", None))
 
 
 # model_type -> llama.cpp's architecture, if the two differ.

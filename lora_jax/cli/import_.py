@@ -69,41 +69,23 @@ def run(options: ImportOptions, console: Console, aside: Console) -> None:
         raise LoraError(f"--lengths must be at least 1, got {options.lengths}")
     _check_out(out, options.overwrite)  # before the base is opened, which takes long
     model = {name: getattr(options, name) for name in ("scan_layers", "dtype", "param_dtype")}
+    texts = options.labels, options.text_fields, options.lengths
+    settings = peft_run.ImportSettings(options.base, model, options.pooling, *texts)
     with aside.status("opening the base ..."):
-        found = peft_run.read(
-            options.folder,
-            peft_run.ImportSettings(
-                options.base,
-                model,
-                options.pooling,
-                options.labels,
-                options.text_fields,
-                options.lengths,
-            ),
-        )
+        found = peft_run.read(options.folder, settings)
         busy = LoraError(f"another process is writing {out}; wait for it or choose another --out")
         with run_lock.hold(out, busy):
             _check_out(out, options.overwrite)
-            checkpoint.save(
-                out / "adapters/best",
-                found.adapter,
-                fingerprint=found.fingerprint,
-                about=found.about,
-                overwrite=True,
-            )
+            best, notes = out / "adapters/best", {"fingerprint": found.fingerprint}
+            checkpoint.save(best, found.adapter, about=found.about, overwrite=True, **notes)
     reference = found.about["model"]["reference"]
     layout, parameters, trainable = found.adapter
     trained = f", and {count(dict(trainable)):,} trained in full" if trainable else ""
-    say(
-        aside,
-        "\n".join(
-            [
-                f"{options.folder} on {reference}: {len(layout.targets)} adapted parameters "
-                f"with {count(parameters):,} numbers{trained}",
-                *found.notes,
-            ]
-        ),
+    text = (
+        f"{options.folder} on {reference}: {len(layout.targets)} adapted parameters with "
+        f"{count(parameters):,} numbers{trained}"
     )
+    say(aside, "\n".join([text, *found.notes]))
     say(console, str(out))
 
 

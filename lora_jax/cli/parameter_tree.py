@@ -16,7 +16,6 @@ class Leaf:
 
     axes: its axes with their roles.
     note: a word on how it is used; may be empty.
-    adapted: whether some target matches it.
     """
 
     axes: str
@@ -39,7 +38,6 @@ class Branch:
 
     @property
     def name(self) -> str:
-        """The segments as a pattern has them."""
         return segment(self.names) + self.rest
 
     @property

@@ -78,7 +78,7 @@ def run(options: PredictOptions, _: Console, console: Console) -> None:
                 broken = _broken(window, served, classifier) if options.skip_broken else {}
                 faults += broken.values()
                 good = [line for line in window if line.where not in broken]
-                answers = predict(served, classifier, good, bar.advance) if good else iter(())
+                answers = predict(served, classifier, good, bar.count) if good else iter(())
                 for line in window:
                     error = broken.get(line.where)
                     writer.write([{**line.value, "error": error} if error else next(answers)])

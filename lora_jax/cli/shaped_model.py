@@ -74,4 +74,4 @@ def open_shaped(reference: str, scan_layers: bool) -> ShapedModel:
 def _texts(config: models.BertConfig) -> dict[str, jax.ShapeDtypeStruct]:
     names = ("input_ids", "mask", *(["token_types"] if config.num_token_types else []))
     shape = (1, min(_LENGTH, config.max_positions))
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))

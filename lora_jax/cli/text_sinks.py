@@ -138,4 +138,4 @@ class JsonlSink(Sink):
         request = self._requests[number]
         own = {} if request.error else {FIELD: request.text, "adapter": request.name}
         self._writer.write([{**request.fields, **own, **answer}])
-        self._bar.advance(request.size)
+        self._bar.count(request.size)

@@ -50,8 +50,7 @@ def parse(
     not exist here. A sweep is returned as the group of its members.
     """
     refuse_empty(arguments)  # before its config is run
-    arguments, default = _by_model(arguments, default)
-    reference = _reference(arguments, default)
+    arguments, reference = _reference(arguments, default)
     name, config = load(reference, root)
     members = config.members if isinstance(config, GroupConfig) else ()
     asked = bool({"--help", "-h", "--help-all"} & set(arguments))
@@ -183,25 +182,21 @@ _VARIABLES = "`lora-jax --help` lists the environment variables that every comma
 _HELP = "The config file; `file.py:name` selects the value `name` in it instead of `config`."
 
 
-def _by_model(arguments: Sequence[str], default: str) -> tuple[list[str], str]:
-    """Return the arguments and the default config, with `--model NAME` as a model's known shape.
+def _reference(arguments: Sequence[str], default: str) -> tuple[list[str], str]:
+    """Return the arguments, with `--model NAME` as a model's known shape, and the config file.
 
-    >>> _by_model(["--plan", "--model", "llama3-8b"], "configs/own.py")
+    >>> _reference(["--plan", "--model", "llama3-8b"], "configs/own.py")
     (['--plan', '--model.reference', 'shape:llama3-8b'], 'configs/known_shape.py')
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model")
-    given, rest = parser.parse_known_args(list(arguments))
-    if given.model is None:
-        return list(arguments), default
-    return [*rest, "--model.reference", f"shape:{given.model}"], "configs/known_shape.py"
-
-
-def _reference(arguments: Sequence[str], default: str) -> str:
-    """Return the value of `--config`, before the fields of that config are known."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=default)
-    return parser.parse_known_args(list(arguments))[0].config
+    parser.add_argument("--config")
+    model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model.add_argument("--model")
+    given, rest = model.parse_known_args(list(arguments))
+    if given.model is not None:
+        default = "configs/known_shape.py"
+        rest += ["--model.reference", f"shape:{given.model}"]
+    return rest, parser.parse_known_args(rest)[0].config or default
 
 
 def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:

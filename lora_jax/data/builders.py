@@ -91,7 +91,6 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     """The base class of our own builders, which name their fields and return splits as lists."""
 
     def fields(self) -> dict[str, Any]:
-        """Return the TFDS features by name."""
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:

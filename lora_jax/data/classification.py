@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_jax.data.batches import Batches, TextFacts
+from lora_jax.data.batches import Batches
 from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
-from lora_jax.data.epochs import Epochs, EpochTable
+from lora_jax.data.epochs import Epochs, TokenTable
 from lora_jax.data.labels import Labels, labels_of
-from lora_jax.data.source import DataSource, read
+from lora_jax.data.source import read
 from lora_jax.data.status import tracked
 from lora_jax.errors import DataError
 from lora_jax.models.text.example import Example, field_of, place_of, text_of
@@ -25,7 +25,6 @@ from lora_jax.models.text.tokens import (
     TextOrPair,
     TextTruncation,
     TokenRow,
-    Tokens,
     chunks,
     collect,
     padded,
@@ -102,7 +101,9 @@ def classification(
         pad=padding_id(tokenizer),
         types=len(config.text_fields) == 2 and 1 in tokenizer.encode("a", "a").type_ids,
     )
-    return table.batches(_facts(source, split, table, truncation))
+    counts = Counter(values.tolist())
+    classes = tuple((name, counts[i]) for i, name in enumerate(labels.names))
+    return table.batches(table.facts(source, split, truncation, classes))
 
 
 def _rows(
@@ -113,10 +114,7 @@ def _rows(
     split: str,
 ) -> Iterator[TokenRow]:
     """Yield the token ids and token types of each example."""
-    texts = (
-        _text(config, example, f"split {split!r}, example {i}")
-        for i, example in enumerate(examples)
-    )
+    texts = (_text(config, x, f"split {split!r}, example {i}") for i, x in enumerate(examples))
     for chunk in chunks(tracked(texts, f"tokenising {split}", len(examples))):
         for encoding in encoder.truncate(chunk, truncation):
             yield np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.uint8)
@@ -139,13 +137,10 @@ def _values(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExampleTable(EpochTable):
+class ExampleTable(TokenTable):
     """The tokenised texts and their labels."""
 
-    tokens: Tokens
     values: NDArray[Any]
-    buckets: tuple[int, ...]
-    pad: int
     types: bool
 
     def columns(
@@ -155,26 +150,3 @@ class ExampleTable(EpochTable):
         ids, mask, types = padded(every, self.length(chosen), self.pad)
         batch = {"input_ids": ids, "mask": mask, "label": self.values[rows]}
         return {**batch, "token_types": types} if self.types else batch
-
-    def length(self, chosen: NDArray[np.int64]) -> int:
-        """Return the bucket of a batch, which has room for its longest example."""
-        return self.buckets[self.epochs.sizes[chosen].max()]
-
-
-def _facts(
-    source: DataSource, split: str, table: ExampleTable, truncation: TextTruncation
-) -> TextFacts:
-    counts = Counter(table.values.tolist())
-    tokens = int(table.tokens.lengths.sum())
-    shapes = [table.length(rows) for rows in table.epochs.plan(0)]
-    return TextFacts(
-        source=source.name,
-        split=split,
-        examples=len(table.tokens),
-        batches=table.epochs.batches,
-        tokens=tokens,
-        padding=1 - tokens / (table.epochs.batch_size * sum(shapes)),
-        truncation=truncation,
-        classes=tuple((name, counts[i]) for i, name in enumerate(table.labels.names)),
-        notes=source.notes,
-    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from lora_jax.errors import DataError
-from lora_jax.system.checked import Checked
+from lora_jax.system.checked import Checked, require
 
 # The names in `lora_jax.data.forms.FORMS`, which says what each means.
 FormName = Literal[
@@ -28,6 +28,9 @@ class ExamplesConfig(Checked):
     """The source of the examples, their labels, and the sizes of batches."""
 
     _path = "data."
+    _bounds: ClassVar = {
+        "at least 1": ("batch_size", "eval_batch_size", "train_limit", "eval_limit", "test_limit")
+    }
 
     source: str
     """The source; see the subclasses."""
@@ -62,13 +65,9 @@ class ExamplesConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("source", bool(self.source), "the name of a source")
-        for name in ("batch_size", "eval_batch_size"):
-            self._require(name, getattr(self, name) > 0, "at least 1")
-        for name in ("train_limit", "eval_limit", "test_limit"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "at least 1, or None for all")
-        self._require("eval_share", 0 < self.eval_share < 1, "above 0 and below 1")
+        require(bool(self.source), "data.source", self.source, "the name of a source")
+        share = self.eval_share
+        require(0 < share < 1, "data.eval_share", share, "above 0 and below 1")
         if self.regression and self.label_names:
             raise DataError("data.regression and data.label_names exclude each other: drop one")
 
@@ -81,15 +80,12 @@ class ExamplesConfig(Checked):
         }
         return limits.get(split)
 
-    def _require(self, field: str, condition: bool, expected: str) -> None:
-        got: Any = getattr(self, field)
-        if not condition:
-            raise DataError(f"data.{field} must be {expected}, got {got!r}")
-
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ExamplesConfig):
     """The source of the examples, and how they become batches."""
+
+    _bounds: ClassVar = {"at least 1": ("max_length",)}
 
     source: str = "reviews"
     """reviews (movie-review snippets); reuters8, reuters52 and newsgroups (texts by topic); wordnet
@@ -127,9 +123,9 @@ class DataConfig(ExamplesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("max_length", self.max_length > 0, "at least 1")
-        self._require("text_fields", len(self.text_fields) in (1, 2), "one field, or two")
-        self._require("buckets", all(b > 0 for b in self.buckets), "lengths above 0")
+        fields, buckets = self.text_fields, self.buckets
+        require(len(fields) in (1, 2), "data.text_fields", fields, "one field, or two")
+        require(all(b > 0 for b in buckets), "data.buckets", buckets, "lengths above 0")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -144,6 +140,8 @@ class DataConfig(ExamplesConfig):
 @dataclasses.dataclass(frozen=True)
 class ImageDataConfig(ExamplesConfig):
     """The source of the images, their augmentation in training, and the sizes of batches."""
+
+    _bounds: ClassVar = {"at least 1": ("threads",)}
 
     source: str = "tfds:beans"
     """tfds:name/config:version, or JSONL and CSV files with the path of an image file in each row,
@@ -160,6 +158,5 @@ class ImageDataConfig(ExamplesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("image_field", bool(self.image_field), "the name of a field")
-        self._require("crop", 0 < self.crop <= 1, "above 0 and at most 1")
-        self._require("threads", self.threads > 0, "at least 1")
+        require(bool(self.image_field), "data.image_field", self.image_field, "the name of a field")
+        require(0 < self.crop <= 1, "data.crop", self.crop, "above 0 and at most 1")

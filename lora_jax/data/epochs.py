@@ -6,15 +6,17 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, Facts, ShardBatches
+from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, Facts, ShardBatches, TextFacts
 from lora_jax.data.labels import Labels
 from lora_jax.data.process_slice import Shard
+from lora_jax.data.source import DataSource
+from lora_jax.models.text.tokens import TextTruncation, Tokens
 
 ENDLESS = 2**31  # epochs
 
@@ -26,9 +28,7 @@ class Epochs:
     Every epoch has every example exactly once; its last batch may be short.
 
     sizes: the number of each example's bucket, [n]; examples of one bucket come together.
-    batch_size: examples of a batch.
     seed: the seed of the order. None: every epoch has the order of the data.
-    count: the number of epochs. None: without end.
     """
 
     sizes: NDArray[np.int64]
@@ -105,11 +105,49 @@ class EpochTable(abc.ABC):
         return {**found, "weight": weight, "index": rows.astype(np.int32)}
 
     def batches(self, facts: Facts, options: grain.ReadOptions = IN_THREAD) -> Batches:
-        """Return the batches of all shards."""
-
         def part(shard: Shard) -> ShardBatches:
             shard.rows(self.epochs.batch_size)  # raises if the rows cannot be divided
             own = dataclasses.replace(self, shard=shard)
             return grain.MapDataset.source(own).to_iter_dataset(options).__iter__, facts
 
         return Batches(functools.cache(part), self.labels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenTable(EpochTable):
+    """A table of tokenised texts; a batch is padded to the bucket of its longest text.
+
+    sides: the texts of an example in a batch.
+    """
+
+    sides: ClassVar[int] = 1
+
+    tokens: Tokens
+    buckets: tuple[int, ...]
+    pad: int
+
+    def length(self, chosen: NDArray[np.int64]) -> int:
+        """Return the number of tokens in a row of a batch."""
+        return self.buckets[self.epochs.sizes[chosen].max()]
+
+    def facts(
+        self,
+        source: DataSource,
+        split: str,
+        truncation: TextTruncation,
+        classes: tuple[tuple[str, int], ...] = (),
+    ) -> TextFacts:
+        examples, epochs = len(self.epochs.sizes), self.epochs
+        tokens = int(self.tokens.lengths.sum()) * self.sides * examples // len(self.tokens)
+        places = epochs.batch_size * self.sides * sum(map(self.length, epochs.plan(0)))
+        return TextFacts(
+            source=source.name,
+            split=split,
+            examples=examples,
+            batches=epochs.batches,
+            tokens=tokens,
+            padding=1 - tokens / places,
+            truncation=truncation,
+            classes=classes,
+            notes=source.notes,
+        )

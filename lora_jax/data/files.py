@@ -136,10 +136,7 @@ class JsonLines(Sequence[Example]):
 
 
 def _object(line: bytes, path: Path, number: int) -> FileRow:
-    row = json_file.parse(line.strip(), f"{path}:{number}", DataError)
-    if not isinstance(row, dict):
-        got = type(row).__name__
-        raise DataError(f"{path}:{number}: expected an object {{...}}, got a {got}")
+    row = json_file.parse_object(line.strip(), f"{path}:{number}", DataError)
     return FileRow(row, path, number)
 
 

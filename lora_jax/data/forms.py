@@ -60,7 +60,6 @@ class Judged:
 
     @property
     def judged(self) -> tuple[tuple[Said, bool], ...]:
-        """See `Preference`."""
         return ((self.said, self.good),)
 
 

@@ -5,29 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_jax.data.batches import Batches, TextFacts
+from lora_jax.data.batches import Batches
 from lora_jax.data.catalogue import open_data
 from lora_jax.data.config import DataConfig
-from lora_jax.data.epochs import Epochs, EpochTable
+from lora_jax.data.epochs import Epochs, TokenTable
 from lora_jax.data.example_reader import Reader, Words, form_of
 from lora_jax.data.forms import Judged, Preference
 from lora_jax.data.labels import Labels
 from lora_jax.data.status import tracked
 from lora_jax.errors import DataError
 from lora_jax.models.text.example import Example, place_of
-from lora_jax.models.text.tokens import (
-    TextTruncation,
-    TokenRow,
-    Tokens,
-    chunks,
-    collect,
-    padding_id,
-)
+from lora_jax.models.text.tokens import TextTruncation, TokenRow, chunks, collect, padding_id
 
 
 def preferences(
@@ -64,20 +57,8 @@ def preferences(
         mask         [B, 2, T] bool     True up to the last token of the answer
         weight, index                   as above
 
-    Args:
-      config: the config of the data.
-      words: the tokenizer, and what else the model makes of text.
-      split: the name of a split.
-      batch_size: pairs of a batch.
-      shuffle: whether each epoch has its own order, drawn from `seed`.
-      seed: the seed of the order.
-      epochs: the number of epochs. None: without end.
-      set_apart: see `language_modelling`.
-      judged: whether each answer stands by itself; pairs are taken apart.
-      whole: whether an answer is read to its end, and not learned.
-
-    Raises:
-      DataError: the examples are neither pairs nor judged answers as `judged` says.
+    The other arguments are as for `lora_jax.data.language_modelling`. `DataError`: the examples are
+    neither pairs nor judged answers as `judged` says.
     """
     source = open_data(config, set_apart)
     examples = source.examples(split)
@@ -94,40 +75,26 @@ def preferences(
         )
     truncation = TextTruncation()
     reader = Reader(config, words, form, where)
-    rows: list[TokenRow] = []
-    good: list[bool] = []
+    found = list[tuple[TokenRow, bool]]()
     for chunk in chunks(tracked(some, f"tokenising {split}", len(some)), 200):
-        found = _answers(reader, [form.of(e, where) for e in chunk], chunk, where, truncation)
-        for row, is_good in found:
-            rows.append(row)
-            good.append(is_good)
-    if not rows:
+        found += _answers(reader, [form.of(e, where) for e in chunk], chunk, where, truncation)
+    if not found:
         raise DataError(f"{where}: no example has all its answers within data.max_length")
-    tokens, each = collect(rows), 1 if judged else 2
-    longest = tokens.lengths.reshape(-1, each).max(1) - (not whole)
+    rows, good = zip(*found, strict=True)
+    tokens = collect(rows)
+    longest = tokens.lengths.reshape(-1, 1 if judged else 2).max(1) - (not whole)
     table = PairTable(
         epochs=Epochs(
             np.searchsorted(config.lengths, longest), batch_size, seed if shuffle else None, epochs
         ),
         labels=Labels(()),
         tokens=tokens,
-        lengths=config.lengths,
+        buckets=config.lengths,
         pad=padding_id(words.tokenizer),
         good=np.array(good, np.float32) if judged else None,
         whole=whole,
     )
-    count = int(tokens.lengths.sum()) * (2 // each)
-    places = sum(2 * batch_size * table.length(chosen) for chosen in table.epochs.plan(0))
-    facts = TextFacts(
-        source=source.name,
-        split=split,
-        examples=len(tokens) // each,
-        batches=table.epochs.batches,
-        tokens=count,
-        padding=1 - count / places,
-        truncation=truncation,
-        notes=source.notes,
-    )
+    facts = table.facts(source, split, truncation)
     return dataclasses.replace(table.batches(facts), labels=None)
 
 
@@ -150,22 +117,20 @@ def _answers(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairTable(EpochTable):
+class PairTable(TokenTable):
     """The tokenised answers: rows 2 i and 2 i + 1 are the better and the worse answer of pair i.
 
     With `good` each row is an example of its own.
     """
 
-    tokens: Tokens
-    lengths: tuple[int, ...]
-    pad: int
+    sides: ClassVar[int] = 2
+
     good: NDArray[np.float32] | None = None
     whole: bool = False
 
     def columns(
         self, epoch: int, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """See `EpochTable`."""
         shape = (len(rows), 2, self.length(chosen))
         if self.whole:
             return self._whole(rows, shape)
@@ -190,12 +155,11 @@ class PairTable(EpochTable):
         return {"input_ids": ids, "mask": mask}
 
     def length(self, chosen: NDArray[np.int64]) -> int:
-        """Return the bucket of a batch, which has room for its longest answer."""
         if self.good is None:
-            return self.lengths[self.epochs.sizes[chosen].max()]
+            return super().length(chosen)
         asked, whole = self._asked[chosen], self.tokens.lengths[chosen]
         needed = max(whole.max(), (asked + np.roll(whole - asked, 1)).max()) - 1
-        return self.lengths[min(np.searchsorted(self.lengths, needed), len(self.lengths) - 1)]
+        return self.buckets[min(np.searchsorted(self.buckets, needed), len(self.buckets) - 1)]
 
     def _sides(self, chosen: NDArray[np.int64], example: int) -> tuple[TokenRow, TokenRow]:
         """Return the two answers of an example of the batch that has those `chosen`."""

@@ -47,7 +47,6 @@ class SetApart(DataSource):
         )
 
     def examples(self, split: str) -> Sequence[Example]:
-        """See `DataSource.examples`."""
         if split not in self.splits:
             raise no_split(self, split)
         if split not in (self._train, self._validation):
@@ -56,7 +55,6 @@ class SetApart(DataSource):
         return _Some(self._source.examples(self._train), np.flatnonzero(wanted))
 
     def classes(self, field: str) -> tuple[str, ...] | None:
-        """See `DataSource.classes`."""
         return self._source.classes(field)
 
 

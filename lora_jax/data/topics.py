@@ -109,7 +109,6 @@ class Topics(TextBuilder):
 
     @property
     def corpus(self) -> Corpus:
-        """The corpus of this builder's config."""
         return CORPORA[self.builder_config.name]
 
     def fields(self) -> dict[str, Any]:

@@ -15,15 +15,8 @@ from lora_jax.planner.hlo import LORA, VIEWS, Computation, Instruction, Module, 
 
 Cause = Literal["base", "adapters", "update"]
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
+_MOVES = ("all-gather", "all-to-all", "collective-broadcast", "collective-permute")
+COLLECTIVES = (*_MOVES, "all-reduce", "ragged-all-to-all", "reduce-scatter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +25,6 @@ class Collective:
 
     kind: the name of the operation, such as "all-gather".
     operand, result: the array that goes in, and the one that comes out.
-    group: the devices of the first group.
     origin: the name of the operation or argument that it comes from.
     asynchronous: whether the program computes something else until it is done.
     """
@@ -107,9 +99,6 @@ def _arrays(
         yield Collective(kind, shape, result, group, origin, times, apart)
 
 
-_MOVES = ("all-gather", "all-to-all", "collective-broadcast", "collective-permute")
-
-
 def _users(computation: Computation, name: str) -> Iterator[str]:
     """Yield the origins of the operations that use an array, looking through views and moves."""
     for i in computation.values():
@@ -125,15 +114,11 @@ def _origins(i: Instruction, computation: Computation) -> list[str]:
     """Return the origin of each operand; for a combined collective XLA writes `prefix/(a:b:c)`."""
     names = i.origin.split(":")
     if len(names) == len(i.operands) > 1:
-        opening = len(names[0]) - 1 - closing(_mirrored(names[0]))
-        prefix = names[0][: max(opening, 0)]
+        # The opening parenthesis that nothing closes is the closing one of the mirrored text.
+        mirrored = names[0][::-1].translate(str.maketrans("()", ")("))
+        prefix = names[0][: max(len(names[0]) - 1 - closing(mirrored), 0)]
         return [names[0], *(prefix + name for name in names[1:])]
     return [_origin(i, operand, computation) for operand in i.operands]
-
-
-def _mirrored(text: str) -> str:
-    """Mirror a text, so that `closing` finds an opening parenthesis that nothing closes."""
-    return text[::-1].translate(str.maketrans("()", ")("))
 
 
 def _origin(i: Instruction, operand: str, computation: Computation) -> str:
@@ -170,10 +155,8 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
         r"replica_groups=\[(\d+),(\d+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes
     ):
         return tuple(_iota(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
-    pattern = (
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\]?(?:T\([\d,]+\))?)\))? \{(.*?)\}"
-    )
-    if grid := re.search(pattern, attributes):
+    ids = r"(?:, device_ids=\((.*?\]?(?:T\([\d,]+\))?)\))?"
+    if grid := re.search(rf"replica_groups=mesh\[(.*?)\]{ids} \{{(.*?)\}}", attributes):
         return _mesh_group(grid[1], grid[2], grid[3])
     raise LoraError(
         f"cannot read the replica groups of a collective: {attributes[:200]!r}; this version of "

@@ -43,7 +43,6 @@ class Shape:
 
     @property
     def size(self) -> int:
-        """The number of elements."""
         return math.prod(self.dims)
 
     @property
@@ -68,7 +67,6 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """The bytes of all results."""
         return sum(shape.bytes for shape in self.results)
 
     @property
@@ -142,10 +140,8 @@ class Module:
         condition = next(callee for role, callee in loop.called if role == "condition")
         inside = self.computations[condition]
         root = next(i for i in inside.values() if i.root)
-        if root.kind != "compare" or "direction=LT" not in root.attributes:
-            return None
-        limit = inside[root.operands[1]]
-        return limit.number
+        counts = root.kind == "compare" and "direction=LT" in root.attributes
+        return inside[root.operands[1]].number if counts else None
 
 
 def parse(text: str) -> Module:
@@ -180,10 +176,8 @@ def _instruction(root: str | None, name: str, result: str, kind: str, rest: str)
         Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
         for dtype, dims in _ARRAY.findall(result)
     )
-    operands = tuple(_OPERAND.findall(rest[:end]))
-    return Instruction(
-        name, kind, results, operands, attributes, origin[1] if origin else "", bool(root)
-    )
+    operands, made = tuple(_OPERAND.findall(rest[:end])), origin[1] if origin else ""
+    return Instruction(name, kind, results, operands, attributes, made, bool(root))
 
 
 def closing(text: str) -> int:

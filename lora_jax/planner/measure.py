@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from lora_jax.adapters import count
 from lora_jax.bases.quantise import bytes_of
 from lora_jax.data.process_slice import Shard
 from lora_jax.frozen import split
+from lora_jax.paths import Tree
 from lora_jax.planner import bf16_lowering, collectives, hlo, program, residuals
 from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.program import CompiledProgram
@@ -26,8 +27,6 @@ from lora_jax.training.config import Config
 from lora_jax.training.sizes import on_each_device, parameters
 from lora_jax.training.state import State
 from lora_jax.training.workload import Workload
-
-Tree = Any  # a pytree
 
 # Some passes of XLA for CPUs would hide what an accelerator does: they compute 16-bit products in
 # float32, and use a library for reductions that keeps its results in float32. The scheduler should
@@ -56,7 +55,6 @@ class DeviceBytes:
 
     @property
     def total(self) -> float:
-        """The total, which the memory of the device must hold."""
         return sum(dataclasses.astuple(self))
 
 
@@ -87,7 +85,6 @@ class StepCosts:
     moved: bytes that these products read and write.
     arrays: every array that a collective moves.
     unknown_loops: loops that count once, because XLA does not know their number of iterations.
-    moments: the dtypes of the optimizer's floats.
     buffers: the largest values of the simulated program.
     program: the program of the device's own compiler. Where there is one, `traffic` and `arrays`
       are its collectives; `bytes` stays the estimate by the simulated program.
@@ -118,25 +115,15 @@ class StepCosts:
 
 def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a whole training batch; if the workload has none, of its first batch."""
-    batch: Mapping[str, Any] = (
-        next(workload.train(Shard())) if workload.example is None else workload.example
-    )
+    first: Mapping[str, Any] | None = workload.example
+    batch = next(workload.train(Shard())) if first is None else first
     return {name: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for name, x in batch.items()}
-
-
-class PreparedStep(NamedTuple):
-    """A run's step on a mesh: the function, its placement, the parameters, and its arguments."""
-
-    take: Callable[..., Any]
-    place: mesh.Placement
-    params: Tree
-    arguments: tuple[State, Tree, Tree]
 
 
 def prepared(
     config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
-) -> PreparedStep:
-    """Return the step of `config` on the mesh `grid`, with shapes in place of arrays."""
+) -> tuple[Callable[..., Any], mesh.Placement, Tree, tuple[State, Tree, Tree]]:
+    """Return a run's step on a mesh, its placement, the parameters and its arguments, by shape."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -151,7 +138,7 @@ def prepared(
     rate = config.adaptation.dropout
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
     take = step.with_reference(take, workload, layout)
-    return PreparedStep(take, place, params, (state, frozen, rows))
+    return take, place, params, (state, frozen, rows)
 
 
 def measure(
@@ -166,6 +153,7 @@ def measure(
     found = collectives.collectives(module)
     arrays = tuple(map(_in_bfloat16, found) if bfloat16 else found)
     products = hlo.products(module)
+    floats = {x.dtype for x in jax.tree.leaves(state.optimizer)}
     return StepCosts(
         parameters=parameters(params),
         adapter_parameters=count(state.trained["adapters"]),
@@ -180,13 +168,9 @@ def measure(
         arrays=arrays,
         unknown_loops=tuple(module.unknown_loops),
         weights=weight_bytes(params),
-        moments=", ".join(sorted({str(x.dtype) for x in _moments(state)})),
+        moments=", ".join(sorted({str(x) for x in floats if jnp.issubdtype(x, jnp.floating)})),
         buffers=hlo.largest(module, text),
     )
-
-
-def _moments(state: State) -> list[Any]:
-    return [x for x in jax.tree.leaves(state.optimizer) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 def really(
@@ -210,9 +194,8 @@ def really(
         buffers = found.buffers or costs.buffers
         return dataclasses.replace(costs, program=dataclasses.replace(found, buffers=buffers))
     arrays = tuple(collectives.collectives(module))
-    return dataclasses.replace(
-        costs, program=found, arrays=arrays, traffic=_traffic(arrays, device)
-    )
+    traffic = _traffic(arrays, device)
+    return dataclasses.replace(costs, program=found, arrays=arrays, traffic=traffic)
 
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -40,7 +40,6 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The time of one step."""
         return max(dataclasses.astuple(self))
 
     @property
@@ -53,7 +52,6 @@ class Roofline:
 class Plan:
     """A plan.
 
-    device: its name in `DEVICES`.
     runs: the costs of the run (`LORA`), and of the same run with full fine-tuning (`FULL`).
     compiled: the numbers of devices that were compiled for; if `devices` is not among them, all
       costs are extrapolated.
@@ -74,12 +72,10 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """The number of devices."""
         return math.prod(self.sizes.values())
 
     @property
     def extrapolated(self) -> bool:
-        """Whether there were too many devices to compile for."""
         return self.devices not in self.compiled
 
     def fits(self, run: str) -> bool:
@@ -89,7 +85,6 @@ class Plan:
         return not refused and found.needs <= DEVICES[self.device].memory
 
     def roofline(self, run: str) -> Roofline:
-        """Return the shortest possible time of a step."""
         device, found = DEVICES[self.device], self.runs[run]
         communication = sum(t.seconds for t in found.traffic)
         return Roofline(found.flops / device.flops, found.moved / device.bandwidth, communication)

@@ -27,7 +27,6 @@ CAUSES = {
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON values; bytes, FLOPs and seconds are per device and step."""
-    device = DEVICES[plan.device]
     return {
         "format": FORMAT,
         "config": plan.name,
@@ -39,7 +38,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "first_batch": plan.first_batch,
         "batch": {name: list(shape) for name, shape in plan.batch.items()},
         "accumulate": plan.parts,
-        "device": {"name": plan.device, **dataclasses.asdict(device)},
+        "device": {"name": plan.device, **dataclasses.asdict(DEVICES[plan.device])},
         "runs": {run: _run(plan, run) for run in plan.runs},
         "notes": notes(plan),
     }
@@ -122,8 +121,7 @@ def notes(plan: Plan) -> list[str]:
         "The roofline is the longest of three times at the device's peaks for bfloat16, and takes "
         "the other two as hidden behind it; a run at half of this speed is a good one.",
     ]
-    loops = {loop for found in plan.runs.values() for loop in found.unknown_loops}
-    if loops:
+    if loops := {loop for found in plan.runs.values() for loop in found.unknown_loops}:
         out.append(f"Loops of unknown length count once: {', '.join(sorted(loops))}.")
     return out
 

@@ -32,7 +32,6 @@ class WeightBytes:
 
 
 def weight_bytes(params: Any) -> tuple[WeightBytes, ...]:
-    """Return the bytes of each weight, in the order of the tree."""
     return tuple(_of(path, leaf) for path, leaf in paths.flatten(params).items())
 
 

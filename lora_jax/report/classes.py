@@ -25,15 +25,12 @@ def sections(run: SavedRun) -> list[Section]:
     own, guessed, right = counts.sum(1), counts.sum(0), counts.diagonal()
     others = np.where(np.eye(len(labels), dtype=bool), 0, counts)
     most = [labels[row.argmax()] if row.any() else formatting.NONE for row in others]
-    numbers = [
-        [f"{x:,.0f}" for x in own],
-        [f"{x:,.0f}" for x in guessed],
-        *(
-            [formatting.score(x / y) if y else formatting.NONE for x, y in zip(*pair, strict=True)]
-            for pair in ((right, guessed), (right, own), (2 * right, own + guessed))
-        ),
+    sizes = [[f"{x:,.0f}" for x in each] for each in (own, guessed)]
+    scores = [
+        [formatting.score(x / y) if y else formatting.NONE for x, y in zip(*pair, strict=True)]
+        for pair in ((right, guessed), (right, own), (2 * right, own + guessed))
     ]
-    rows = tuple(zip(labels, *numbers, most, strict=True))
+    rows = tuple(zip(labels, *sizes, *scores, most, strict=True))
     shares = counts / np.maximum(own, 1)[:, None]
     drawn = charts.heat(shares, labels, labels, "share of a class", ("class", "guess"))
     text = f"Heat map of guesses by class: {right.sum():,.0f} of {own.sum():,.0f} are right"
@@ -43,16 +40,9 @@ def sections(run: SavedRun) -> list[Section]:
         "its prediction."
     )
     caption = f"Guesses for the examples of each class, {split} split."
-    return [
-        Section(
-            "Classes",
-            (
-                Figure(caption, (Panel("confusion", text, drawn),)),
-                Table(f"Scores by class, {split} split.", _COLUMNS, rows, ("class", _COLUMNS[-1])),
-                Paragraph(more),
-            ),
-        )
-    ]
+    figure = Figure(caption, (Panel("confusion", text, drawn),))
+    table = Table(f"Scores by class, {split} split.", _COLUMNS, rows, ("class", _COLUMNS[-1]))
+    return [Section("Classes", (figure, table, Paragraph(more)))]
 
 
 def _labels(run: SavedRun, count: int) -> list[str]:

@@ -173,12 +173,10 @@ class Report:
 
     @property
     def panels(self) -> tuple[Panel, ...]:
-        """All panels, in order."""
         figures = (b for s in self.sections for b in s.blocks if isinstance(b, Figure))
         return tuple(panel for figure in figures for panel in figure.panels)
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Every term that it explains."""
         glossaries = (b for s in self.sections for b in s.blocks if isinstance(b, Glossary))
         return tuple(term for glossary in glossaries for term in glossary.terms)

@@ -152,7 +152,7 @@ def _of_tasks(found: Results) -> tuple[Fact, ...]:
         split = "test" if row.score("test") is not None else "validation"
         scores = formatting.change(row.score(split, "before"), row.score(split))
         facts.append(Fact(row.name, scores, f"{split} {row.select}, before and after training"))
-    trained = sum(_trained(row) for row in found.rows)
+    trained = sum(single_run.trained(row.summary) for row in found.rows)
     base = found.rows[0].summary["base_parameters"]
     note = f"by {len(found.rows)} tasks, on one base of {base:,}"
     return (*facts, Fact("trained parameters", f"{trained:,}", note))
@@ -171,19 +171,14 @@ def _of_best(found: Results, best: ComparedRun) -> tuple[Fact, ...]:
         least, most = formatting.score(min(known)), formatting.score(max(known))
         note = f"the best run; over all runs {least} to {most}"
         facts.append(Fact(f"{split} {best.select}", scores, note))
-    trained = sorted(_trained(row) for row in found.rows)
-    share = _trained(best) / best.summary["base_parameters"]
-    note = f"{share:.2%} of {best.summary['base_parameters']:,}; all runs: "
-    span = f"{trained[0]:,} to {trained[-1]:,}"
-    facts.append(Fact("trained by the best", f"{_trained(best):,}", f"{note}{span}"))
+    trained = sorted(single_run.trained(row.summary) for row in found.rows)
+    own, base = single_run.trained(best.summary), best.summary["base_parameters"]
+    note = f"{own / base:.2%} of {base:,}; all runs: {trained[0]:,} to {trained[-1]:,}"
+    facts.append(Fact("trained by the best", f"{own:,}", note))
     kept, full = (in_units(best.summary[f"{x}_bytes"]) for x in ("adapter_file", "full_checkpoint"))
     facts.append(Fact("its adapter on disk", kept, f"a full checkpoint has {full}"))
     speed = f"{best.summary['steps_per_second']:.2f} steps/s"
     return (*facts, Fact("speed", speed, "the best run; runs of a group step together"))
-
-
-def _trained(row: ComparedRun) -> int:
-    return int(row.summary["adapter_parameters"] + row.summary["trainable_parameters"])
 
 
 def _best(best: ComparedRun | None, base: BaseChoice) -> tuple[Section, ...]:

@@ -23,7 +23,6 @@ class Place:
     path: the path of its target in the layout.
     at: its index along the target's stacked axes.
     layer: the number of its layer; None if the model's layers have no numbers.
-    matrix: its name within the layer.
     """
 
     path: str
@@ -44,7 +43,6 @@ class ModuleIndex:
 
     @classmethod
     def of(cls, layout: Layout) -> ModuleIndex:
-        """Find the places of a layout's matrices."""
         found = []
         for target in layout.targets:
             layer, name = _split(target.path)
@@ -58,12 +56,10 @@ class ModuleIndex:
 
     @property
     def layers(self) -> list[int | None]:
-        """The distinct layers, in order."""
         return list(dict.fromkeys(place.layer for place in self.places))
 
     @property
     def labels(self) -> list[str]:
-        """The labels of the layers."""
         return list(map(label, self.layers))
 
     @property
@@ -73,7 +69,6 @@ class ModuleIndex:
 
     @property
     def names(self) -> list[str]:
-        """The distinct names of matrices, in order."""
         return list(dict.fromkeys(place.matrix for place in self.places))
 
     @property

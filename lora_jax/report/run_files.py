@@ -23,8 +23,6 @@ Scores = dict[str, dict[str, float]]  # split -> name -> number
 class SavedRun:
     """The files of one run, read and checked.
 
-    config: the contents of config.json.
-    lines: the lines of metrics.jsonl.
     summary: the contents of summary.json with "run" set to `path`; None until the run has finished.
     error: the error that stopped the run, if one did.
     """
@@ -37,7 +35,6 @@ class SavedRun:
 
     @property
     def name(self) -> str:
-        """The name of the run's directory."""
         return self.path.name
 
     @functools.cached_property
@@ -47,7 +44,6 @@ class SavedRun:
 
     @property
     def steps(self) -> int:
-        """The number of steps that the run is set to take."""
         return int(self.config["steps"])
 
     @property
@@ -65,12 +61,9 @@ class SavedRun:
         return self._scores(lambda step: step > 0)
 
     def _scores(self, fits: Any) -> Scores:
-        found: Scores = {}
-        for line in self.lines:
-            if "split" in line and fits(line["step"]):
-                numbers = {n: v for n, v in line.items() if n not in ("step", "split")}
-                found[line["split"]] = numbers
-        return found
+        lines = [line for line in self.lines if "split" in line and fits(line["step"])]
+        rest = ("step", "split")
+        return {x["split"]: {n: v for n, v in x.items() if n not in rest} for x in lines}
 
 
 def read(path: pathlib.Path) -> tuple[SavedRun, ...]:

@@ -27,16 +27,9 @@ def report(path: pathlib.Path, base: BaseChoice) -> Report:
         lead=_origin(saved.about),
         facts=(
             Fact("adapter parameters", f"{layout.size:,}", f"of {len(layout.targets)} parameters"),
-            Fact(
-                "trained in full",
-                full,
-                ", ".join(list(trainable)[:4]),
-            ),
+            Fact("trained in full", full, ", ".join(list(trainable)[:4])),
         ),
-        sections=(
-            *update_analysis.sections(path, base),
-            Section("Layout", _layout(layout)),
-        ),
+        sections=(*update_analysis.sections(path, base), Section("Layout", _layout(layout))),
         notes=(Note("It has no record of its training, so there are no scores and no curves."),),
     )
 

@@ -64,11 +64,16 @@ def verdict(summary: Summary) -> str:
         what = "better than" if gain > 0 else "no better than"
         found = f"This adapter is {what} the base by {abs(new - old):.4f}: {split} {name} "
         found += f"{formatting.change(old, new)}."
-    trained = summary["adapter_parameters"] + summary["trainable_parameters"]
-    cost = f"{in_units(summary['adapter_file_bytes'])} on disk, "
-    cost += f"{trained / summary['base_parameters']:.2%} of the base's parameters and "
-    cost += f"{summary['total_seconds']:,.0f} s of training"
-    return f"{found} It costs {cost}. Next:"
+    share = trained(summary) / summary["base_parameters"]
+    return (
+        f"{found} It costs {in_units(summary['adapter_file_bytes'])} on disk, {share:.2%} of the "
+        f"base's parameters and {summary['total_seconds']:,.0f} s of training. Next:"
+    )
+
+
+def trained(summary: Summary) -> int:
+    """Return the number of parameters that a run has trained."""
+    return int(summary["adapter_parameters"] + summary["trainable_parameters"])
 
 
 def unfinished(run: SavedRun) -> tuple[Note, ...]:
@@ -76,13 +81,11 @@ def unfinished(run: SavedRun) -> tuple[Note, ...]:
     if run.summary is not None:
         return ()
     why = f" It stopped with an error: {run.error}." if run.error else ""
-    return (
-        Note(
-            f"{run.name} has not finished: its record ends at step {run.step:,} of "
-            f"{run.steps:,}.{why} This report shows the run up to there; the command that started "
-            "the run continues it."
-        ),
+    text = (
+        f"{run.name} has not finished: its record ends at step {run.step:,} of {run.steps:,}.{why} "
+        "This report shows the run up to there; the command that started the run continues it."
     )
+    return (Note(text),)
 
 
 def select(run: SavedRun) -> str:
@@ -107,15 +110,15 @@ def _scored(run: SavedRun) -> list[Fact]:
 
 def costed(summary: Summary) -> list[Fact]:
     """Return the main numbers of a finished run: parameters, disk space, speed, best step."""
-    trained = summary["adapter_parameters"] + summary["trainable_parameters"]
+    count = trained(summary)
     base, full = summary["base_parameters"], summary["full_checkpoint_bytes"]
     kept = summary["adapter_file_bytes"]
     many = full / kept if kept else 0.0
-    times = f", {many:,.0f} times as much" if many >= 10 else f", {many:.1f} times as much"
+    times = f", {many:,.{0 if many >= 10 else 1}f} times as much"
     speed = dict(costs(summary))["speed"].split(", ", 1)
     step = summary["best_step"]
     return [
-        Fact("trained parameters", f"{trained:,}", f"{trained / base:.2%} of {base:,}"),
+        Fact("trained parameters", f"{count:,}", f"{count / base:.2%} of {base:,}"),
         Fact("adapter on disk", in_units(kept), f"a full checkpoint has {in_units(full)}{times}"),
         Fact("speed", speed[0], f"{speed[1]}; {summary['total_seconds']:,.0f} s in all"),
         Fact("best at step", formatting.NONE if step is None else f"{step:,}",
@@ -171,15 +174,11 @@ def _curves(run: SavedRun) -> tuple[Block, ...]:
 def _ends(run: SavedRun, name: str) -> str:
     """Describe the first and the last value of a curve."""
     found = []
-    for what, lines in (
-        ("training", [x for x in run.lines if "split" not in x]),
-        ("validation", [x for x in run.lines if x.get("split") == "validation"]),
-    ):
-        values = [x[name] for x in lines if x.get(name) is not None]
-        if values:
-            found.append(
-                f"{what} from {formatting.score(values[0])} to {formatting.score(values[-1])}"
-            )
+    for what in ("training", "validation"):
+        lines = [x for x in run.lines if x.get("split", "training") == what]
+        if values := [x[name] for x in lines if x.get(name) is not None]:
+            first, last = formatting.score(values[0]), formatting.score(values[-1])
+            found.append(f"{what} from {first} to {last}")
     return "; ".join(found) or "nothing yet"
 
 

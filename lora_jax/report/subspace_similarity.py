@@ -36,7 +36,6 @@ class RunAdapter:
     """A run that has saved an adapter.
 
     config: dotted path -> value, for the fields that decide the result.
-    folder: the adapter's folder.
     rank: the largest rank of its layout.
     """
 
@@ -136,23 +135,16 @@ def _compared(pair: tuple[RunAdapter, RunAdapter], what: str) -> list[Block]:
         return [Note(f"{one.name} and {two.name} cannot be compared: {error}")]
     modules = ModuleIndex.of(one.layout)
     phis = {place: found[place.path][place.at] for place in modules.places}
-    names = tuple(
-        f"rank {x.rank}" if what == "ranks" else f"seed {x.config.get('seed')}" for x in pair
-    )
+    ranks = what == "ranks"
+    names = [f"rank {x.rank}" if ranks else f"seed {x.config.get('seed')}" for x in pair]
     both = " against ".join(names)
     blocks: list[Block] = [Paragraph(f"{both}: {one.name} and {two.name}.")]
     blocks.append(_maps(modules, phis, names, what, one.layout))
     top = [float(phis[place][0, 0]) for place in modules.places]
     widest = {t.path: t.fan_in for t in one.layout.targets}
-    blocks += update_analysis.by_layer(
-        modules,
-        top,
-        f"top-{what}",
-        "φ(1, 1)",
-        f"φ(1, 1), for the most important direction of each adapter: {', '.join(names)}.",
-        level=(1 / max(widest.values()), "random"),
-        top=_tenth(top),
-    )
+    caption = f"φ(1, 1), for the most important direction of each adapter: {', '.join(names)}."
+    how: dict[str, Any] = {"level": (1 / max(widest.values()), "random"), "top": _tenth(top)}
+    blocks += update_analysis.by_layer(modules, top, f"top-{what}", "φ(1, 1)", caption, **how)
     sides = {"A": phis}
     if not any(kind_of(target).rescales for target in one.layout.targets):  # DoRA's needs W
         updates = analysis.similarity(first, second, of="input")
@@ -173,9 +165,8 @@ def _counted(
         for side, phis in sides.items():
             values = np.array([phis[place][0, 0] for place in own])
             known = values[np.isfinite(values)]
-            cells = [
-                f"{f(known):.4f}" if known.size else formatting.NONE for f in (np.mean, min, max)
-            ]
+            numbers = [f(known) if known.size else None for f in (np.mean, min, max)]
+            cells = map(formatting.score, numbers)
             shared = f"{(known > _SHARED).sum()} of {len(own)}"
             rows.append((name, side, *cells, shared, f"{1 / widest[own[0].path]:.4f}"))
     return Table(

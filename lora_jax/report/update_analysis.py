@@ -36,12 +36,9 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     if not layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
     modules = ModuleIndex.of(layout)
-    whose = Paragraph(
-        f"This is the update of adapters/{folder.name} of {run.name}."
-        if folder != run
-        else f"This is the update of {run}."
-    )
-    spectra = Section(_TITLE, (whose, *_spectra(modules, found, layout)))
+    whose = run if folder == run else f"adapters/{folder.name} of {run.name}"
+    head = Paragraph(f"This is the update of {whose}.")
+    spectra = Section(_TITLE, (head, *_spectra(modules, found, layout)))
     return spectra, Section("Amplified directions of W", _amplified(run, base))
 
 
@@ -109,11 +106,9 @@ def _pictures(modules: ModuleIndex, measured: Sequence[Any], energy: float) -> l
     if len(modules.places) > 1:
         shares = modules.grid(one.energy / (energy or 1) for one in measured)
         ranks = modules.grid(one.effective_rank for one in measured)
+        maps = ("share of the energy", shares, "energy"), ("effective rank", ranks, "ranks")
         panels = []
-        for what, shown, name in (
-            ("share of the energy", shares, "energy"),
-            ("effective rank", ranks, "ranks"),
-        ):
+        for what, shown, name in maps:
             text = f"Heat map of the {what} by layer and matrix: {formatting.span(shown.ravel())}"
             drawn = charts.heat(shown[:, : len(modules.drawn)], modules.labels, modules.drawn, what)
             panels.append(Panel(name, text, drawn))
@@ -164,13 +159,12 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
     try:
         found = amplified(run, base)
     except USER_ERRORS as error:
-        return (
-            Note(
-                "This section needs the weights of the base model, which cannot be opened here; "
-                "the rest of the report does not need them. --base names another base, "
-                f"--allow-other-base accepts a base that differs. {error}"
-            ),
+        text = (
+            "This section needs the weights of the base model, which cannot be opened here; the "
+            "rest of the report does not need them. --base names another base, --allow-other-base "
+            f"accepts a base that differs. {error}"
         )
+        return (Note(text),)
     factors = np.array([one.factor for one in found.measured])
     known = factors[np.isfinite(factors)]
     middle = formatting.column([np.median(known)])[0] if known.size else formatting.NONE
@@ -178,9 +172,8 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
         f"The median amplification factor of {len(factors)} matrices is {middle}; the range is "
         f"{formatting.span(factors)}."
     )
-    caption = "Amplification factor of each layer."
-    numbers = factors.tolist()
-    lines = by_layer(found.modules, numbers, "amplification", "amplification factor", caption)
+    what, caption = "amplification factor", "Amplification factor of each layer."
+    lines = by_layer(found.modules, factors.tolist(), "amplification", what, caption)
     return Paragraph(text), *lines, table7(found)
 
 

@@ -50,18 +50,14 @@ def open(
     """
     # Imported here, because the commands that serve nothing import this package too.
     from lora_jax.checkpoint import adapter_path
-    from lora_jax.serving.served_adapters import open_adapters
+    from lora_jax.serving.served_adapters import BaseChoice
     from lora_jax.serving.server import Server
 
     first, is_run = str(run_or_base), adapter_path.is_there(str(run_or_base))
     given = [f"{name}={path}" for name, path in (adapters or {}).items()]
-    served = open_adapters(
-        [first, *given] if is_run else given,
-        base=None if is_run else first,
-        allow_other_base=allow_other_base,
-    )
+    base = BaseChoice(base=None if is_run else first, allow_other_base=allow_other_base)
     return Server(
-        served,
+        base.open([first, *given] if is_run else given),
         slots=slots,
         batch_size=batch_size,
         max_tokens=max_tokens,

@@ -74,7 +74,6 @@ def are_all(kind: type[Any], values: Any, least: int = 0) -> bool:
 class ScoredExample(Job):
     """An example that waits for its scores; the result is (its number, the scores [outputs]).
 
-    row: the example, prepared.
     length: the length of the batches that it fits in.
     alone: whether it was in a batch that failed, and has its next one for itself.
     """
@@ -149,7 +148,6 @@ class Classifier(Engine):
         return (f"{count:,} {self.unit if count != 1 else self.unit[:-1]}",)
 
     def add(self, i: int, member: SavedAdapter) -> None:
-        """See `Engine`."""
         task = self.task_of(member)
         check_head(member, task.outputs)
         if task.outputs > self._width or max(task.lengths, default=0) > self.lengths[-1]:
@@ -175,7 +173,6 @@ class Classifier(Engine):
         return jobs
 
     def busy(self) -> set[int]:
-        """See `Engine`."""
         under_way = [job for batch, _ in self._under_way for job in batch]
         return {job.adapter for job in (*self._incoming, *self._waiting, *under_way)}
 
@@ -195,7 +192,6 @@ class Classifier(Engine):
             self._try(batch, lambda: self._taken_from(outputs, batch))
 
     def warm_up(self) -> None:
-        """See `Engine`."""
         for length in self.lengths:
             for rows in self._sizes:
                 arrays = tuple(np.repeat(x, rows, axis=0) for x in self.blank(length))
@@ -247,8 +243,7 @@ class Classifier(Engine):
         stacked, width, base = {}, self._width, paths.flatten(self._params)
         for path in known or dict.fromkeys(path for member in members for path in member.trainable):
             each: list[Any] = [m.trainable.get(path, base.get(path)) for m in members]
-            without = [m.name for m, x in zip(members, each, strict=True) if x is None]
-            if without:
+            if without := [m.name for m, x in zip(members, each, strict=True) if x is None]:
                 raise LoraError(
                     f"{path!r} was trained by some adapters, and {without[0]!r} lacks it"
                 )
@@ -292,8 +287,7 @@ def _mixed(layout: Layout, model: nn.Module) -> Any:
 
 
 def _check_apart(layout: Layout, trainable: Mapping[str, Any]) -> None:
-    both = [target.path for target in layout.targets if target.path in trainable]
-    if both:
+    if both := [target.path for target in layout.targets if target.path in trainable]:
         raise LoraError(
             f"the adapters cannot share a batch: {both[0]!r} is adapted by one and trained in "
             "full by another; predict with one at a time"

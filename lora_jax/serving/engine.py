@@ -21,7 +21,6 @@ class Job:
     """A request that waits, or is being computed.
 
     number: its number among the requests that were given with it.
-    adapter: the id of its adapter.
     results: what nobody has read yet; an error is the last.
     over: whether no more results will come. Set it to cancel the job.
     """

@@ -90,7 +90,7 @@ class Decoder(Engine):
         self._programs.clear()
 
     def add(self, i: int, member: SavedAdapter) -> None:
-        """See `Engine`. The first adapter of a decoder without any makes a stack in its shapes."""
+        """Put an adapter into a slot; the first of a decoder makes a stack in its shapes."""
         adapter = Adapter(*member.adapter[:2])
         if self._layout is None:
             self._use(*stack_adapters([adapter], size=self.slots))
@@ -132,7 +132,6 @@ class Decoder(Engine):
         return jobs
 
     def busy(self) -> set[int]:
-        """See `Engine`."""
         jobs = [*self._waiting, *self._running.values()]
         return {job.adapter for job in jobs if not job.over}
 
@@ -161,7 +160,6 @@ class Decoder(Engine):
                 raise
 
     def warm_up(self) -> None:
-        """See `Engine`."""
         for length in sorted({self._padded(n) for n in range(1, self.capacity)}):
             for count in {1, self.rows}:
                 job = Writing(prompt=Prompt([0] * length), adapter=BASE)

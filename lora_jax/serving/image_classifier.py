@@ -42,21 +42,16 @@ class ImageClassifier(Classifier):
         return ClassifierTask(tuple(labels), (field,))
 
     def prepare_model(self, served: Served, width: int) -> nn.Module:
-        """See `Classifier`. The folder of the base says how images are prepared."""
         self._how = preprocessing.read(served.source.path, served.config)
         return models.VitClassifier(served.config, width)
 
     def example_of(self, line: JsonLine, task: ClassifierTask) -> tuple[str, str]:
-        """See `Classifier`. An example is the path of the image, and the line for messages."""
         return line.get(task.fields[0], str), line.where
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
-        """Return the pixels, as in the batches of training."""
         how = self._how
         found = {row: pixels(decode(row[0], how.channels, row[1]), how) for row in {*rows}}
         return (np.stack([found[row] for row in rows]),)
 
     def blank(self, length: int) -> tuple[NDArray[Any], ...]:
-        """See `Classifier`. All images have one size."""
-        size = self._how.size
-        return (np.zeros((1, *size, self._how.channels), np.float32),)
+        return (np.zeros((1, *self._how.size, self._how.channels), np.float32),)

@@ -32,7 +32,6 @@ class Prompt:
 class Piece(NamedTuple):
     """The result of one step for one row.
 
-    row: the number of the prompt.
     token: the generated token; None if it was a stop token.
     finish: the reason why the row is finished: "stop" at a stop token, "length" at the largest
         number of tokens that was asked for, or that the model has positions for or the decoder

@@ -33,7 +33,6 @@ class LineError(LoraError):
 class JsonLine:
     """One object of a JSONL file.
 
-    value: the object.
     where: the file and the number of the line from 1, for messages.
     size: bytes of the line, including its end.
     fault: the error of a line that is not an object; its value is empty.
@@ -75,23 +74,20 @@ def read(path: str, *, keep_broken: bool = False) -> Iterator[JsonLine]:
 
 def objects(file: BinaryIO, name: str, keep_broken: bool = False) -> Iterator[JsonLine]:
     """Read objects as `read` does, from an open file."""
+
+    def broken(message: str) -> LineError:
+        return LineError(f"{message}\n{_EXPECTED}")
+
     for number, raw in regular_files.lines(file, name, LineError):
         if not raw.strip():
             continue
         where = f"{name}, line {number}"
         try:
-            yield JsonLine(_object(raw, where), where, len(raw))
+            yield JsonLine(json_file.parse_object(raw, where, broken), where, len(raw))
         except LineError as error:
             if not keep_broken:
                 raise
             yield JsonLine({}, where, len(raw), error)
-
-
-def _object(raw: bytes, where: str) -> Mapping[str, Any]:
-    value = json_file.parse(raw, where, lambda message: LineError(f"{message}\n{_EXPECTED}"))
-    if not isinstance(value, dict):
-        raise LineError(f"{where} is {json.dumps(value)[:80]}; {_EXPECTED}")
-    return value
 
 
 class Writer:
@@ -135,7 +131,6 @@ class Writer:
                 pathlib.Path(self.path).unlink()
 
     def _forget(self) -> None:
-        """Delete the old contents, once."""
         if self._old:
             self._file.truncate(0)
             self._old = False

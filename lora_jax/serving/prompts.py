@@ -30,9 +30,7 @@ class Request:
     """One prompt for one adapter.
 
     name: the name of the adapter, or "base".
-    text: the text of the prompt.
     prompt: its tokens, the number of its adapter, and its stop tokens.
-    fields: the fields of its line.
     size: bytes of its line, for a progress bar; 0 for all but the last request of a line.
     error: why its line cannot be used; then only its fields and its size count.
     """
@@ -80,11 +78,7 @@ class Prompts:
     """
 
     def __init__(
-        self,
-        served: Served,
-        stop: Sequence[str] = (),
-        base_too: bool = False,
-        chat: bool = True,
+        self, served: Served, stop: Sequence[str] = (), base_too: bool = False, chat: bool = True
     ) -> None:
         """Find the stop tokens of each adapter: its `eos` of training, the model's, and `stop`.
 
@@ -94,9 +88,7 @@ class Prompts:
         tokenizer = served.source.tokenizer()
         self._served, self._room = served, served.config.max_positions
         self._encoder = Encoder(tokenizer, self._room, served.config.vocab_size)
-        common = {_stop_id(tokenizer, text) for text in stop}
-        if served.config.eos_id is not None:
-            common.add(served.config.eos_id)
+        common = {_stop_id(tokenizer, text) for text in stop} | {served.config.eos_id} - {None}
         added = tokenizer.get_added_tokens_decoder().values()
         self._added = [token.content for token in added]
         self._control = tuple(token.content for token in added if token.special)
@@ -259,14 +251,10 @@ def _end_ids(tokenizer: Tokenizer, member: SavedAdapter) -> set[int]:
 
 def _stop_id(tokenizer: Tokenizer, text: str) -> int:
     """Return the one token of a text, given as text or as its entry in the vocabulary."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
     named = tokenizer.token_to_id(text)
-    if named is not None:
-        return int(named)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids if named is None else [named]
     if len(ids) == 1:
         return int(ids[0])
-    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    near = (
-        f"; the special token nearest to it is {nearest(text, special, 1)[0]!r}" if special else ""
-    )
+    special = nearest(text, (x.content for x in tokenizer.get_added_tokens_decoder().values()), 1)
+    near = f"; the special token nearest to it is {special[0]!r}" if special else ""
     raise LoraError(f"--stop {text!r} is {len(ids)} tokens; give a text that is one token{near}")

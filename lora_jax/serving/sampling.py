@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import LoraError
+from lora_jax.system.checked import Checked, require
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """The choice of the next token.
 
     Attributes:
@@ -26,19 +27,17 @@ class Sampling:
       seed: the seed. The samples of a row depend on the seed and on the number of the row.
     """
 
+    _bounds: ClassVar = {"at least 0": ("temperature",), "at least 1": ("top_k",)}
+
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
-        _require(
-            0 <= self.temperature < float("inf"), "temperature", self.temperature, "at least 0"
-        )
-        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
-        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
+        super().__post_init__()
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
         if self.temperature == 0 and (self.top_k or self.top_p):
             raise LoraError(
                 "top_k and top_p limit the tokens to sample from, but at temperature 0 nothing is "
@@ -103,11 +102,6 @@ def _most_likely(logits: Any, weights: Any, wanted: Any) -> Any:
 
     bounds = jnp.min(logits, axis=-1), jnp.max(logits, axis=-1)
     return logits >= jax.lax.fori_loop(0, 32, halve, bounds)[0][:, None]
-
-
-def _require(condition: bool, name: str, got: Any, expected: str) -> None:
-    if not condition:
-        raise LoraError(f"{name} must be {expected}, got {got!r}")
 
 
 GREEDY = Sampling()

@@ -110,10 +110,8 @@ class Served:
 
     def stack(self, slots: int | None = None) -> tuple[Layout, Stack]:
         """`(layout, stacked)` of the adapters, with so many slots. There must be at least one."""
-        on_host = (jax.tree.map(np.asarray, m.parameters) for m in self.members)
-        return stack_adapters(
-            [Adapter(m.layout, x) for m, x in zip(self.members, on_host, strict=True)], size=slots
-        )
+        own = [Adapter(m.layout, jax.tree.map(np.asarray, m.parameters)) for m in self.members]
+        return stack_adapters(own, size=slots)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,7 +140,7 @@ class Served:
 
     @property
     def member(self) -> SavedAdapter:
-        """The adapter, where there is one."""
+        """The only adapter."""
         (member,) = self.members
         return member
 
@@ -201,28 +199,6 @@ class Served:
         return next(i for i, member in self.slots.items() if member.name == name)
 
 
-def open_adapters(
-    adapters: Sequence[str],
-    task: Literal["predict", "generate"] | None = None,
-    *,
-    base: str | None = None,
-    trust_base: bool = False,
-    allow_other_base: bool = False,
-    opened: Callable[[int, int], None] = lambda number, total: None,
-) -> Served:
-    """Open adapters and load their base.
-
-    An adapter is `[NAME=]PATH`, as in `checkpoint.adapter_path.find`. `task` is what the caller can
-    do (None: both), `base` is the reference of the base (None: the one that the adapters were
-    trained on), and `opened` is called with the number of adapters that are open, first 0, and of
-    all.
-    """
-    found = open_base(_members(adapters, allow_other_base, opened), base, trust_base)
-    _check_task(found, task)
-    found.params  # noqa: B018  errors of the base come here
-    return found
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseChoice:
     """Which base model may be opened for adapters. The commands have these fields as options."""
@@ -240,15 +216,17 @@ class BaseChoice:
         task: Literal["predict", "generate"] | None = None,
         opened: Callable[[int, int], None] = lambda number, total: None,
     ) -> Served:
-        """Open adapters with this base, as `open_adapters` does."""
-        return open_adapters(
-            adapters,
-            task,
-            base=self.base,
-            trust_base=self.trust_base,
-            allow_other_base=self.allow_other_base,
-            opened=opened,
-        )
+        """Open adapters and load their base.
+
+        An adapter is `[NAME=]PATH`, as in `checkpoint.adapter_path.find`. `task` is what the caller
+        can do (None: both), and `opened` is called with the number of adapters that are open, first
+        0, and of all.
+        """
+        members = _members(adapters, self.allow_other_base, opened)
+        found = open_base(members, self.base, self.trust_base)
+        _check_task(found, task)
+        found.params  # noqa: B018  errors of the base come here
+        return found
 
 
 def open_run(path: str, base: str | None = None, trust_base: bool = False) -> Served:

@@ -66,10 +66,8 @@ class Server:
         self._engine: Decoder | Classifier
         if not served.classifies:
             self._prompts = prompts or Prompts(served)
-            params, stacked = _params(served), served.stack(self.slots) if served.members else ()
-            self._engine = Decoder(
-                served.config, params, *stacked, rows=batch_size, capacity=max_tokens
-            )
+            own = (_params(served), *(served.stack(self.slots) if served.members else ()))
+            self._engine = Decoder(served.config, *own, rows=batch_size, capacity=max_tokens)
             self._engine.slots = self.slots
         else:
             self._engine = _classifier(served, batch_size, self.slots)
@@ -324,7 +322,6 @@ def _check_alone(members: Sequence[SavedAdapter]) -> None:
 
 
 def _classifier(served: Served, batch_size: int, slots: int) -> Classifier:
-    """Return the classifier for this kind of base."""
     if isinstance(served.config, models.VitConfig):
         from lora_jax.serving.image_classifier import ImageClassifier  # needs an extra
 

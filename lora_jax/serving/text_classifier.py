@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,6 @@ class TextClassifier(Classifier):
         return ClassifierTask(*(tuple(found[name]) for name in names))
 
     def prepare_model(self, served: Served, width: int) -> nn.Module:
-        """See `Classifier`. The tokenizer is read too."""
         self.cut, self.tokens = TextTruncation(), 0
         self.lengths = sorted({n for task in self.tasks.values() for n in task.lengths})
         if self.lengths[-1] > served.config.max_positions:
@@ -67,7 +67,6 @@ class TextClassifier(Classifier):
         return models.classifier(served.config, models.Head(self._pooling, width))
 
     def add(self, i: int, member: SavedAdapter) -> None:
-        """See `Classifier`."""
         if (own := _pooling([member])) != self._pooling:
             raise LoraError(
                 f"the head of adapter {member.name!r} pools by {own!r}, and the others by "
@@ -76,7 +75,7 @@ class TextClassifier(Classifier):
         super().add(i, member)
 
     def example_of(self, line: JsonLine, task: ClassifierTask) -> TextOrPair:
-        """See `Classifier`. Numbers are read as text, as in training."""
+        """Return the text of a line; numbers are read as text, as in training."""
         found = []
         for field in task.fields:
             value = line.get(field, object)
@@ -87,27 +86,18 @@ class TextClassifier(Classifier):
 
     def prepare(self, adapters: Sequence[int], examples: Sequence[TextOrPair]) -> list[Any]:
         """Return the tokens of each text, cut to the limit of its adapter's task."""
-        limits = [self.tasks[adapter].lengths[-1] for adapter in adapters]
+        alike = defaultdict[tuple[int, bool], list[int]](list)
+        for i, (adapter, example) in enumerate(zip(adapters, examples, strict=True)):
+            alike[self.tasks[adapter].lengths[-1], isinstance(example, tuple)].append(i)
         encoded: list[Any] = [None] * len(examples)
-        for limit in {*limits}:
-            for pair in (False, True):
-                own = [
-                    i
-                    for i in range(len(examples))
-                    if limits[i] == limit and isinstance(examples[i], tuple) == pair
-                ]
-                found = (
-                    self._encoder(limit).truncate([examples[i] for i in own], self.cut)
-                    if own
-                    else []
-                )
-                for i, encoding in zip(own, found, strict=True):
-                    encoded[i] = encoding
+        for (limit, _), own in alike.items():
+            found = self._encoder(limit).truncate([examples[i] for i in own], self.cut)
+            for i, encoding in zip(own, found, strict=True):
+                encoded[i] = encoding
         self.tokens += sum(len(encoding.ids) for encoding in encoded)
         return encoded
 
     def length_of(self, row: Any) -> int:
-        """See `Classifier`. It is the first one that has room for the tokens."""
         return next(length for length in self.lengths if length >= len(row.ids))
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
@@ -116,7 +106,6 @@ class TextClassifier(Classifier):
         return padded([(row.ids, row.type_ids) for row in rows], length, self._pad)
 
     def blank(self, length: int) -> tuple[NDArray[Any], ...]:
-        """See `Classifier`."""
         return padded([([0], [0])], length, self._pad)
 
     def facts(self, count: int) -> tuple[str, ...]:

@@ -29,7 +29,6 @@ class TextPiece(str):
 def decoded(
     pieces: Iterable[Piece], requests: Sequence[Request], tokenizer: Tokenizer
 ) -> Iterator[TextPiece]:
-    """Decode tokens as they come."""
     # The text of a token may depend on the token before it (a space at the start of a word).
     going: dict[int, DecodeStream] = {}
     for row, token, finish in pieces:

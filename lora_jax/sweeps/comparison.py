@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from lora_jax.training import metrics
 from lora_jax.training.config import INCIDENTAL, Config
 from lora_jax.training.directory import Summary
@@ -94,8 +96,8 @@ def gather(summaries: Sequence[Summary]) -> Results:
 def flat(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a config that decide the result, by dotted path."""
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
-    kept = dotted({name: value for name, value in config.items() if name not in skipped})
-    return {path: _comparable(value) for path, value in kept.items()}
+    kept = {name: value for name, value in config.items() if name not in skipped}
+    return {path: _comparable(value) for path, value in flatten_dict(kept, sep=".").items()}
 
 
 def _comparable(value: Any) -> Any:
@@ -105,19 +107,6 @@ def _comparable(value: Any) -> Any:
     number = type(value) in (int, float)
     drawn = not number or abs(value) <= _LARGEST  # so neither NaN nor infinity is
     return value if drawn and not isinstance(value, dict) else str(value)
-
-
-def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries to dotted paths.
-
-    >>> dotted({"a": {"b": 1}, "c": 2})
-    {'a.b': 1, 'c': 2}
-    """
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict)
-        found |= dotted(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found
 
 
 def _curve(path: pathlib.Path, summary: Summary) -> tuple[tuple[int, float], ...]:

@@ -21,6 +21,7 @@ import numpy as np
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import Scaled
+from lora_jax.paths import Tree
 from lora_jax.sharding import gathered
 from lora_jax.sweeps import batches
 from lora_jax.sweeps.group_program import GroupProgram
@@ -33,8 +34,6 @@ from lora_jax.training.open_run import BatchLoss, NonFiniteError
 from lora_jax.training.state import State, Trained
 from lora_jax.training.step import Compiled, reference_step
 from lora_jax.training.workload import Loss
-
-Tree = Any  # a pytree
 
 
 class Group:
@@ -64,12 +63,8 @@ class Group:
           ConfigError: the members do not fit together.
         """
         self.members: list[OpenMember] = []
-        self._frozen, self._grid, self._config, self._stopped = (
-            gathered(frozen),
-            grid,
-            config,
-            stopped,
-        )
+        self._frozen, self._grid = gathered(frozen), grid
+        self._config, self._stopped = config, stopped
         on_cpu = grid.devices.flat[0].platform == "cpu"
         self._at_once = at_once or (CPU_MEMBERS if on_cpu else None)
         self._programs: dict[Any, GroupProgram] = {}
@@ -103,7 +98,6 @@ class Group:
         return gone
 
     def member(self, name: str) -> OpenMember:
-        """Return a member by its name."""
         for member in self.members:
             if member.name == name:
                 return member
@@ -165,10 +159,8 @@ class Group:
     def batch_loss(self, member: OpenMember, trained: Trained | None = None) -> BatchLoss:
         """Return the loss function of a member with its current parameters, or with `trained`."""
         program, frozen = self._program, self._frozen
-        scales = member.settings(program.layout).scales
-        scales, marks = jax.device_put(
-            (scales, member.marks if program.marked else {}), program.place.whole
-        )
+        own = member.settings(program.layout).scales, member.marks if program.marked else {}
+        scales, marks = jax.device_put(own, program.place.whole)
         ours = self._padded(member, trained)
         scaled = {**ours, "adapters": Scaled(ours["adapters"], scales)} if scales else ours
 

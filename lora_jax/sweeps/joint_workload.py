@@ -13,12 +13,11 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.sweeps.members import OpenMember, workload_settings
 from lora_jax.training.config import ConfigError
 from lora_jax.training.workload import Workload
 from lora_jax.transform import adapt
-
-Tree = Any  # a pytree
 
 
 def joined(members: Sequence[OpenMember], example: Any) -> tuple[Workload, bool]:

@@ -85,7 +85,7 @@ def run(
 
 
 def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
-    """Return the config of each member that is not paused, as a run in its own directory."""
+    """Return the config of each member that does not wait, as a run in its own directory."""
     found = {}
     for member in config.members:
         own = member.config
@@ -96,17 +96,14 @@ def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
                 f"{option} is for one run, and {member.name!r} is a member of a group: train it "
                 "alone"
             )
-        plain = own.run_dir is None and own.mesh == MeshConfig() and not own.fresh
-        if not plain:
+        if own.run_dir is not None or own.mesh != MeshConfig() or own.fresh:
             raise ConfigError(
                 f"run_dir, mesh and fresh are set for a group as a whole, not for its member "
                 f"{member.name!r}: give --run-dir, --mesh.* and --fresh"
             )
-        if not member.paused:
-            where = str(path / member.name)
-            found[member.name] = dataclasses.replace(
-                own, run_dir=where, mesh=config.mesh, fresh=config.fresh
-            )
+        if not config.waits(member):
+            own = dataclasses.replace(own, mesh=config.mesh, fresh=config.fresh)
+            found[member.name] = dataclasses.replace(own, run_dir=str(path / member.name))
     return found
 
 
@@ -235,7 +232,6 @@ class _Loop(contextlib.ExitStack):
                 member.run.checkpoints.wait()
 
     def _finish(self, group: Group, member: OpenMember) -> None:
-        """Write the files of a finished member."""
         batch_loss = functools.partial(group.batch_loss, member)
         difference = functools.partial(group.difference, member)
         summary.conclude(member.run, group.state(member), batch_loss, difference, member.example)

@@ -18,6 +18,7 @@ from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.errors import listed
 from lora_jax.frozen import join, split
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
 from lora_jax.sweeps.padded_state import HostState, StateShapes
@@ -30,8 +31,6 @@ from lora_jax.training.config_json import to_dict
 from lora_jax.training.open_run import Run, Setup
 from lora_jax.training.workload import Batch, Workload
 
-Tree = Any  # a pytree
-
 # The structure of the optimizer state does not depend on the settings.
 TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
 BASE_ALONE: Any = {"base": {}, "adapters": {}}  # as `State.trained`
@@ -42,8 +41,6 @@ class OpenMember:
     """A member in progress.
 
     host: its state while it is in no group.
-    example: its first batch.
-    step: the number of steps it has taken.
     references: the values of the reference, which all members of a group share.
     error: the reason why it stopped, if it did.
     """
@@ -60,7 +57,6 @@ class OpenMember:
 
     @property
     def config(self) -> Config:
-        """The config of its run."""
         return self.run.setup.config
 
     @property
@@ -95,7 +91,6 @@ class OpenMember:
 class SharedBase:
     """The base, which the first member loads and all share.
 
-    name: the name of the first member.
     trainable: the parameters that the first member trains in full.
     """
 
@@ -135,11 +130,9 @@ class Opener(contextlib.ExitStack):
         trainable = self._trainable(name, workload, place, patterns)
         assert self.base is not None
         key, spec = jax.random.key(config.seed), lora.spec
-        if spec not in layouts:
-            layouts[spec] = resolve(
-                spec, workload.apply, workload.params, example, train=True, key=key
-            )
-        layout = layouts[spec]
+        if (layout := layouts.get(spec)) is None:
+            how = {"train": True, "key": key}
+            layout = layouts[spec] = resolve(spec, workload.apply, workload.params, example, **how)
         step.check_apart(layout, trainable)
         if workload.reference is not None and (lora.changes_base or trainable):
             raise ConfigError(
@@ -226,21 +219,17 @@ class Opener(contextlib.ExitStack):
         if common is None or first is None:
             trainable, frozen = split(workload.arrays(place.params), patterns)
             if changed := differences(base.fingerprint, fingerprint_of(frozen)):
-                raise _other_base(
-                    base, name, f"{len(changed)} of its parameters differ:\n{listed(changed)}"
-                )
+                said = f"{len(changed)} of its parameters differ:\n{listed(changed)}"
+                raise _other_base(base, name, said)
             return trainable
         if common.base != first.base:
             raise _other_base(base, name, f"{first.base} and {common.base}")
         drawn, known = common.fresh(), paths.flatten(base.frozen)
         for path in drawn:
             if path in known and not np.array_equal(drawn[path], known[path]):
-                raise _other_base(
-                    base,
-                    name,
-                    f"{path!r} is drawn from the seed and not trained; train it "
-                    "(lora.trainable), or give both one seed",
-                )
+                cure = "train it (lora.trainable), or give both one seed"
+                said = f"{path!r} is drawn from the seed and not trained; {cure}"
+                raise _other_base(base, name, said)
         return {p: drawn[p] if p in drawn else base.trainable[p] for p in shapes}
 
 

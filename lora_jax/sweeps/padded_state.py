@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.paths import Tree
 from lora_jax.training.state import State, Trained
 
-Tree = Any  # a pytree
 HostState = dict[Any, np.ndarray]  # key path -> array
 
 
@@ -87,7 +87,6 @@ def _placed(like: State, arrays: HostState, where: Callable[[Any], Any]) -> Stat
 
 
 def unstack(arrays: HostState, index: int) -> HostState:
-    """Return member `index` of a stack."""
     return {path: array[index] for path, array in arrays.items()}
 
 

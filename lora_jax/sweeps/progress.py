@@ -22,8 +22,8 @@ class GroupDisplay(CurveBar):
 
     def tick(self, tick: int, steps: Sequence[tuple[int, int]], live: Sequence[str]) -> None:
         taken, total = (sum(column) for column in zip(*steps, strict=True))
-        self.bar.update(self.task, completed=taken, total=total)
-        speed = self.bar.tasks[0].speed  # without the first tick, which compiles
+        self.update(self.task, completed=taken, total=total)
+        speed = self.tasks[0].speed  # without the first tick, which compiles
         losses = [self.losses[name] for name in live if name in self.losses]
         mean = statistics.fmean(losses) if losses else math.nan
         self.curve.add(taken / total, mean)
@@ -33,7 +33,7 @@ class GroupDisplay(CurveBar):
             "live": f"{len(live)} of {len(steps)} members",
             "left": self.left(taken, total),
         }
-        self.bar.update(self.task, **numbers)
+        self.update(self.task, **numbers)
         if not self.console.is_terminal and (tick % self.every == 0 or taken == total):
             self.say(
                 f"step {taken}/{total} of all  mean loss {numbers['loss']}  {numbers['speed']}  "

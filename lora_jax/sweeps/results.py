@@ -12,8 +12,10 @@ import io
 import pathlib
 from collections.abc import Sequence
 
+from flax.traverse_util import flatten_dict
+
 from lora_jax.sweeps import member_names
-from lora_jax.sweeps.comparison import ComparedRun, Results, dotted, gather
+from lora_jax.sweeps.comparison import ComparedRun, Results, gather
 from lora_jax.sweeps.plots import figure_of
 from lora_jax.system import whole_files
 from lora_jax.system.console import Console, say, say_table
@@ -53,14 +55,10 @@ def listing(results: Results) -> Listing:
 def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
     """Write results.csv, results.json and results.png."""
     results = gather(summaries)
-    whole_files.write_json(
-        path / "results.json",
-        {
-            "best": None if results.best is None else results.best.name,
-            "varied": results.varied,
-            "members": [{"name": r.name, "values": r.values, **r.summary} for r in results.rows],
-        },
-    )
+    best = None if results.best is None else results.best.name
+    members = [{"name": r.name, "values": r.values, **r.summary} for r in results.rows]
+    found = {"best": best, "varied": results.varied, "members": members}
+    whole_files.write_json(path / "results.json", found)
     whole_files.write(path / "results.csv", _csv(results.rows))
     whole_files.write(path / "results.png", curves.png(figure_of(results), dpi=120))
 
@@ -76,12 +74,7 @@ def _of_sweep(results: Results) -> Listing:
         title=f"{len(results.rows)} runs, best first by validation {select}",
         columns=(*["run"] * alike, *varied, *scores, "best step", "trained"),
         rows=tuple(
-            (
-                *[row.name] * alike,
-                *own,
-                *(_number(row.score(split)) for split in results.splits),
-                *_end(row),
-            )
+            (*[row.name] * alike, *own, *map(_number, map(row.score, results.splits)), *_end(row))
             for row, own in zip(ordered, values, strict=True)
         ),
         texts=("run",),
@@ -125,10 +118,9 @@ def _csv(rows: Sequence[ComparedRun]) -> bytes:
     """Return a table with a line for each run; nested values have dotted paths as column names."""
     lines = []
     for row in rows:
-        values = {
-            p: " ".join(map(str, v)) if isinstance(v, tuple) else v for p, v in row.values.items()
-        }
-        lines.append({"name": row.name, **values, **dotted(row.summary)})
+        pairs = row.values.items()
+        values = {p: " ".join(map(str, v)) if isinstance(v, tuple) else v for p, v in pairs}
+        lines.append({"name": row.name, **values, **flatten_dict(row.summary, sep=".")})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()

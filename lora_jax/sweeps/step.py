@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import union
+from lora_jax.paths import Tree
 from lora_jax.training.config import ConfigError
 from lora_jax.training.optimizer import Hyper, adamw
 from lora_jax.training.state import State
@@ -26,7 +27,6 @@ from lora_jax.training.step import train_step
 from lora_jax.training.workload import Workload
 from lora_jax.updates.kind import kind_of
 
-Tree = Any  # a pytree
 # path -> alpha / rank; 0 if a member does not adapt the path. {}: the scales of the layout.
 Scales = dict[str, Any]
 
@@ -34,8 +34,6 @@ Scales = dict[str, Any]
 class Settings(NamedTuple):
     """The constants that differ between members; each leaf is [N] for N members.
 
-    hyper: the settings of the optimizer.
-    scales: the scales of the adapters.
     skip: bool; True skips a step that is not finite, False stops the member there.
     """
 

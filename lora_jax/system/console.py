@@ -13,7 +13,7 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from lora_jax.system.extras import MissingExtraError, require
 
@@ -42,7 +42,6 @@ class Console(rich.console.Console):
     """The screen, which gets only `printable` text: it may come from strangers."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """Yield what rich yields."""
         for segment in super().render(renderable, options):
             shown = segment.text if segment.control else printable(segment.text)
             yield Segment(shown, segment.style, segment.control)
@@ -189,15 +188,8 @@ def read_options(
 
 
 # Options that may be empty. An empty path would be the working directory, or a default.
-_TEXTS = [
-    "--text",
-    "--prompt",
-    "--stop",
-    "--labels",
-    "--data.prompt",
-    "--data.answer",
-    "--data.eos",
-]
+_TEXTS = ["--text", "--prompt", "--stop", "--labels"]
+_TEXTS += ["--data.prompt", "--data.answer", "--data.eos"]
 
 
 def refuse_empty(given: Sequence[str]) -> None:
@@ -257,27 +249,14 @@ def guarded(run: Callable[[], None]) -> int:
     return 0
 
 
-class Bar:
+class Bar(Progress):
     """A context manager that shows a progress bar on a terminal, and nothing elsewhere."""
 
     def __init__(
-        self,
-        console: Console,
-        *columns: ProgressColumn,
-        shown: bool = True,
-        transient: bool = False,
+        self, console: Console, *columns: ProgressColumn, shown: bool = True, **options: Any
     ) -> None:
-        self.console = console
-        visible = shown and console.is_terminal
-        self.bar = Progress(*columns, console=console, transient=transient, disable=not visible)
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        hidden = not (shown and console.is_terminal)
+        super().__init__(*columns, console=console, disable=hidden, **options)
 
     def say(self, text: str) -> None:
-        """Print plain text above the bar."""
         say(self.console, text)

@@ -53,14 +53,12 @@ class Device:
         return self.link if len(home) == len(group) else min(self.link, len(home) * self.network)
 
 
-def _gpu(memory_mib: int, tflops: float, bandwidth: float, link: float, network: float) -> Device:
-    return Device(memory_mib * MIB, tflops * TERA, bandwidth * GB, link * GB, 8, network * GB)
+def _gpu(mib: int, tflops: float, memory: float, link: float, network: float) -> Device:
+    return Device(mib * MIB, tflops * TERA, memory * GB, link * GB, 8, network * GB)
 
 
-def _tpu(
-    memory_gib: int, tflops: float, bandwidth: float, link: float, pod: int, network: float
-) -> Device:
-    return Device(memory_gib * GIB, tflops * TERA, bandwidth * GB, link * GB, pod, network * GB)
+def _tpu(gib: int, tflops: float, memory: float, link: float, pod: int, network: float) -> Device:
+    return Device(gib * GIB, tflops * TERA, memory * GB, link * GB, pod, network * GB)
 
 
 DEVICES: dict[str, Device] = {

@@ -40,10 +40,7 @@ _KEEP = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
 _GIVE_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20))
 
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/dxg")
-_GLIBC_VARIABLES = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_") + (
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-)
+_GLIBC = ("ARENA_MAX", "MMAP_MAX_", "MMAP_THRESHOLD_", "TRIM_THRESHOLD_", "TOP_PAD_")
 # Version 2, version 1: folder, limit, use, and the part of the use that is only a file cache.
 _CGROUPS = (
     ("", "memory.max", "memory.current", "inactive_file"),
@@ -121,7 +118,7 @@ def _is_cpu() -> bool:
 
 def _is_set_by_user() -> bool:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    return "glibc.malloc" in tunables or any(name in os.environ for name in _GLIBC_VARIABLES)
+    return "glibc.malloc" in tunables or any(f"MALLOC_{name}" in os.environ for name in _GLIBC)
 
 
 def _set(values: tuple[tuple[int, int], ...]) -> None:

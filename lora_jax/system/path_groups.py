@@ -71,8 +71,8 @@ def _ranges(numbers: Iterable[int]) -> list[str]:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    texts = (
-        [f"{first}..{last}"] if last > first + 1 else map(str, range(first, last + 1))
-        for first, last in runs
-    )
-    return [text for texts_of_run in texts for text in texts_of_run]
+    found: list[str] = []
+    for first, last in runs:
+        several = [f"{first}..{last}"] if last > first + 1 else map(str, range(first, last + 1))
+        found += several
+    return found

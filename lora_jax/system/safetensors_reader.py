@@ -56,7 +56,6 @@ class StoredTensor:
         return np.array(self._mapped()[index])
 
     def whole(self) -> np.ndarray:
-        """Return a copy of the whole tensor."""
         return np.array(self._mapped())
 
     @property
@@ -99,11 +98,9 @@ def read(path: Path, error: MakeError) -> Contents:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(x, str) for x in metadata.values()):
         raise error(f"{path}: __metadata__ must map names to texts, got {shown(metadata)}")
-    start = 8 + length
-    found = {
-        name: _tensor(path, name, entry, (start, size), error) for name, entry in header.items()
-    }
-    _check_places(path, found, (start, size), error)
+    place = 8 + length, size
+    found = {name: _tensor(path, name, entry, place, error) for name, entry in header.items()}
+    _check_places(path, found, place, error)
     return Contents(metadata, found)
 
 

@@ -17,28 +17,23 @@ from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.models.text.conversation import Conversation
 from lora_jax.models.weights import chat_files
+from lora_jax.paths import Tree
 from lora_jax.training import pretrained, samples, scores, text
 from lora_jax.training.method import LORA, Method
 from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Loss, Workload, check_select
 
-Tree = Any  # a pytree
-
 _PACKING = ("segment_ids", "positions")
 
 
 def causal_lm(config: TextConfig) -> Workload:
     """Make the workload of a decoder that learns the answers to prompts, in packed rows."""
-    source = pretrained.open_model(
-        config.model.reference,
+    source, model_config, method = text.opened(
+        config,
         models.DecoderConfig,
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
-    text.check_positions(config, source.config)
-    model_config = config.model.apply_to(source.config)
-    method = config.method_for(model_config, config.data.max_length)
-
     select = config.select or "loss"
     own = samples.functions(config.samples)
     check_select(select, [*scores.names(scores.token_scores), *own])
@@ -50,8 +45,7 @@ def causal_lm(config: TextConfig) -> Workload:
         lambda: pretrained.open_batches(
             config, functools.partial(batches_of, config.data, words())
         ),
-        text.about(config, method),
-        functools.partial(method.fresh, config.seed),
+        {},
         of_data=functools.partial(about_data, config, source),
         apply=apply_of(model, config.model.loss_chunk, method, config.label_smoothing),
         loss=token_loss,
@@ -102,7 +96,6 @@ def about_data(config: TextConfig, source: models.Source) -> dict[str, Any]:
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of packed rows."""
     whole = ("input_ids", "targets", "segment_ids", "positions")
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in whole}
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}

@@ -68,11 +68,12 @@ class Checkpoints:
         self._saving: int | None = None
         self._response: Any = None  # Orbax's, of the save under way
         self._is_clean = False  # whether the rest of earlier kills is deleted
-        processes.by_first(self._make)
 
-    def _make(self) -> None:
-        with errors.writing(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
+        def make() -> None:
+            with errors.writing(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+
+        processes.by_first(make)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -95,14 +96,9 @@ class Checkpoints:
             # A result that nobody asks for keeps a thread and three open files until the end.
             response, self._response = self._response, None
             self._try(response.result)
-            if processes.first():
-                self._delete_older()
-
-    def _delete_older(self) -> None:
-        """Delete the checkpoints that are not kept; one that a process has open may stay."""
-        for step in steps_in(self._directory)[: -self._keep]:
-            with contextlib.suppress(OSError):
-                self._delete(step)
+            for step in steps_in(self._directory)[: -self._keep] if processes.first() else ():
+                with contextlib.suppress(OSError):  # a process may have it open
+                    self._delete(step)
 
     def _delete(self, step: int) -> None:
         """Delete a checkpoint, renamed first: a half-deleted one is not taken for a whole one."""
@@ -176,11 +172,9 @@ class Checkpoints:
         folder = storage.absolute(self._directory / str(step))
         if jax.process_count() > 1:
             # If all read a damaged checkpoint together, some would fail and the rest would wait.
-            found = [
-                text for text in processes.everywhere(lambda: _damage(folder, abstract)) if text
-            ]
-            if found:
-                return found[0]
+            found = processes.everywhere(lambda: _damage(folder, abstract))
+            if any(found):
+                return next(filter(None, found))
         try:
             return _read(folder, abstract)
         except DamagedError as error:

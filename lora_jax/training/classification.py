@@ -17,6 +17,7 @@ from lora_jax.checkpoint.saved_adapter import EXTRA
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
 from lora_jax.models.weights.stored import LAST
+from lora_jax.paths import Tree
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
 from lora_jax.training.method import LORA, Method
@@ -24,51 +25,39 @@ from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Loss, Workload, check_select
 
-Tree = Any  # a pytree
-
 
 def classification(config: TextConfig) -> Workload:
     """Make the workload of a text model with a new head, trained on labelled texts.
 
     The head of a decoder reads the last token, as in transformers.
     """
-    source = pretrained.open_model(
-        config.model.reference,
-        (models.BertConfig, models.DecoderConfig),
-        "classification takes a model of text",
+    kinds = (models.BertConfig, models.DecoderConfig)
+    source, model_config, method = text.opened(
+        config, kinds, "classification takes a model of text"
     )
     smoothing = config.label_smoothing
     require(smoothing == 0, "label_smoothing", smoothing, "0 for a classifier")
     count = config.samples.prompts
     require(count == 0, "samples.prompts", count, "0 for a classifier")
-    text.check_positions(config, source.config)
     vocabulary = source.config.vocab_size
     of_data = functools.partial(batches_of, config.data, source.tokenizer(), vocabulary=vocabulary)
     data = pretrained.open_batches(config, of_data)
     labels = data.train.labels or Labels(())
-    model_config, pooling = config.model.apply_to(source.config), str(config.model.pooling)
+    pooling = str(config.model.pooling)
     if isinstance(model_config, models.DecoderConfig):
         require(pooling == "mean", "model.pooling", pooling, "left out for a decoder")
         model_config, pooling = model_config.without_logits(), LAST
     head = models.Head(pooling, labels.outputs)
-    model = models.classifier(model_config, head)
-    method = config.method_for(model_config, config.data.lengths[-1])
-
-    def draw() -> Tree:
-        drawn = pretrained.new_head(model, (1, 1), jnp.int32, config.seed)
-        return {**drawn, **method.fresh(config.seed)}
-
     fields = {"text_fields": config.data.text_fields, "lengths": config.data.lengths}
     return pretrained.workload(
         config,
-        Pretrained(source, model_config, model_config.root, head, method),
+        Pretrained(source, model_config, head, method),
         lambda: data,
-        text.about(config, method, pooling, labels=labels.names, **fields),
-        draw,
+        {"labels": labels.names, **fields},
         functools.partial(_joined, model_config, pooling, method),
         {} if labels.regression else {"classes": np.int32(labels.outputs)},
         **judged(labels, config.select),
-        apply=apply_of(model, method),
+        apply=apply_of(models.classifier(model_config, head), method),
         size=real_tokens,
         unit="tokens",
     )

@@ -27,7 +27,7 @@ INCIDENTAL = {"incidental": True}
 CHANGEABLE = {"changeable": True}  # a run may go on with another value
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
-# The labels (`lora_jax.training.trained_labels`) of the arrays that weight decay may leave out.
+# The labels (`lora_jax.training.optimizer.labels`) of the arrays that weight decay may leave out.
 NO_DECAY = ("bias", "norm", "magnitude")
 
 

@@ -35,10 +35,8 @@ def reopen(path: pathlib.Path, stored: Mapping[str, Any], config: Config) -> Non
             "A run cannot change these on its way. Give another --run-dir (and, to begin it with "
             f"this run's adapter, --from {path}), or --fresh to delete that run"
         )
-    finished, step = (
-        (path / "summary.json").exists(),
-        max(steps_in(path / "checkpoints"), default=0),
-    )
+    finished = (path / "summary.json").exists()
+    step = max(steps_in(path / "checkpoints"), default=0)
     if finished and not step:
         raise ConfigError(
             f"{path} is finished and its checkpoints are gone, so it cannot go on: begin another "
@@ -59,14 +57,12 @@ def rates(saved: Mapping[str, Any], config: Config, applied: int) -> str:
     """Say how the learning rate goes on after `applied` steps of a run whose config was `saved`."""
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     before = OptimizerConfig(**{k: v for k, v in saved["optimizer"].items() if k in known})
-    old, new = (
-        optimizer.hyper(before, saved["steps"]),
-        optimizer.hyper(config.optimizer, config.steps),
-    )
-    last, following = (
-        float(optimizer.rate(hyper, np.float32(count), np))
-        for hyper, count in ((old, max(applied - 1, 0)), (new, applied))
-    )
+
+    def rate(settings: OptimizerConfig, steps: int, count: int) -> float:
+        return float(optimizer.rate(optimizer.hyper(settings, steps), np.float32(count), np))
+
+    last = rate(before, saved["steps"], max(applied - 1, 0))
+    following = rate(config.optimizer, config.steps, applied)
     return (
         f"The learning rate was {last:.3g} and goes on at {following:.3g}, as in a run that was "
         f"asked for {config.steps:,} steps ({config.optimizer.schedule})."

@@ -12,16 +12,14 @@ from lora_jax import checkpoint, paths
 from lora_jax.base import is_base
 from lora_jax.bases.recipe import ABOUT
 from lora_jax.checkpoint import adapter_path
-from lora_jax.checkpoint.saved_adapter import SavedAdapter
+from lora_jax.checkpoint.saved_adapter import SavedAdapter, labels_in
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.training.config import Config, ConfigError, LoraConfig, check_loraplus
 from lora_jax.training.mesh import Placement
 from lora_jax.training.workload import Workload
-
-Tree = Any  # a pytree
-
 
 _HEAD = "classifier/out/kernel"
 
@@ -48,7 +46,7 @@ def find(config: Config, workload: Workload) -> SavedAdapter | None:
 
 def described(saved: SavedAdapter, workload: Workload) -> str:
     """Return a text about the adapter, with its classes if this run names them otherwise."""
-    full, theirs, ours = saved.trainable_shapes, saved.labels, _labels(workload.about)
+    full, theirs, ours = saved.trainable_shapes, saved.labels, labels_in(workload.about)
     more = f", {len(full)} trained in full" if full else ""
     text = f"Begins with {saved.folder}: {len(saved.layout.targets)} adapted parameters{more}"
     if not theirs or theirs == ours or _HEAD not in full:
@@ -128,7 +126,7 @@ def _check_settings(saved: SavedAdapter, workload: Workload, allow_other_base: b
         if both and theirs[name] != ours[name]:
             flag = f"--model.{name.replace('_', '-')} {str(theirs[name])[:80]}"
             raise ConfigError(f"its model.{name} is {theirs[name]!r}, here {ours[name]!r}: {flag}")
-    labels, own = saved.labels, _labels(workload.about)
+    labels, own = saved.labels, labels_in(workload.about)
     if sorted(labels) == sorted(own) and labels != own:
         raise ConfigError(
             f"its classes are {list(labels)}, and the data has them in another order, "
@@ -155,21 +153,15 @@ def _check_trainable(saved: SavedAdapter, workload: Workload) -> None:
             )
         got = None if leaf is None else tuple(leaf.shape)
         if got != shape:
-            is_head = any(paths.match(pattern, path) for pattern in workload.trainable)
-            cure = (
-                "The head has an output for each class: take data with the classes of the adapter"
-                if is_head and got is not None
-                else "Is it the same model?"
-            )
+            cure = "Is it the same model?"
+            if got is not None and any(
+                paths.match(pattern, path) for pattern in workload.trainable
+            ):
+                cure = "The head has an output for each class: take data with the adapter's classes"
             raise ConfigError(
                 f"it has trained {path!r} of shape {list(shape)} in full; here that is "
                 f"{'missing' if got is None else list(got)}. {cure}"
             )
-
-
-def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
-    labels = about.get("labels")
-    return tuple(map(str, labels)) if isinstance(labels, list) else ()
 
 
 def _quantised(about: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:

@@ -13,12 +13,12 @@ import numpy as np
 from lora_jax.adapters import merge
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import Trained
 from lora_jax.training.workload import Batch, Loss, Workload
 from lora_jax.transform import adapt
 
-Tree = Any  # a pytree
 # The host may be ahead of the devices by this many batches. They take memory on the device, and
 # JAX 0.10.2 hangs on CPU with several processes if more than 32 programs are in flight.
 AHEAD = 4
@@ -57,17 +57,12 @@ def merged_difference(
     """
 
     def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:
-        params = join(trained["base"], frozen)
-        adapters = trained["adapters"]
+        params, adapters = join(trained["base"], frozen), trained["adapters"]
         adapted = adapt(layout, workload.apply)
         unmerged = adapted(params, adapters, batch, train=False, key=None)
-        merged = merge(layout, params, adapters)
-        folded = workload.apply(merged, batch, train=False, key=None)
-        gaps = jax.tree.map(
-            lambda x, y: jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))),
-            unmerged,
-            folded,
-        )
-        return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
+        merged = workload.apply(merge(layout, params, adapters), batch, train=False, key=None)
+        pairs = zip(jax.tree.leaves(unmerged), jax.tree.leaves(merged), strict=True)
+        gaps = [jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max() for x, y in pairs]
+        return jnp.max(jnp.stack(gaps))
 
     return outputs

@@ -13,13 +13,12 @@ from lora_jax.data.image_classification import image_classification as batches_o
 from lora_jax.data.images import Augmentation
 from lora_jax.data.labels import Labels
 from lora_jax.models.weights import preprocessing
+from lora_jax.paths import Tree
 from lora_jax.training import pretrained
 from lora_jax.training.classification import judged
 from lora_jax.training.images import ImageConfig
 from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.workload import Workload
-
-Tree = Any  # a pytree
 
 POOLING = "cls"  # the head reads the class token
 
@@ -38,17 +37,13 @@ def image_classification(config: ImageConfig) -> Workload:
     data = pretrained.open_batches(config, pipeline, augmentation=augmentation)
     labels = data.train.labels or Labels(())
     model_config = config.model.apply_to(source.config)
-    model = models.VitClassifier(model_config, labels.outputs)
-
-    pixels = (1, *model_config.image_size, model_config.channels)
     return pretrained.workload(
         config,
-        Pretrained(source, model_config, model_config.root, models.Head(POOLING, labels.outputs)),
+        Pretrained(source, model_config, models.Head(POOLING, labels.outputs)),
         lambda: data,
-        pretrained.about(config, POOLING, labels=labels.names, image_field=config.data.image_field),
-        lambda: pretrained.new_head(model, pixels, jnp.float32, config.seed),
+        {"labels": labels.names, "image_field": config.data.image_field},
         **judged(labels, config.select),
-        apply=apply_of(model),
+        apply=apply_of(models.VitClassifier(model_config, labels.outputs)),
         example=batch_shapes(model_config, config.data.batch_size, labels),
         unit="images",
     )
@@ -58,15 +53,13 @@ def batch_shapes(
     config: models.VitConfig, rows: int, labels: Labels
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of a batch of `lora_jax.data.image_classification`."""
-    one = {
-        "label": jnp.float32 if labels.regression else jnp.int32,
-        "weight": jnp.float32,
-        "index": jnp.int32,
-    }
+    label = jnp.float32 if labels.regression else jnp.int32
     pixels = (rows, *config.image_size, config.channels)
     return {
         "pixels": jax.ShapeDtypeStruct(pixels, jnp.float32),
-        **{name: jax.ShapeDtypeStruct((rows,), dtype) for name, dtype in one.items()},
+        "label": jax.ShapeDtypeStruct((rows,), label),
+        "weight": jax.ShapeDtypeStruct((rows,), jnp.float32),
+        "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
     }
 
 

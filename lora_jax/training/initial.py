@@ -20,14 +20,13 @@ from lora_jax.bases.recipe import BEGUN
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.frozen import split
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.resolve import resolve
 from lora_jax.training import earlier_adapter, step
 from lora_jax.training.config import Config, ConfigError, LoraConfig
 from lora_jax.training.mesh import Placement
 from lora_jax.training.quantised import float_shardings
 from lora_jax.training.workload import Batch, Workload
-
-Tree = Any  # a pytree
 
 BATCHES = 8  # batches of training data that EVA reads
 
@@ -72,22 +71,15 @@ def initial(
     return Initial(workload, layout, base, frozen, adapters, text)
 
 
-class Resolved(NamedTuple):
-    """The adapter that a run starts from, its layout, and the patterns that it trains in full."""
-
-    saved: SavedAdapter | None
-    layout: Layout
-    patterns: tuple[str, ...]
-
-
 def resolved(
     config: Config, workload: Workload, params: Tree, example: Any, key: jax.Array
-) -> Resolved:
-    """Resolve what a run trains, from arrays or shapes."""
+) -> tuple[SavedAdapter | None, Layout, tuple[str, ...]]:
+    """Return the adapter that a run starts from, its layout, and the patterns of what it trains in
+    full, from arrays or shapes."""
     saved = earlier_adapter.find(config, workload)
     spec = config.adaptation.spec if saved is None else earlier_adapter.spec_of(saved.layout)
     layout = resolve(spec, workload.apply, params, example, train=True, key=key)
-    return Resolved(saved, layout, earlier_adapter.patterns(config, workload, saved))
+    return saved, layout, earlier_adapter.patterns(config, workload, saved)
 
 
 def changed_base(

@@ -6,6 +6,7 @@ names them, and read their own environment variables (WANDB_PROJECT, MLFLOW_TRAC
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import importlib
 import logging
@@ -15,7 +16,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -33,15 +34,21 @@ _KEPT = 20_000  # numbers that wait for a server that is away
 _EXPERIMENT = "lora_jax"  # if the environment names no project
 
 
-class Logger(Protocol):
+class Logger(abc.ABC):
     """An object that logs numbers by name and step. A step may come again after a kill."""
 
+    @abc.abstractmethod
+    def __init__(self, directory: pathlib.Path, step: int, settings: Mapping[str, Any]) -> None: ...
+    @abc.abstractmethod
     def add(self, numbers: Mapping[str, float], step: int) -> None: ...
-    def flush(self) -> None: ...
+    def flush(self) -> None:  # noqa: B027
+        """Write or send what is kept; W&B keeps its own files."""
+
+    @abc.abstractmethod
     def close(self) -> None: ...
 
 
-class Events:
+class Events(Logger):
     """A file of TensorBoard events that the calling thread writes.
 
     `tensorboardX.SummaryWriter` writes in another thread. On a full disk that thread dies, and the
@@ -67,12 +74,10 @@ class Events:
         self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def flush(self) -> None:
-        """Flush everything to disk."""
         self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flush everything to disk and close."""
         self._writer.close()
 
 
@@ -85,7 +90,7 @@ def _next_number(directory: pathlib.Path) -> int:
     return max([int(time.time()), *(int(name) + 1 for name in names if name.isdecimal())])
 
 
-class WandB:
+class WandB(Logger):
     """A run of Weights & Biases, which the run directory remembers by its id."""
 
     def __init__(self, directory: pathlib.Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -106,15 +111,12 @@ class WandB:
         """Log the numbers of a step; W&B sends them in a process of its own."""
         self._run.log({**numbers, "step": step})
 
-    def flush(self) -> None:
-        """Do nothing: W&B keeps its own files."""
-
     def close(self) -> None:
         """Wait until everything is sent."""
         self._run.finish()
 
 
-class MLflow:
+class MLflow(Logger):
     """A run of MLflow, which the run directory remembers by its id."""
 
     def __init__(self, directory: pathlib.Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -147,7 +149,6 @@ class MLflow:
             self.flush()
 
     def flush(self) -> None:
-        """Send what is kept."""
         try:
             while self._waiting:
                 self._client.log_batch(self._id, metrics=self._waiting[:_AT_ONCE])
@@ -172,8 +173,4 @@ def _remembered(directory: pathlib.Path, name: str, make: Callable[[], str]) -> 
 
 
 # The names that `--log-to` takes.
-KINDS: dict[str, Callable[[pathlib.Path, int, Mapping[str, Any]], Logger]] = {
-    "tensorboard": Events,
-    "wandb": WandB,
-    "mlflow": MLflow,
-}
+KINDS: dict[str, type[Logger]] = {"tensorboard": Events, "wandb": WandB, "mlflow": MLflow}

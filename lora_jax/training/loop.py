@@ -94,7 +94,6 @@ class Loop:
         self._profiler.end(step, self.state)
 
     def evaluate_before(self) -> None:
-        """Evaluate every split before the first step."""
         trained = self.state.trained
         self.run.evaluate_before(self.batch_loss(trained), trained=lambda: trained)
 
@@ -112,7 +111,6 @@ class Loop:
         self.run.checkpoint(step, self.state)
 
     def batch_loss(self, trained: Trained) -> BatchLoss:
-        """Return the loss function of the run with these trained parameters."""
         return lambda batch: self._batch_loss(trained, self._frozen, self._referred(batch))
 
     def merged_difference(self, trained: Trained, batch: Any) -> float:

@@ -29,14 +29,12 @@ class LossCurve(ProgressColumn):
         self._counts = [0] * _PARTS
 
     def add(self, share: float, loss: float) -> None:
-        """Add a loss to the curve, unless it is not finite."""
         if math.isfinite(loss):
             part = min(max(math.ceil(share * _PARTS) - 1, 0), _PARTS - 1)
             self._sums[part] += loss
             self._counts[part] += 1
 
     def render(self, task: Task) -> _Drawn:
-        """Return the curve in the width of the terminal."""
         share = task.completed / task.total if task.total else 0.0
         return _Drawn(self, share, ProgressBar(task.total, task.completed, WIDTH))
 

@@ -23,11 +23,10 @@ from lora_jax import sharding
 from lora_jax.data.process_slice import Shard
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.system import devices
 from lora_jax.training.config import ConfigError, MeshConfig, require
 from lora_jax.training.workload import Batch, Workload
-
-Tree = Any  # a pytree
 
 AXES = ("data", "fsdp", "tensor")
 # The sharding of the leading dimension of every array of a batch. `fsdp` must come first: XLA's
@@ -96,7 +95,6 @@ def shard_of(mesh: Mesh) -> Shard:
 class Placement:
     """The placement of every array on the mesh.
 
-    mesh: the mesh.
     specs: path -> PartitionSpec of each base parameter.
     params: a tree of NamedShardings with the structure of the parameters; a quantised weight has
       one for each of its arrays.
@@ -119,11 +117,8 @@ class Placement:
 
     def trained(self, layout: Layout, base: Mapping[str, Any]) -> Tree:
         """Return shardings of `{"adapters": ..., "base": ...}`; they follow the weights."""
-        specs = {
-            "adapters": sharding.partition_specs(layout, self.specs),
-            "base": {path: self.specs[path] for path in base},
-        }
-        return self.named(specs)
+        adapters = sharding.partition_specs(layout, self.specs)
+        return self.named({"adapters": adapters, "base": {p: self.specs[p] for p in base}})
 
     def following(self, state: Tree, trained: Tree, where: Tree) -> Tree:
         """Return shardings of a state that contains trees like the trained one, as Adam's moments.

@@ -15,8 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax.checkpoint.saved_adapter import EXTRA
-
-Tree = Any  # a pytree
+from lora_jax.paths import Tree
 
 HEAD = "classifier/**"  # the new head of an encoder, which every method trains
 
@@ -45,7 +44,6 @@ class Method:
         return self.init(jax.random.fold_in(jax.random.key(seed), 2))
 
     def shapes(self) -> Tree:
-        """Return the result of `init` as ShapeDtypeStructs."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def placement(self) -> tuple[tuple[str, PartitionSpec], ...]:

@@ -40,13 +40,10 @@ class DelayedMetrics:
     def push(self, line: Line, values: Mapping[str, jax.Array]) -> Iterator[Line]:
         """Add the host values and device values of a step; yield the lines that are due."""
         self._pending.append((line, values))
-        yield from self._drain(self._depth)
+        yield from self.flush(self._depth)
 
-    def flush(self) -> Iterator[Line]:
-        """Wait for all pending lines and yield them."""
-        yield from self._drain(0)
-
-    def _drain(self, keep: int) -> Iterator[Line]:
+    def flush(self, keep: int = 0) -> Iterator[Line]:
+        """Wait for all pending lines but the last `keep`, and yield them."""
         while len(self._pending) > keep:
             line, values = self._pending.popleft()
             read = {name: np.asarray(value).tolist() for name, value in values.items()}

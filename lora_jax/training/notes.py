@@ -57,5 +57,4 @@ class Notes:
         return report
 
     def add(self, name: str, seconds: float) -> None:
-        """Count `seconds` as spent on `name`."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

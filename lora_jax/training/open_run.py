@@ -11,6 +11,7 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
 from lora_jax.errors import LoraError, listed
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.training import continuation, directory, export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
@@ -28,10 +30,8 @@ from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
 from lora_jax.training.notes import Notes
 from lora_jax.training.state import State, Trained
-from lora_jax.training.throughput import Throughput
 from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload, check_select
 
-Tree = Any  # a pytree
 Evaluated = Callable[[int, str, dict[str, float]], object]  # step, split, scores
 BatchLoss = Callable[[Any], Loss]  # batch on the devices -> loss, with fixed trained parameters
 
@@ -84,7 +84,8 @@ class Run:
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
         self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
-        self._speed = Throughput()
+        # The FLOPs and the seconds of all steps, at each of the last ones.
+        self._recent = deque[tuple[float, float]](maxlen=11)
         self._written: list[dict[str, str]] = []  # the newest samples
         self._confusion: list[list[float]] | None = None  # of the newest evaluation
 
@@ -104,7 +105,6 @@ class Run:
             self._record = metrics.Record(path, self._length, self.start, config.log_to, settings)
 
     def close(self) -> None:
-        """Flush metrics.jsonl to disk and close it."""
         if self._record is not None:
             self._record.close()
 
@@ -124,8 +124,10 @@ class Run:
         """Write and show one step. Stop at a step that is not finite."""
         self.notes.flops += (done := values.pop("flops", 0.0))
         if done:
-            spent = self.notes.seconds.get("train", 0.0)
-            values["mfu"] = self._speed.add(self.notes.flops, spent) / self.setup.place.peak
+            self._recent.append((self.notes.flops, self.notes.seconds.get("train", 0.0)))
+            flops, spent = np.subtract(self._recent[-1], self._recent[0]).tolist()
+            speed = flops / spent if spent > 0 else math.nan
+            values["mfu"] = speed / self.setup.place.peak
         applied = values["step"] - 1 - self._skipped
         self._skipped += not values["finite"]
         rate = float(optimizer.rate(self._hyper, applied, np))
@@ -242,9 +244,7 @@ class Run:
             self.checkpoints.save(step, state, notes)
 
     def export(self, name: str, trained: Trained) -> None:
-        """Export the adapter as `name`."""
-        setup = self.setup
-        about = setup.workload.about
+        setup, about = self.setup, self.setup.workload.about
         with self.notes.clock("checkpoint"):
             export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
 
@@ -263,7 +263,6 @@ class Run:
         return export.load(self.setup.path, "best" if self.notes.best else "last", where)
 
     def _restore(self, like: State) -> State:
-        """Restore the newest checkpoint."""
         state, notes = self.checkpoints.restore(like)
         saved = Layout.from_json(notes["layout"])
         if set(saved.targets) != set(self.setup.layout.targets):  # in any order
@@ -306,14 +305,12 @@ class Run:
 
     def _nonfinite(self, values: dict[str, Any]) -> str:
         kept = self.checkpoints.latest
-        kept_text = (
-            "no checkpoint was written yet"
-            if kept is None
-            else f"the checkpoint of step {kept} is kept"
-        )
+        said = "no checkpoint was written yet"
+        if kept is not None:
+            said = f"the checkpoint of step {kept} is kept"
         return (
             f"step {values['step']} is not finite: loss {values['loss']}, gradient norm "
-            f"{values['gradient_norm']}. It changed nothing; {kept_text}. Lower "
+            f"{values['gradient_norm']}. It changed nothing; {said}. Lower "
             "--optimizer.learning-rate, or skip such steps with --on-nonfinite skip"
         )
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax.training import trained_labels as labels
+from lora_jax.paths import path_of
 from lora_jax.training.config import NO_DECAY, OptimizerConfig
+from lora_jax.updates.kind import is_parameters
 
 KINDS = ("linear", "cosine", "constant")
 OTHER = "other"  # the label of every array whose label is not in NO_DECAY
@@ -31,11 +32,9 @@ class Hyper(NamedTuple):
     head: factor of the learning rate of parameters trained in full.
     loraplus: factor of the learning rate of B.
     rise: number of warm-up steps.
-    steps: number of steps of the run.
     kind: int32, the index in `KINDS` of the decay after the warm-up.
     weight_decay: label (`NO_DECAY` and `OTHER`) -> decoupled weight decay.
     clip: largest global norm of the gradient; infinity if gradients are not clipped.
-    b1, b2, eps: as in Adam.
     """
 
     peak: Any
@@ -52,7 +51,6 @@ class Hyper(NamedTuple):
 
 
 def hyper(config: OptimizerConfig, steps: int) -> Hyper:
-    """Return the settings of a run as arrays."""
     values: dict[str, float] = {
         "peak": config.learning_rate,
         "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate,
@@ -105,13 +103,40 @@ def adamw(hyper: Hyper) -> optax.GradientTransformation:
     )
 
 
+def labels(trained: Any) -> Any:
+    """Return a tree like `trained` with a label in place of each array.
+
+    An array of an adapter is labelled by its field: "a", "b", "magnitude" (DoRA), and so on. The
+    difference that the kind "bias" trains is labelled "bias". A base parameter is a "bias" if that
+    is the last name in its path; a "norm" if some name in its path contains "norm" or its last name
+    is "scale"; and a "weight" otherwise.
+
+    >>> from lora_jax.updates import Factors
+    >>> labels({"q/kernel": Factors(a=jnp.ones((8, 2)), b=jnp.ones((2, 4)))})
+    {'q/kernel': Factors(a='a', b='b')}
+    >>> labels({"head/kernel": 0, "head/bias": 0, "layer_norm/scale": 0})
+    {'head/bias': 'bias', 'head/kernel': 'weight', 'layer_norm/scale': 'norm'}
+    """
+
+    def label(path: Any, leaf: Any) -> Any:
+        if is_parameters(leaf):
+            return type(leaf)(*("bias" if name == "delta" else name for name in leaf._fields))
+        names = path_of(path).split("/")
+        if names[-1] == "bias":
+            return "bias"
+        norm = names[-1] == "scale" or any("norm" in name.lower() for name in names)
+        return "norm" if norm else "weight"
+
+    return jax.tree_util.tree_map_with_path(label, trained, is_leaf=is_parameters)
+
+
 def _decayed(hyper: Hyper, updates: Any, params: Any) -> Any:
     """Add the weight decay of each array to its update."""
 
     def one(update: Any, param: Any, label: str) -> Any:
         return update + hyper.weight_decay.get(label, hyper.weight_decay[OTHER]) * param
 
-    return jax.tree.map(one, updates, params, labels.labels(params))
+    return jax.tree.map(one, updates, params, labels(params))
 
 
 def _rated(hyper: Hyper, updates: Any) -> Any:
@@ -119,7 +144,7 @@ def _rated(hyper: Hyper, updates: Any) -> Any:
     adapters, base = updates["adapters"], updates["base"]
     by_label = lambda u, label: u * hyper.loraplus if label == "b" else u  # noqa: E731
     return {
-        "adapters": jax.tree.map(by_label, adapters, labels.labels(adapters)),
+        "adapters": jax.tree.map(by_label, adapters, labels(adapters)),
         "base": jax.tree.map(lambda u: u * hyper.head, base),
     }
 

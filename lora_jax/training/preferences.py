@@ -16,14 +16,13 @@ import numpy as np
 
 from lora_jax import models
 from lora_jax.data.preferences import preferences as batches_of
+from lora_jax.paths import Tree
 from lora_jax.training import causal_lm, pretrained, samples, text
 from lora_jax.training.config import incidental, require
 from lora_jax.training.preference_losses import FREE, JUDGED, LOSSES, Answers, Strength
 from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Loss, Workload, check_select
-
-Tree = Any  # a pytree
 
 _CHUNK = 128  # positions of a row whose logits exist at the same time
 LossName = Literal[
@@ -73,12 +72,9 @@ class PreferenceConfig(TextConfig):
 
 def preferences(config: PreferenceConfig) -> Workload:
     """Make the workload of a decoder that learns from pairs of answers."""
-    source = pretrained.open_model(
-        config.model.reference, models.DecoderConfig, "preferences are learned by a decoder"
+    source, model_config, method = text.opened(
+        config, models.DecoderConfig, "preferences are learned by a decoder"
     )
-    text.check_positions(config, source.config)
-    model_config = config.model.apply_to(source.config)
-    method = config.method_for(model_config, config.data.max_length)
     select = config.select or "loss"
     judged = config.preference in JUDGED
     count = functools.partial(scores, "kl" if judged else "rewards/accuracies")
@@ -113,8 +109,7 @@ def preferences(config: PreferenceConfig) -> Workload:
         lambda: pretrained.open_batches(
             config, functools.partial(batches_of, config.data, words(), judged=judged)
         ),
-        text.about(config, method),
-        functools.partial(method.fresh, config.seed),
+        {},
         join=lambda workloads: workloads[0],
         marks={name: np.float32(value) for name, value in _strength(config).items()},
         of_data=functools.partial(causal_lm.about_data, config, source),

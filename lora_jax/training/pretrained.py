@@ -9,7 +9,6 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -22,14 +21,13 @@ from lora_jax.data.config import ExamplesConfig
 from lora_jax.data.process_slice import Shard
 from lora_jax.models import placement
 from lora_jax.models.weights.source import anchored
+from lora_jax.paths import Tree
 from lora_jax.system.checked import Checked
 from lora_jax.training.config import Config, ConfigError, require
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.method import HEAD, LORA, Method
 from lora_jax.training.quantised import as_stored, quantised
 from lora_jax.training.workload import Common, Workload
-
-Tree = Any  # a pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,27 +164,23 @@ class _Later(Mapping[str, Any]):
         return len(self._make())
 
 
-def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]:
+def about(model: Any, pooling: str, **more: Any) -> dict[str, Any]:
     """Return `Workload.about`: the settings that change what the model computes, and `more`.
 
     The path of the model is made absolute, because the adapter may be opened from another folder.
     """
-    settings = ("reference", "scan_layers", "dtype", "param_dtype")
-    model = {name: getattr(config.model, name) for name in settings}
-    model |= {"reference": anchored(config.model.reference), "pooling": pooling}
-    return to_dict({"model": model, **more})
+    settings = ("scan_layers", "dtype", "param_dtype")
+    kept = {name: getattr(model, name) for name in settings}
+    return to_dict(
+        {"model": {"reference": anchored(model.reference), **kept, "pooling": pooling}, **more}
+    )
 
 
 class Pretrained(NamedTuple):
-    """A pretrained model, and what a run adds to it.
-
-    config: its config, with the settings of the run.
-    root: the key of its parameters next to the new head; "" if there is no head.
-    """
+    """A pretrained model, its config with the settings of the run, and what the run adds to it."""
 
     source: Any
     config: Any
-    root: str = ""
     head: models.Head | None = None
     method: Method = LORA
 
@@ -195,8 +189,7 @@ def workload(
     config: PretrainedConfig,
     model: Pretrained,
     data: Callable[[], RunBatches],
-    about: dict[str, Any],
-    draw: Callable[[], Tree],
+    notes: Mapping[str, Any],
     join: Callable[[Sequence[Workload]], Workload] | None = None,
     marks: Mapping[str, Any] | None = None,
     of_data: Callable[[], Mapping[str, Any]] = dict,
@@ -204,13 +197,20 @@ def workload(
 ) -> Workload:
     """Return the workload of a pretrained model, quantised as `config.model.quantize` says.
 
-    `data` opens the batches when they are first needed, which a plan never does. `draw` returns the
-    parameters that are not read but drawn, and `of_data` the part of `Workload.about` that the data
-    decide. `join` and `marks` go to `Common`, and `own` are the fields of `Workload` that the task
-    decides.
+    `data` opens the batches when they are first needed, which a plan never does. `notes` are for
+    `Workload.about`, as is what `of_data` returns, which the data decide. `join` and `marks` go to
+    `Common`, and `own` are the fields of `Workload` that the task decides.
     """
-    opened = functools.cache(data)
-    root, stored = model.root, config.model.quantize == STORED
+    opened, settings, head = functools.cache(data), config.model, model.head
+    root, stored = model.config.root if head else "", settings.quantize == STORED
+    pooling = head.pooling if head else getattr(settings, "pooling", "")
+    said = about(settings, pooling, **model.method.about, **notes)
+
+    def draw() -> Tree:
+        """Return the parameters that are not read but drawn."""
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        new = {} if head is None else new_head(models.classifier(model.config, head), key)
+        return {**new, **model.method.fresh(config.seed)}
 
     def load(shardings: Tree) -> Tree:
         where = shardings[root] if root else shardings
@@ -220,40 +220,38 @@ def workload(
     base = model.source.shapes(model.config) if stored else models.shapes(model.config)
     if stored and not any(map(is_base, paths.flatten(base).values())):
         raise ConfigError(
-            f"model.quantize is {STORED!r}, and {config.model.reference!r} holds no quantised "
+            f"model.quantize is {STORED!r}, and {settings.reference!r} holds no quantised "
             "weights; --model.quantize nf4 quantises them as they are loaded"
         )
     made = Workload(
         params={**({root: base} if root else base), **jax.eval_shape(draw)},
         load=load,
-        placement=(*placement.rules(model.config, model.head), *model.method.placement()),
-        trainable=(*((HEAD,) if model.head else ()), *model.method.trained),
+        placement=(*placement.rules(model.config, head), *model.method.placement()),
+        trainable=(*((HEAD,) if head else ()), *model.method.trained),
         train=lambda shard: opened().train.iterator(shard),
         evaluation=_Later(lambda: {n: b.iterator for n, b in opened().evaluation.items()}),
         facts=lambda shard: opened().facts(shard),
-        about=ChainMap(about, _Later(of_data)),  # type: ignore[arg-type]  # it is only read
-        common=Common(json.dumps(about["model"]), lambda: paths.flatten(draw()), join, marks or {}),
+        about=ChainMap(said, _Later(of_data)),  # type: ignore[arg-type]  # it is only read
+        common=Common(json.dumps(said["model"]), lambda: paths.flatten(draw()), join, marks or {}),
         **own,
     )
     if stored:
         return as_stored(made)
-    if config.model.quantize == "none":
+    if settings.quantize == "none":
         return made
-    block, double = config.model.quantize_block, config.model.double_quantize
+    block, double = settings.quantize_block, settings.double_quantize
     trainable = config.adaptation.trainable
-    return quantised(made, config.model.quantize, block=block, double=double, trainable=trainable)
+    return quantised(made, settings.quantize, block=block, double=double, trainable=trainable)
 
 
-def new_head(model: nn.Module, shape: tuple[int, ...], dtype: Any, seed: int) -> Tree:
-    """Draw fresh parameters of the head of a model whose input has this shape and dtype."""
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    return {"classifier": _new_head(model, shape, dtype, key)}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _new_head(model: nn.Module, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> Tree:
+@functools.partial(jax.jit, static_argnums=0)
+def new_head(model: Any, key: jax.Array) -> Tree:
+    """Draw fresh parameters of the head of a classifier."""
+    config, inputs = model.config, jnp.zeros((1, 1), jnp.int32)
+    if isinstance(config, models.VitConfig):
+        inputs = jnp.zeros((1, *config.image_size, config.channels))
     # XLA leaves out the parameters of the encoder, which nothing uses.
-    return model.init(key, jnp.zeros(shape, dtype))["params"]["classifier"]
+    return {"classifier": model.init(key, inputs)["params"]["classifier"]}
 
 
 def dropout(config: Any, train: bool, key: Any, *more: float | None) -> dict[str, Any]:

@@ -306,7 +306,6 @@ class LastWords:
         self._shell: subprocess.Popen[str] | None = None
 
     def words(self, text: str) -> None:
-        """Set the line to print."""
         if self._shell is None:
             try:
                 self._shell = subprocess.Popen(

@@ -40,7 +40,7 @@ class CurveBar(Bar):
         self.curve, self.every, self.activity = LossCurve(), every, Activity(shown)
         left = TextColumn("{task.fields[left]}")
         super().__init__(console, self.curve, MofNCompleteColumn(), self.activity, left)
-        self.task = self.bar.add_task("train", **{"loss": "-", "speed": "-", "left": "-", **task})
+        self.task = self.add_task("train", **{"loss": "-", "speed": "-", "left": "-", **task})
         self._compiling, self._first = 0.0, (0.0, -1)  # seconds; the time and number of a step
 
     def clock(self) -> float:
@@ -94,7 +94,6 @@ class Display(CurveBar):
         self._recent = deque[tuple[float, int]](maxlen=50)  # (time, units so far)
 
     def step(self, line: dict[str, Any]) -> None:
-        """Show a training line of metrics.jsonl."""
         step, units = line["step"], line["units"]
         self._recent.append((self.clock(), units + (self._recent[-1][1] if self._recent else 0)))
         (since, before), (now, units) = self._recent[0], self._recent[-1]
@@ -108,7 +107,7 @@ class Display(CurveBar):
         if line.get("mfu", math.nan) >= 0:
             numbers["speed"] += f"  MFU {line['mfu']:.1%}"
         self.curve.add(step / self._steps, line["loss"])
-        self.bar.update(self.task, completed=step, **numbers)
+        self.update(self.task, completed=step, **numbers)
         due = step % self.every == 0 or step == self._steps
         if due and not self.console.is_terminal:
             self.say(

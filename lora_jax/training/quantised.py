@@ -19,11 +19,10 @@ from lora_jax.bases.quantise import quantize
 from lora_jax.bases.recipe import ABOUT, STORED, recipe
 from lora_jax.data.process_slice import Shard
 from lora_jax.layout import Layout
+from lora_jax.paths import Tree
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
 from lora_jax.training.workload import Common, Workload
-
-Tree = Any  # a pytree
 
 
 def quantised(

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from lora_jax import models
 from lora_jax.data.preferences import preferences as batches_of
 from lora_jax.models.weights.stored import LAST
+from lora_jax.paths import Tree
 from lora_jax.training import causal_lm, classification, pretrained, text
 from lora_jax.training.config import require
 from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Loss, Workload, check_select, ratios
-
-Tree = Any  # a pytree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,19 +37,16 @@ class RewardConfig(TextConfig):
 
 def reward(config: RewardConfig) -> Workload:
     """Make the workload of a decoder with one output that learns from pairs of answers."""
-    source = pretrained.open_model(
-        config.model.reference, models.DecoderConfig, "rewards are given by a decoder"
+    source, model_config, method = text.opened(
+        config, models.DecoderConfig, "rewards are given by a decoder"
     )
     count = config.samples.prompts
     require(count == 0, "samples.prompts", count, "0 for a reward model")
-    text.check_positions(config, source.config)
-    model_config = config.model.apply_to(source.config).without_logits()
-    method = config.method_for(model_config, config.data.max_length)
     select = config.select or "accuracy"
     check_select(select, ["loss", *_SCORES])
     words = causal_lm.words_of(source, config.data.template, config.day)
-    model = models.DecoderClassifier(model_config, 1)
-    of_row = classification.apply_of(model, method)
+    model_config, head = model_config.without_logits(), models.Head(LAST, 1)
+    of_row = classification.apply_of(models.classifier(model_config, head), method)
     rows, length = config.data.batch_size, config.data.lengths[-1]
     shape = (rows, 2, length)
     shapes: dict[str, Any] = {"input_ids": (shape, jnp.int32), "mask": (shape, jnp.bool)}
@@ -61,23 +57,13 @@ def reward(config: RewardConfig) -> Workload:
         outputs: jax.Array = of_row(params, flat, train=train, key=key)
         return outputs.reshape(-1, 2)
 
-    def draw() -> Tree:
-        drawn = pretrained.new_head(model, (1, 1), jnp.int32, config.seed)
-        return {**drawn, **method.fresh(config.seed)}
-
-    fields: dict[str, Any] = {
-        "labels": (),
-        "text_fields": ("text",),
-        "lengths": config.data.lengths,
-    }
     return pretrained.workload(
         config,
-        Pretrained(source, model_config, model_config.root, models.Head(LAST, 1), method),
+        Pretrained(source, model_config, head, method),
         lambda: pretrained.open_batches(
             config, functools.partial(batches_of, config.data, words(), whole=True)
         ),
-        text.about(config, method, LAST, **fields),
-        draw,
+        {"labels": (), "text_fields": ("text",), "lengths": config.data.lengths},
         join=lambda workloads: workloads[0],
         apply=apply,
         loss=functools.partial(loss, config.center),

@@ -31,7 +31,6 @@ _SUMMARY: dict[str, Any] = {
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Return config.json of the run in `folder`."""
     file = folder / "config.json"
     found = json_file.read(file, LoraError, cure=_CONFIG_CURE, finite=False)
     if not isinstance(found.get("steps"), int) or not isinstance(found.get("lora"), dict):

@@ -66,7 +66,6 @@ def real_sums(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> dict
 
 
 def real_scores(sums: Sums, weight: float) -> dict[str, float]:
-    """Return Pearson's correlation."""
     n = max(weight, 1e-9)
     x, y = sums["x"] / n, sums["y"] / n
     spread = (sums["xx"] / n - x * x) * (sums["yy"] / n - y * y)

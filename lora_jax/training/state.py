@@ -13,7 +13,6 @@ class State(NamedTuple):
     """Everything that a step changes, without the frozen base. A checkpoint holds these arrays.
 
     trained: {"adapters": {path: Factors(a, b)}, "base": {path: parameter trained in full}}.
-    optimizer: the optax state of `trained`.
     step: [] int32, the number of steps taken, including skipped ones.
     skipped: [] int32, the number of steps whose loss or gradient was not finite.
     key: the PRNG key of the run; step i uses it folded with i.

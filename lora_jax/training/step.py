@@ -21,14 +21,13 @@ from lora_jax.frozen import join
 from lora_jax.layout import Layout
 from lora_jax.multi.dropout import dropout
 from lora_jax.multi.stack import Scaled
+from lora_jax.paths import Tree
 from lora_jax.primitives.flops import of_products
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Loss, Workload
 from lora_jax.transform import adapt
-
-Tree = Any  # a pytree
 
 _DROPOUT = 0x10A  # folded into the key of a step; the model uses the key itself
 

@@ -63,7 +63,6 @@ def conclude(
 def summarise(
     run: Run, state: State, tested: dict[str, dict[str, float]], difference: float | None
 ) -> Summary:
-    """Return the values of summary.json."""
     notes, path, peak = run.notes, run.setup.path, run.setup.place.peak
     spent = {name: round(value, 3) for name, value in notes.seconds.items()}
     train = max(notes.seconds.get("train", 0.0), 1e-9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import tyro
 
@@ -12,10 +12,9 @@ from lora_jax import models
 from lora_jax.data.config import DataConfig
 from lora_jax.models.config import BuiltInConfig
 from lora_jax.system.checked import Checked
-from lora_jax.training import pretrained
 from lora_jax.training.config import require
 from lora_jax.training.method import LORA, Method
-from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig
+from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,6 @@ class ModelConfig(PretrainedModelConfig):
     neftune / sqrt(length of a row x width of the model). The paper takes 5 to 15. None: none."""
 
     def apply_to(self, config: Any) -> Any:
-        """Return the model's own config with these settings."""
         config, head, chunk = super().apply_to(config), self.head_dropout, self.loss_chunk
         config = dataclasses.replace(config, neftune=self.neftune or 0.0)
         if not isinstance(config, models.BertConfig):
@@ -95,22 +93,24 @@ class TextConfig(PretrainedConfig):
         return LORA
 
 
-def check_positions(config: TextConfig, model: models.BertConfig | models.DecoderConfig) -> None:
-    """Raise if the model has learned positions and rows may be longer than these.
+class TextModel(NamedTuple):
+    """A model of text, its config with the settings of a run, and what the run adds to it."""
 
-    Otherwise the first batch with such a long text would stop the run, perhaps hours later.
+    source: Any
+    config: Any
+    method: Method
+
+
+def opened(config: TextConfig, kind: Any, wanted: str) -> TextModel:
+    """Open the model of a run, whose config must be of a kind; `wanted` ends the error message.
+
+    Raise if it has learned positions and rows may be longer than these. Otherwise the first batch
+    with such a long text would stop the run, perhaps hours later.
     """
+    source, length = open_model(config.model.reference, kind, wanted), config.data.max_length
+    model, most = source.config, source.config.max_positions
     table = isinstance(model, models.BertConfig) or model.positions == "learned"
-    most, length = model.max_positions, config.data.max_length
     expected = f"at most {most}, the positions of {config.model.reference}"
     require(not table or length <= most, "data.max_length", length, expected)
-
-
-def about(
-    config: TextConfig, method: Method = LORA, pooling: str | None = None, **more: Any
-) -> dict[str, Any]:
-    """Return `Workload.about`: the settings that change what the model computes, and `more`.
-
-    `pooling` is that of the head. None: the config says it.
-    """
-    return pretrained.about(config, pooling or config.model.pooling, **method.about, **more)
+    model = config.model.apply_to(model)
+    return TextModel(source, model, config.method_for(model, length))

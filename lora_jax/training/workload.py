@@ -15,8 +15,7 @@ from lora_jax.data.batches import BatchIterator as BatchIterator
 from lora_jax.data.process_slice import Batch as Batch
 from lora_jax.data.process_slice import Shard
 from lora_jax.errors import LoraError, nearest
-
-Tree = Any  # a pytree
+from lora_jax.paths import Tree
 
 
 class Loss(NamedTuple):

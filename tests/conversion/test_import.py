@@ -84,7 +84,7 @@ def test_a_decoder_computes_what_peft_computes(
 ) -> None:
     run = imported("plain", "llama", *(["--scan-layers"] if scan else []))
     ids, logits = golden("plain")
-    served = served_adapters.open_adapters([str(run)], "generate")
+    served = served_adapters.BaseChoice().open([str(run)], "generate")
     assert served.config.scan_layers == scan
 
     def apply(params: Any, ids: Any) -> Any:

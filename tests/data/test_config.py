@@ -10,6 +10,7 @@ import tyro
 from lora_jax.data import DataConfig, DataError, ImageDataConfig
 from lora_jax.data.config import ExamplesConfig
 from lora_jax.models.text.templates import Template
+from lora_jax.system.checked import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from lora_jax.models.text.templates import Template
     ],
 )
 def test_values_that_cannot_be(field: str, value: Any) -> None:
-    with pytest.raises(DataError, match=f"data.{field} must be"):
+    with pytest.raises(ConfigError, match=f"data.{field} must be"):
         DataConfig(**{field: value})
 
 

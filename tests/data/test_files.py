@@ -58,7 +58,7 @@ def test_named_splits(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": NaN}\n', "a.jsonl:1: NaN is not a number"),
         ("a.jsonl", '{"text": "a"}\n{"text": ' + "[" * 100_000, "a.jsonl:2 is n"),
         ("a.csv", "text,label,text\na,1,b\n", "a.csv:1: 3 columns, 'text' more than once"),
-        ("a.jsonl", '{"text": 1}\n\n[1]\n', "a.jsonl:3: expected an object"),
+        ("a.jsonl", '{"text": 1}\n\n[1]\n', "a.jsonl:3 holds a list, expected an object"),
         ("a.csv", "text,label\na,1\nb\n", "a.csv:3: 1 values, but the header names 2: text, label"),
         ("a.csv", 'text,label\na,1\n"b,2\n', "a.csv:3: unexpected end"),
         ("a.csv", "text\n", "no examples"),

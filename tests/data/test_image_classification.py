@@ -16,6 +16,7 @@ from lora_jax.data.image_classification import image_classification
 from lora_jax.data.images import Augmentation, decode, pixels
 from lora_jax.data.process_slice import Shard
 from lora_jax.models.weights.preprocessing import Preprocessing
+from lora_jax.system.checked import ConfigError
 from tests.data.image_stand_in import SHAPES, SIZES, drawn, encoded
 
 HOW = Preprocessing((16, 16), 3, 2, 1 / 255, (0.5,) * 3, (0.5,) * 3)
@@ -145,5 +146,5 @@ def test_what_needs_tensorflow_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", [{"crop": 0.0}, {"crop": 1.5}, {"threads": 0}])
 def test_settings_out_of_range(setting: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=f"data.{next(iter(setting))} must be"):
+    with pytest.raises(ConfigError, match=f"data.{next(iter(setting))} must be"):
         ImageDataConfig(**setting)

@@ -236,7 +236,7 @@ def test_exports_of_base_parameters_are_served(
     frozen = lora_jax.fingerprint(found.frozen)
     about = found.workload.about
     export.save(tmp_path, "best", found.layout, found.trained, frozen, about)
-    served = served_adapters.open_adapters([str(tmp_path)], "predict")
+    served = served_adapters.BaseChoice().open([str(tmp_path)], "predict")
     texts = ["word1 word2 word3", "word4"]
     made = text_classifier.TextClassifier(served, batch_size=2)
     scores = dict(made.read(made.submit([0, 0], texts)))

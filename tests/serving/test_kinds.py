@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_jax import LoraError, models
+from lora_jax import LoraError
 from lora_jax.cli import report as command
 from lora_jax.serving import served_adapters, text_classifier
 from lora_jax.training.config_json import to_dict
@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["dora"])
 def test_predict_is_what_training_evaluates(runs: dict[str, Any], kind: str) -> None:
     run, config = runs[kind]
-    served = served_adapters.open_adapters([str(run)], models.BertConfig)
+    served = served_adapters.BaseChoice().open([str(run)], "predict")
     made = text_classifier.TextClassifier(served, 16)
     (member,) = served.members
     assert {t.kind for t in member.layout.targets} == {kind}
@@ -53,10 +53,10 @@ def test_predict_is_what_training_evaluates(runs: dict[str, Any], kind: str) -> 
 
 def test_two_kinds_for_one_matrix_are_refused(runs: dict[str, Any]) -> None:
     paths = [str(runs[kind][0]) for kind in ("loha", "dora")]  # LoHa is served as plain factors
-    served = served_adapters.open_adapters(paths, models.BertConfig)
+    served = served_adapters.BaseChoice().open(paths, "predict")
     with pytest.raises(LoraError, match=r"by the kind 'dora' in adapter 1, and by 'lora'"):
         assert served.stack()
-    alone = served_adapters.open_adapters([str(runs["bias"][0])], models.BertConfig)
+    alone = served_adapters.BaseChoice().open([str(runs["bias"][0])], "predict")
     with pytest.raises(LoraError, match="'bias' has no factors"):
         assert alone.stack()
 

@@ -103,7 +103,7 @@ def assert_near(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def opened(trained: Trained) -> Opened:
-    served = served_adapters.open_adapters(
+    served = served_adapters.BaseChoice().open(
         [str(trained.folder / name) for name in trained.configs], "predict"
     )
     return served, text_classifier.TextClassifier(served, 16)
@@ -220,7 +220,7 @@ GOOD = {"text": "word1", "adapter": "two"}
         ),
         ({"text": ["a"], "adapter": "two"}, r"line 2: 'text' is \[\"a\"\], expected a str"),
         ({"text": None, "adapter": "two"}, "line 2: 'text' is null, expected a str"),
-        ([], r"line 2 is \[\]; expected an object"),
+        ([], "line 2 holds a list, expected an object"),
     ],
 )
 def test_a_line_that_cannot_be_classified(
@@ -276,8 +276,8 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
         lora_jax.Adapter(member.layout, member.parameters, trainable),
         about=member.about,
     )
-    opened = served_adapters.open_adapters(
-        [str(tmp_path / "broken")], "predict", allow_other_base=True
+    opened = served_adapters.BaseChoice(allow_other_base=True).open(
+        [str(tmp_path / "broken")], "predict"
     )
     made = text_classifier.TextClassifier(opened, 4)
     with pytest.raises(lora_jax.LoraError, match=r"--text: adapter 'broken' gives scores that are"):

@@ -116,7 +116,7 @@ def test_a_path_without_an_adapter(given: str, said: str, runs: pathlib.Path) ->
 def test_a_base_is_opened_with_all_that_is_on_it(
     runs: pathlib.Path, params: Any, weights: pathlib.Path
 ) -> None:
-    served = served_adapters.open_adapters([f"x={runs}/a", f"{runs}/b"], "predict")
+    served = served_adapters.BaseChoice().open([f"x={runs}/a", f"{runs}/b"], "predict")
     assert served.names == ("x", "b")
     jax.tree.map(np.testing.assert_array_equal, served.params, params)
     layout, stacked = served.stack()
@@ -133,13 +133,13 @@ def test_settings_of_the_model_are_those_of_training(
 ) -> None:
     """A base opened in bfloat16, as in training, has the fingerprint of its float32 weights."""
     given = save(tmp_path / "a", params, str(weights), dtype="bfloat16", param_dtype="bfloat16")
-    served = served_adapters.open_adapters([given], "predict")
+    served = served_adapters.BaseChoice().open([given], "predict")
     assert served.config.dtype == "bfloat16"
     assert {x.dtype.name for x in jax.tree.leaves(served.params)} == {"bfloat16"}
 
 
 def test_ids_by_name(runs: pathlib.Path) -> None:
-    served = served_adapters.open_adapters([str(runs)], "predict")
+    served = served_adapters.BaseChoice().open([str(runs)], "predict")
     assert [served.id_of(name, "here") for name in ("a", "b", "base")] == [
         0,
         1,
@@ -155,18 +155,18 @@ def test_ids_by_name(runs: pathlib.Path) -> None:
 
 
 def test_no_adapter_is_the_base_alone(weights: pathlib.Path, params: Any) -> None:
-    served = served_adapters.open_adapters([], "predict", base=str(weights))
+    served = served_adapters.BaseChoice(base=str(weights)).open([], "predict")
     assert served.members == ()
     jax.tree.map(np.testing.assert_array_equal, served.params, params)
     with pytest.raises(LoraError, match="no base: name it with --base"):
-        served_adapters.open_adapters([], "predict")
+        served_adapters.BaseChoice().open([], "predict")
 
 
 def test_names_are_told_apart(runs: pathlib.Path) -> None:
     with pytest.raises(LoraError, match=r"two adapters are called 'a'(.|\n)*--adapter NAME=PATH"):
-        served_adapters.open_adapters([f"{runs}/a", f"a={runs}/b"], "predict")
+        served_adapters.BaseChoice().open([f"{runs}/a", f"a={runs}/b"], "predict")
     with pytest.raises(LoraError, match=r"cannot be called 'base'"):
-        served_adapters.open_adapters([f"base={runs}/a"], "predict")
+        served_adapters.BaseChoice().open([f"base={runs}/a"], "predict")
 
 
 def test_another_base_is_refused(
@@ -182,9 +182,9 @@ def test_another_base_is_refused(
         r"layer_1/attention/query/kernel: other values(.|\n)*--allow-other-base"
     )
     with pytest.raises(LoraError, match=said):
-        served_adapters.open_adapters([f"{runs}/b"], "predict", base=str(other))
-    served = served_adapters.open_adapters(
-        [f"{runs}/b"], "predict", base=str(other), allow_other_base=True
+        served_adapters.BaseChoice(base=str(other)).open([f"{runs}/b"], "predict")
+    served = served_adapters.BaseChoice(base=str(other), allow_other_base=True).open(
+        [f"{runs}/b"], "predict"
     )
     assert served.names == ("b",)
 
@@ -192,8 +192,8 @@ def test_another_base_is_refused(
 def test_a_base_of_another_shape_does_not_fit(runs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     wide = tiny.write_model(tmp_path / "wide", {**tiny.ROBERTA, "hidden_size": 32})
     with pytest.raises(LoraError, match=r"'b'(.|\n)*has shape \(32, 32\)"):
-        served_adapters.open_adapters(
-            [f"{runs}/b"], "predict", base=str(wide), allow_other_base=True
+        served_adapters.BaseChoice(base=str(wide), allow_other_base=True).open(
+            [f"{runs}/b"], "predict"
         )
 
 
@@ -203,14 +203,14 @@ def test_adapters_of_two_models_are_not_mixed(
     decoder = tiny.write_model(runs / "llama", tiny.LLAMA)
     given = save(runs / "d", params, str(decoder))
     with pytest.raises(LoraError, match=r"model.reference is '.*' for 'a' and '.*llama' for 'd'"):
-        served_adapters.open_adapters([f"{runs}/a", given], "predict")
+        served_adapters.BaseChoice().open([f"{runs}/a", given], "predict")
     with pytest.raises(LoraError, match=r"base .*llama is a decoder; .*lora-jax generate"):
-        served_adapters.open_adapters([given], "predict")
+        served_adapters.BaseChoice().open([given], "predict")
     with pytest.raises(LoraError, match=r"base .*roberta is an encoder; .*lora-jax predict"):
-        served_adapters.open_adapters([f"{runs}/a"], "generate")
+        served_adapters.BaseChoice().open([f"{runs}/a"], "generate")
     scanned = save(runs / "e", params, str(weights), scan_layers=True)
     with pytest.raises(LoraError, match=r"model.scan_layers is False for 'a' and True for 'e'"):
-        served_adapters.open_adapters([f"{runs}/a", scanned], "predict")
+        served_adapters.BaseChoice().open([f"{runs}/a", scanned], "predict")
 
 
 def test_one_that_says_nothing_needs_the_base_said(
@@ -219,8 +219,8 @@ def test_one_that_says_nothing_needs_the_base_said(
     path = tmp_path / "mine"
     lora_jax.save(path, random_adapter(params, 2), fingerprint=lora_jax.fingerprint(params))
     with pytest.raises(LoraError, match=r"no base: (.|\n)*do not say(.|\n)*mine: .*mine"):
-        served_adapters.open_adapters([str(path)], "predict")
-    assert served_adapters.open_adapters([str(path)], "predict", base=str(weights)).names == (
+        served_adapters.BaseChoice().open([str(path)], "predict")
+    assert served_adapters.BaseChoice(base=str(weights)).open([str(path)], "predict").names == (
         "mine",
     )
 
@@ -229,7 +229,7 @@ def test_one_that_says_nothing_needs_the_base_said(
 def test_what_a_stranger_says_of_the_model(model: Any, tmp_path: pathlib.Path, params: Any) -> None:
     given = save(tmp_path / "a", params, **{"reference": "x", **model})
     with pytest.raises(LoraError, match=f"a says model.{next(iter(model))} is"):
-        served_adapters.open_adapters([given], "predict")
+        served_adapters.BaseChoice().open([given], "predict")
 
 
 @pytest.mark.parametrize("about", [{"model": []}, {"model": "x"}, {"begun": [], "model": {}}])
@@ -238,7 +238,7 @@ def test_what_a_stranger_says_is_of_another_type(
 ) -> None:
     lora_jax.save(tmp_path / "a", random_adapter(params, 2), about=about)
     with pytest.raises(LoraError, match=r"a says (that its model is|begun is)"):
-        served_adapters.open_adapters([str(tmp_path / "a")], "predict", base=str(weights))
+        served_adapters.BaseChoice(base=str(weights)).open([str(tmp_path / "a")], "predict")
 
 
 # ---- swapping
@@ -260,24 +260,26 @@ def test_a_base_is_not_fetched_on_the_word_of_an_adapter(
     monkeypatch.setattr(models, "open", lambda reference: opened.append(reference) or 1 / 0)
     given = save(tmp_path / "a", params, reference)
     with pytest.raises(LoraError) as caught:
-        served_adapters.open_adapters([given], "predict")
+        served_adapters.BaseChoice().open([given], "predict")
     assert not opened and f"a: {given}" in str(caught.value)
     assert f"  --base {shlex.quote(reference)}\n  --trust-base" in str(caught.value)
     for options in ({"base": reference}, {"trust_base": True}):
         with pytest.raises(ZeroDivisionError):
-            served_adapters.open_adapters([given], "predict", **options)
+            served_adapters.BaseChoice(**options).open([given], "predict")
     assert opened == [reference] * 2
 
 
 def test_a_known_base_is_fetched(tmp_path: pathlib.Path, params: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(models, "open", lambda reference: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        served_adapters.open_adapters([save(tmp_path / "a", params, models.MINILM)], "predict")
+        served_adapters.BaseChoice().open([save(tmp_path / "a", params, models.MINILM)], "predict")
 
 
 def test_a_reference_is_one_line_of_text(tmp_path: pathlib.Path, params: Any) -> None:
     with pytest.raises(LoraError, match=r"says model\.reference is 'hub:a/b.x1b\["):
-        served_adapters.open_adapters([save(tmp_path / "a", params, "hub:a/b\x1b[2J")], "predict")
+        served_adapters.BaseChoice().open(
+            [save(tmp_path / "a", params, "hub:a/b\x1b[2J")], "predict"
+        )
 
 
 @pytest.mark.parametrize("command", ["predict", "generate", "report"])

@@ -133,7 +133,7 @@ def test_paused_members_wait_and_new_ones_join(whole: pathlib.Path, tmp_path: pa
     with stopped(12):
         together(tmp_path, A, dataclasses.replace(B, paused=True))
     assert not (tmp_path / "b").exists()
-    together(tmp_path, dataclasses.replace(A, paused=True), B, C)
+    together(tmp_path, A, B, C, only=("b", "c"))
     assert not (tmp_path / "a/summary.json").exists()
     assert len(together(tmp_path, A, B, C)) == 3
     for one in (A, B, C):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import train
 from configs import minilm_reviews
 from lora_jax.cli import train as command_line
-from lora_jax.sweeps import member_names
+from lora_jax.sweeps import loop, member_names
 from lora_jax.sweeps.config import GroupConfig, Member, short_hash
 from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training.config import Config, ConfigError
@@ -164,6 +165,8 @@ def test_names_are_folders() -> None:
 def test_only_some_members_train() -> None:
     group = sweep({"lora.rank": (1, 2), "seed": (0, 1)}, only=("rank=2,*", "rank=1,seed=0"))
     assert [group.waits(m) for m in group.members] == [False, True, False, False]
+    going = [m.name for m in group.members if not group.waits(m)]
+    assert list(loop._configs(group, pathlib.Path("runs"))) == going
     everyone = sweep({"lora.rank": (1, 2), "seed": (0, 1)})
     assert short_hash(group) == short_hash(everyone)  # so it goes on in the same directory
     assert short_hash(sweep({"lora.rank": (1, 2)})) != short_hash(everyone)

@@ -119,9 +119,9 @@ def test_what_is_compiled_is_shown_with_its_time(
         with display.compiling("the step", "8 x 48"):
             deadline = time.monotonic() + 10
             while "compiling the step (8 x 48)" not in file.getvalue():
-                display.bar.refresh()
+                display.refresh()
                 assert time.monotonic() < deadline
-        display.bar.refresh()
+        display.refresh()
     assert ("since" in file.getvalue()) == (not terminal)
     end = "step (8 x 48) in 0 s" if not terminal else "loss -"
     assert end in last_line(file.getvalue())

@@ -21,7 +21,7 @@ from lora_jax.cli import train as command_line
 from lora_jax.data.config import DataConfig
 from lora_jax.data.process_slice import Shard
 from lora_jax.serving import served_adapters
-from lora_jax.training import scores, text
+from lora_jax.training import pretrained, scores, text
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
@@ -120,12 +120,14 @@ def text_config(workload: Any, weights: pathlib.Path, source: str, **changes: An
     return dataclasses.replace(config, **changes)
 
 
-def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
+def test_rows_longer_than_the_models_positions_are_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
     table = dataclasses.replace(small.CONFIG, positions="learned", max_positions=15)
-    source: Any = types.SimpleNamespace(config=table)
+    monkeypatch.setattr(text, "open_model", lambda *_: types.SimpleNamespace(config=table))
     with pytest.raises(ConfigError, match=r"data.max_length must be at most 15, the positions of"):
-        text.check_positions(config, source.config)
+        causal_lm(config)
 
 
 def test_a_score_that_there_is_not_is_an_error_at_once() -> None:
@@ -162,10 +164,8 @@ def test_an_adapter_names_its_base_from_every_folder(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = text_config(classification, pathlib.Path("models/a"), "nothing.jsonl")
-    assert text.about(config)["model"]["reference"] == str(tmp_path / "models/a")
-    config = dataclasses.replace(config, model=ModelConfig(models.MINILM))
-    assert text.about(config)["model"]["reference"] == models.MINILM
+    for given, named in (("models/a", str(tmp_path / "models/a")), (models.MINILM, models.MINILM)):
+        assert pretrained.about(ModelConfig(given), "mean")["model"]["reference"] == named
 
 
 def test_an_encoder_learns_labels(
@@ -194,7 +194,7 @@ def test_a_decoder_learns_labels(source: str, llama: pathlib.Path, tmp_path: pat
     right = [one == str(row["label"]) for one, row in zip(found, rows, strict=True)]
     assert np.mean(right) == pytest.approx(after["accuracy"])
     with pytest.raises(lora_jax.LoraError, match="adapters classify; `lora-jax predict`"):
-        served_adapters.open_adapters([str(tmp_path / "run")], "generate")
+        served_adapters.BaseChoice().open([str(tmp_path / "run")], "generate")
 
 
 def test_a_decoder_learns_answers(source: str, llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
