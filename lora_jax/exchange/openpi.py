@@ -4,11 +4,11 @@ adapter = openpi.load(restored["params"], f, params, *args)
 
     <layer>/w, <layer>/lora_a, <layer>/lora_b        attention, scaled by its alpha
     <layer>/<name>, <name>_lora_a, <name>_lora_b     MLPs, never scaled
-    W [..., in, out]    lora_a [..., in, rank]    lora_b [..., rank, out]
 
-The layout says what the axes before are. Along a stack each slice keeps its factors. Along an
-output (heads of a query) they become blocks of one update, of rank `heads * rank`. Along an input
-(heads of the output projection) openpi sums over `lora_a` and, apart from it, over `lora_b`.
+W is [..., in, out], lora_a [..., in, rank], lora_b [..., rank, out]. An axis before these is, by
+the layout, a stack, where each slice keeps its factors; an output (heads of a query), where they
+are blocks of one update of rank `heads * rank`; or an input (heads of the output projection),
+where openpi sums over `lora_a` and, apart from it, over `lora_b`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,11 @@ def load(
         `orbax.checkpoint.PyTreeCheckpointer().restore(folder)["params"]`.
       f, params, *args: the model without LoRA, with the weights that the run began from.
       alpha: the alpha of `lora_configs["attn"]` by a pattern of paths, `{"**/attn/*_1/w": 32.0}`.
-        Without one it is the rank, as in openpi's own configs. MLPs have none: openpi reads it
-        there, and does not use it.
+        Without one it is the rank, as in openpi's own configs. openpi does not use the one of MLPs.
       scaling: "alpha/sqrt(r)" for `rslora=True`.
 
     Returns:
-      The adapter. Weights that openpi trained in full are in `trainable`: all without factors that
-      differ from `params`.
+      The adapter. In `trainable` are the weights without factors that differ from `params`.
 
     Raises:
       LoraError: a parameter that the model does not have, arrays that do not fit, a pattern that
@@ -77,7 +75,11 @@ def load(
         plain = target.plain(factors.a.shape[-1])
         targets.append(dataclasses.replace(plain, alpha=scale * plain.rank))
         adapters[target.path] = factors
-    whole = {p: jnp.asarray(x) for p, x in values.items() if not _is_frozen(x, leaves[p])}
+    whole = {
+        path: jnp.asarray(x)
+        for path, x in values.items()  # openpi rounds to bfloat16 what it freezes
+        if not np.array_equal(x, np.asarray(leaves[path]).astype(x.dtype))
+    }
     if changed := sorted(whole.keys() & adapters):
         raise LoraError(
             f"{changed[0]!r} has factors, so openpi froze it, but params have another weight there:"
@@ -127,8 +129,3 @@ def _factors(target: Target, pair: Mapping[str, np.ndarray]) -> Factors:
     b = b.reshape(*target.sizes(target.stack), count, b.shape[-2], -1)
     b = np.einsum("...hro,hk->...hrko", b, np.eye(count, dtype=b.dtype)).reshape(plain.b_shape)
     return Factors(jnp.asarray(a.reshape(plain.a_shape)), jnp.asarray(b))
-
-
-def _is_frozen(x: np.ndarray, before: Any) -> bool:
-    """Return whether an array is the weight of before; openpi rounds frozen ones to bfloat16."""
-    return np.array_equal(x, np.asarray(before).astype(x.dtype))
