@@ -90,8 +90,7 @@ def load(
 
 def _sorted(checkpoint: Any, leaves: Mapping[str, Any]) -> tuple[Pairs, dict[str, np.ndarray]]:
     """Return the factors by the path of their weight, and all other arrays by their own."""
-    pairs: Pairs = {}
-    values: dict[str, np.ndarray] = {}
+    pairs, values = Pairs(), dict[str, np.ndarray]()
     for name, leaf in paths.flatten(checkpoint).items():
         x, path = np.asarray(leaf), name.removesuffix("/value")  # as NNX saves a variable
         tensor_file.check_finite("the checkpoint", name, x)

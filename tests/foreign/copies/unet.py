@@ -1,6 +1,6 @@
 """A small copy of maxdiffusion's U-Net: residual blocks, attention to a text, and a skip.
 
-The names are those of diffusers' Flax model, from which maxdiffusion's comes.
+It has the names of diffusers' Flax model, from which maxdiffusion's comes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A small copy of Whisper in Flax: two convolutions, an encoder, and a decoder that attends to it.
 
-The names are those of transformers' Flax model, which Whisper-JAX uses.
+It has the names of transformers' Flax model, which Whisper-JAX uses.
 """
 
 from __future__ import annotations
