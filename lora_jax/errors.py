@@ -24,6 +24,10 @@ class DataError(LoraError):
     """The data, or its config, cannot be used; the message says where and why."""
 
 
+class DamagedError(LoraError):
+    """The stored data differ from the saved data; the message names the array or the file."""
+
+
 class ModelError(ValueError):
     """A model cannot be used; the message gives the reason and the cure."""
 

@@ -1,40 +1,33 @@
 """The databases in which Orbax keeps arrays, measured before TensorStore opens them.
 
-An OCDBT database is a tree of nodes. A node lists keys, each with its value or with the piece of a
-file that is its value. TensorStore has no limit for what it decompresses, writes out the keys that
-a node abbreviates, and dies of deep JSON: a stranger's kilobyte could take gigabytes, or end the
-process. So each node is measured here before TensorStore reads it, and the description of each
-array is parsed. Format: https://google.github.io/tensorstore/kvstore/ocdbt/index.html
+TensorStore has no limit for what it decompresses, writes out the keys that a node abbreviates, and
+dies of deep JSON: a stranger's kilobyte could take gigabytes, or end the process. So each node is
+parsed here before TensorStore reads it (checkpoint/ocdbt.py), and so is the description of each
+array.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
-import operator
 import pathlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote
 
-from lora_jax.checkpoint.manifest import DamagedError
-from lora_jax.errors import LoraError, errno_of
+from lora_jax.checkpoint import ocdbt
+from lora_jax.checkpoint.ocdbt import Spend
+from lora_jax.errors import DamagedError, LoraError, errno_of
 from lora_jax.system import json_file
 
 NAME = "manifest.ocdbt"
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}  # each stops at the size of its chunk
-_PATH = 255  # bytes at most of the path by which a node names a file
-_MANIFEST, _DESCRIPTION = (
-    2**12,
-    2**16,
-)  # bytes at most: of a manifest, and of an array's description
-_NODE, _ENTRY = 2**17, 2**9  # bytes that a node and an entry count, in addition to their own
+_MANIFEST = 2**12  # bytes at most of a manifest
+_DESCRIPTION = 2**16  # bytes at most of the description of an array
+_NODE = 2**17  # bytes that a node counts, in addition to its own
 _PACKED = 2**20, 1024  # bytes at most: of any node unpacked, and for each byte packed
 
 FilePiece = tuple[str, int, int]  # a file of the checkpoint, an offset and a length
-Spend = Callable[[int], None]  # raises if it is called for too many bytes
 
 
 def check(root: pathlib.Path, place: str, files: Mapping[str, int], spend: Spend) -> None:
@@ -57,43 +50,39 @@ def _walk(
     root: pathlib.Path, place: str, files: Mapping[str, int], spend: Spend
 ) -> Iterator[tuple[str, bytes]]:
     """Yield every key, with its value if that describes an array."""
-    import tensorstore  # comes with Orbax
 
-    def find(location: str) -> tuple[int, FilePiece]:
-        _, base, path, offset, length = location.split(":")
-        name, end = place + unquote(base + path), int(offset) + int(length)
+    def find(piece: ocdbt.Extent) -> FilePiece:
+        name, end = place + piece.path.decode(), piece.offset + piece.length
         if end > files.get(name, -1):
             state = "is shorter" if name in files else "is not in its folder"
             raise DamagedError(f"damaged: a file that its database names {state}: {name[:200]!r}")
-        return len(unquote(base)), (name, int(offset), int(length))
+        return name, piece.offset, piece.length
 
-    store = tensorstore.KvStore.open({"driver": "file", "path": f"{root}/{place}"}).result()
     size = files[place + NAME]
     manifest = _unpacked(_read(root, (place + NAME, 0, min(size, _MANIFEST))))
-    if max(size, len(manifest)) > _MANIFEST or manifest[16]:  # 1: there are further manifests
-        raise DamagedError("damaged: its database has a manifest of another kind, or a large one")
-    left = [(b"", tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"])]
-    seen = set[FilePiece]()
+    if max(size, len(manifest)) > _MANIFEST:
+        raise DamagedError(f"damaged: its database has a large manifest: over {_MANIFEST} bytes")
+    first, seen = ocdbt.root(manifest, spend), set[FilePiece]()
+    left = [] if first is None else [(b"", first)]
     while left:
         prefix, node = left.pop()
-        if "location" not in node:  # the database is empty
-            continue
-        base, piece = find(node["location"])
+        piece = find(node)
         if piece in seen:
             raise DamagedError("damaged: its database has a node twice")
         seen.add(piece)
         spend(_NODE + piece[2])
-        _spend_lengths(_unpacked(_read(root, piece)), base, len(prefix), spend)
-        for entry in tensorstore.ocdbt.dump(store, node["location"]).result()["entries"]:
-            if "location" in entry:
-                left.append((prefix + entry["subtree_common_prefix"], entry))
+        body = _unpacked(_read(root, piece))
+        for key, value in ocdbt.entries(body, node.path[: node.base], prefix, spend):
+            if isinstance(value, ocdbt.Node):
+                left.append((key, value))
                 continue
-            key, value = prefix + entry["key"], entry.get("inline_value")
-            piece = find(entry["indirect_value"])[1] if value is None else ("", 0, len(value))
+            size = len(value) if isinstance(value, bytes) else find(value)[2]
             name, described = key.decode(errors="replace")[:200], key.endswith(b"zarr.json")
-            if described and piece[2] > _DESCRIPTION:
-                raise DamagedError(f"{name} has {piece[2]:,} bytes; the limit is {_DESCRIPTION:,}")
-            yield name, (_read(root, piece) if value is None else value) if described else b""
+            if described and size > _DESCRIPTION:
+                raise DamagedError(f"{name} has {size:,} bytes; the limit is {_DESCRIPTION:,}")
+            if isinstance(value, ocdbt.Extent):
+                value = _read(root, find(value)) if described else b""
+            yield name, value if described else b""
 
 
 def _read(root: pathlib.Path, piece: FilePiece) -> bytes:
@@ -136,38 +125,6 @@ def _unpacked(data: bytes) -> bytes:
         raise DamagedError(f"a node of its database of {len(body):,} bytes holds {most:,} or more")
     size = bisect.bisect_left(range(most), True, key=is_after_end)
     return bytes(store.read("n", byte_range=slice(0, size)).result().value)
-
-
-def _spend_lengths(body: bytes, base: int, prefix: int, spend: Spend) -> None:
-    """Spend the bytes of a node, with its keys and its paths of files written out."""
-    spend(len(body))
-    rest = iter(body[1:])  # without the height
-
-    def number() -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = next(rest, 128)
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise DamagedError("damaged: a node of its database is cut off")
-
-    def lengths(before: int) -> tuple[list[int], int]:
-        """Return the lengths of abbreviated texts, and the bytes that are there of them."""
-        count = number()
-        spend(count * (_ENTRY + before))
-        same, new = [0, *(number() for _ in range(count - 1))], [number() for _ in range(count)]
-        found = list(map(operator.add, same, new))
-        spend(sum(found))
-        return found, sum(new)
-
-    paths, size = lengths(base)
-    if max(paths, default=0) > _PATH:
-        raise DamagedError(f"damaged: its database names a file with more than {_PATH} bytes")
-    for _ in paths:
-        number()  # the length of a base path
-    next(itertools.islice(rest, size, size), None)  # passes over the paths
-    lengths(prefix)
 
 
 def _count_chunks(key: str, text: bytes) -> int:

@@ -18,8 +18,7 @@ import re
 import stat
 
 from lora_jax.checkpoint import database
-from lora_jax.checkpoint.manifest import DamagedError
-from lora_jax.errors import LoraError
+from lora_jax.errors import DamagedError, LoraError
 from lora_jax.system import json_file, regular_files
 
 ENTRIES = 100_000

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.checkpoint.fingerprint import digests
-from lora_jax.errors import LoraError, listed
+from lora_jax.errors import DamagedError, LoraError, listed
 
 FORMAT = 1
 SEALED = {"text", "sha256"}  # the fields of a sealed manifest
@@ -38,10 +38,6 @@ KEY_WORDS = 4  # the words of JAX's largest PRNG key
 MOST_BYTES = 2**34
 ANY_FOLDER = 2**28  # bytes that a folder of any size may declare
 RATIO = 1_000  # declared bytes per byte on disk; arrays of zeros compress well
-
-
-class DamagedError(LoraError):
-    """The stored data differ from the saved data; the message names the array or the file."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ from lora_jax import paths
 from lora_jax.checkpoint import folder as folders
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import stored_arrays
-from lora_jax.checkpoint.manifest import DamagedError, Manifest, StoredArray
-from lora_jax.errors import LoraError, cure, errno_of, listed
+from lora_jax.checkpoint.manifest import Manifest, StoredArray
+from lora_jax.errors import DamagedError, LoraError, cure, errno_of, listed
 from lora_jax.system import interrupts
 
 # Errors of the system that say nothing of what is on the disk.

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.checkpoint.manifest import DamagedError, StoredArray
+from lora_jax.checkpoint.manifest import StoredArray
+from lora_jax.errors import DamagedError
 from lora_jax.system import json_file
 
 

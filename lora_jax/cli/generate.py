@@ -82,9 +82,8 @@ class GenerateOptions(AdapterOptions):
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     """Read prompts, generate texts and write them to `console`; print messages to `aside`."""
-    source = None
-    if not options.chat:
-        source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
+    counts = ("batch_size", "max_new_tokens")
+    source = None if options.chat else options.source(("prompt",), counts)
     if not options.adapter and options.base is None:
         raise LoraError(
             "no model: give --adapter PATH, a run directory of train.py, or --base REFERENCE, such "
@@ -184,16 +183,12 @@ def _sink(
 
 def _opening(served: Served, asked: Prompts) -> str:
     if not served.names:
-        said = ", prompts in its chat template (--no-template: as they are)" if asked.chats else ""
-        return f"{served.reference} alone, no adapter{said}"
-    each = [
-        f"{name}: trained on prompts like {asked.templates[name].text!r}"
-        if name in asked.templates
-        else f"{name}: trained on conversations"
-        if name in asked.chats
-        else name
-        for name in served.names
-    ]
+        how = ", prompts in its chat template (--no-template: as they are)" if asked.chats else ""
+        return f"{served.reference} alone, no adapter{how}"
+    said = {name: f"{name}: trained on conversations" for name in asked.chats}
+    for name, template in asked.templates.items():
+        said[name] = f"{name}: trained on prompts like {template.text!r}"
+    each = [said.get(name, name) for name in served.names]
     return opening(served, each)
 
 

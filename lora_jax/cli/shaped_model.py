@@ -41,34 +41,28 @@ class ShapedModel:
 def open_shaped(reference: str, scan_layers: bool) -> ShapedModel:
     """Open a model, and find its parameters from config.json or the GGUF header."""
     source = models.open(reference)
-    config = dataclasses.replace(source.config, scan_layers=scan_layers)
-    found = source.shapes(config)
-    stored = {
-        path: 8 * bytes_of(leaf) / leaf.size
-        for path, leaf in paths.flatten(found).items()
-        if is_base(leaf)
-    }
-    stacked = config.num_layers if scan_layers else None
+    config: Any = dataclasses.replace(source.config, scan_layers=scan_layers)
+    head, root, note = None, "", ""
     if isinstance(config, models.DecoderConfig):
-        about = f"decoder of {config.num_layers} layers"
-        apply = causal_lm.apply_of(models.DecoderModel(config))
+        kind, apply = "decoder", causal_lm.apply_of(models.DecoderModel(config))
         batch = causal_lm.batch_shapes(1, min(_LENGTH, config.max_positions))
-        return ShapedModel(about, "", apply, models.shapes(config), batch, stored, stacked)
-    if isinstance(config, models.VitConfig):
-        labels = Labels(tuple(map(str, range(CLASSES))))
-        about = f"image encoder of {config.num_layers} layers"
-        head = models.Head(image_classification.POOLING, CLASSES)
+    elif isinstance(config, models.VitConfig):
+        kind, head = "image encoder", models.Head(image_classification.POOLING, CLASSES)
         apply = image_classification.apply_of(models.VitClassifier(config, CLASSES))
+        labels = Labels(tuple(map(str, range(CLASSES))))
         batch = image_classification.batch_shapes(config, 1, labels)
     else:
-        about = f"text encoder of {config.num_layers} layers"
-        head = models.Head(POOLING, CLASSES)
-        apply = classification.apply_of(models.BertClassifier(config, CLASSES, POOLING))
+        kind, head = "text encoder", models.Head(POOLING, CLASSES)
+        apply = classification.apply_of(models.classifier(config, head))
         batch = _texts(config)
-    note = f"classifier: a new head, not in the file; shown with {CLASSES} classes"
-    of_encoder = {f"{config.root}/{path}": bits for path, bits in stored.items()}
-    params = models.shapes(config, head)
-    return ShapedModel(about, note, apply, params, batch, of_encoder, stacked)
+    if head is not None:
+        root = f"{config.root}/"
+        note = f"classifier: a new head, not in the file; shown with {CLASSES} classes"
+    leaves = paths.flatten(source.shapes(config)).items()
+    stored = {f"{root}{path}": 8 * bytes_of(x) / x.size for path, x in leaves if is_base(x)}
+    about = f"{kind} of {config.num_layers} layers"
+    stacked = config.num_layers if scan_layers else None
+    return ShapedModel(about, note, apply, models.shapes(config, head), batch, stored, stacked)
 
 
 def _texts(config: models.BertConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -44,7 +44,13 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     """
     path = Path(builder.data_path)
     if path.exists():
-        _check_format(builder)
+        found = builder.info.file_format
+        if found is not None and found.value != FORMAT:
+            raise DataError(
+                f"{builder.info.full_name} is prepared as {found.value} in {builder.data_path}; "
+                f"without TensorFlow only {FORMAT} can be read.\n"
+                "Point data.data_dir at another folder, where it will be prepared again."
+            )
         return
     try:
         with (
@@ -63,17 +69,6 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
         if isinstance(error, RuntimeError) or not path.exists():
             raise
     builder.info.read_from_directory(path)
-
-
-def _check_format(builder: tfds.core.DatasetBuilder) -> None:
-    found = builder.info.file_format
-    if found is None or found.value == FORMAT:
-        return
-    raise DataError(
-        f"{builder.info.full_name} is prepared as {found.value} in {builder.data_path}; "
-        f"without TensorFlow only {FORMAT} can be read.\n"
-        "Point data.data_dir at another folder, where it will be prepared again."
-    )
 
 
 @contextlib.contextmanager
@@ -110,9 +105,7 @@ class Builder(DataSource):
     ) -> None:
         """Prepare the builder if its data is not there yet."""
         prepare(builder)
-        self._builder = builder
-        self.name = name
-        self.notes = notes
+        self._builder, self.name, self.notes = builder, name, notes
         self.splits = tuple(builder.info.splits)
 
     def examples(self, split: str) -> Sequence[Example]:
@@ -165,8 +158,7 @@ class ArrayRecords(Sequence[Example]):
     def __init__(self, records: Any, encoded: Sequence[str] = ()) -> None:
         """Wrap the return value of `builder.as_data_source`; `encoded` fields (images) stay
         `bytes`."""
-        self._records = records
-        self._encoded = frozenset(encoded)
+        self._records, self._encoded = records, frozenset(encoded)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -76,18 +76,6 @@ class Instruction:
             for name in _OPERAND.findall(names):
                 yield role, name
 
-    @property
-    def trips(self) -> int | None:
-        """The number of iterations of a loop, or None if XLA does not write it."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
-
-    @property
-    def number(self) -> int | None:
-        """The value of a scalar constant."""
-        found = _NUMBER.match(self.attributes) if self.kind == "constant" else None
-        return int(found[1]) if found else None
-
     def dims(self, name: str) -> tuple[int, ...]:
         """Return the numbers of an attribute such as lhs_contracting_dims."""
         found = re.search(_DIMS.format(name), self.attributes)
@@ -135,13 +123,16 @@ class Module:
         libtpu does not write it. A loop of JAX counts from 0 while its counter is less than a
         number, which is in its condition.
         """
-        if loop.trips is not None:
-            return loop.trips
+        if written := _TRIPS.search(loop.attributes):
+            return int(written[1])
         condition = next(callee for role, callee in loop.called if role == "condition")
         inside = self.computations[condition]
         root = next(i for i in inside.values() if i.root)
-        counts = root.kind == "compare" and "direction=LT" in root.attributes
-        return inside[root.operands[1]].number if counts else None
+        if root.kind != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limit = inside[root.operands[1]]
+        found = _NUMBER.match(limit.attributes) if limit.kind == "constant" else None
+        return int(found[1]) if found else None
 
 
 def parse(text: str) -> Module:

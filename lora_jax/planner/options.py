@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
+from lora_jax.system.checked import Checked, require
 from lora_jax.system.devices import DEVICES
-from lora_jax.training.config import require
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(Checked):
     """The options of a plan, which replaces the run."""
+
+    _bounds: ClassVar = {"at least 1": ("plan_devices", "plan_slices")}
 
     dry_run: bool = False
     """Take one step on the first batch, print its shapes, memory and time, and leave no file."""
@@ -36,9 +38,7 @@ class PlanOptions:
     """The JSON file for the plan. None: the path of the run directory, followed by .plan.json."""
 
     def __post_init__(self) -> None:
-        known = self.plan_device in DEVICES
-        require(known, "plan_device", self.plan_device, f"one of {', '.join(DEVICES)}")
-        if self.plan_devices is not None:
-            require(self.plan_devices > 0, "plan_devices", self.plan_devices, "at least 1")
-        gpus = DEVICES[self.plan_device].is_gpu and self.plan_slices != 1
-        require(self.plan_slices > 0 and not gpus, "plan_slices", self.plan_slices, "1 for GPUs")
+        super().__post_init__()
+        device, slices = self.plan_device, self.plan_slices
+        require(device in DEVICES, "plan_device", device, f"one of {', '.join(DEVICES)}")
+        require(slices == 1 or not DEVICES[device].is_gpu, "plan_slices", slices, "1 for GPUs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections import Counter
 from typing import Any
 
 import jax
@@ -95,14 +96,14 @@ def measured(made: Any, module: hlo.Module, compiler: str, seconds: float) -> Co
 
 def kernels(module: hlo.Module) -> dict[str, int]:
     """Return how often a step calls each custom kernel: Mosaic, Triton, cuBLAS, cuDNN."""
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for name, computation in module.computations.items():
         for i in computation.values():
             if i.kind in ("custom-call", "fusion") and module.times[name]:
                 target = (_TARGET if i.kind == "custom-call" else _FUSION).search(i.attributes)
                 if target and not _INTERNAL.search(target[1]):
-                    found[target[1]] = found.get(target[1], 0) + module.times[name]
-    return found
+                    found[target[1]] += module.times[name]
+    return dict(found)
 
 
 def refusal(error: str, compiler: str) -> CompiledProgram | None:

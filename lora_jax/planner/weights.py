@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,19 +42,17 @@ def by_part(weights: Sequence[WeightBytes]) -> dict[str, int]:
     >>> by_part([WeightBytes("w", (4, 2), "float32", FLOATS, {FLOATS: 32})])
     {'floats': 32}
     """
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for weight in weights:
-        for part, size in weight.parts.items():
-            found[part] = found.get(part, 0) + size
-    return found
+        found.update(weight.parts)
+    return dict(found)
 
 
 def _of(path: str, leaf: Any) -> WeightBytes:
     shape, dtype = tuple(leaf.shape), str(leaf.dtype)
     if not is_base(leaf):
         return WeightBytes(path, shape, dtype, FLOATS, {FLOATS: on_each_device(leaf)})
-    parts: dict[str, int] = {}
+    parts = Counter[str]()
     for (field, *_), array in jax.tree_util.tree_leaves_with_path(leaf):
-        name = paths.path_of((field,))
-        parts[name] = parts.get(name, 0) + on_each_device(array)
-    return WeightBytes(path, shape, dtype, type(leaf).__name__, parts)
+        parts[paths.path_of((field,))] += on_each_device(array)
+    return WeightBytes(path, shape, dtype, type(leaf).__name__, dict(parts))

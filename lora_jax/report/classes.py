@@ -49,9 +49,9 @@ def _labels(run: SavedRun, count: int) -> list[str]:
     """Return the names of the classes, as the adapter has them, or else their numbers."""
     try:
         _, folder = adapter_path.find(str(run.path))[0]
-        known = SavedAdapter.open(folder).about.get("labels")
+        known = SavedAdapter.open(folder).labels
     except LoraError:
-        known = None
-    if isinstance(known, list) and 1 < len(known) <= count:
-        return [str(label)[:40] for label in known]
+        known = ()
+    if 1 < len(known) <= count:
+        return [label[:40] for label in known]
     return [str(i) for i in range(count)]

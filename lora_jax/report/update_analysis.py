@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,29 +59,35 @@ def _spectra(
 ) -> tuple[Block, ...]:
     measured = [_at(found[place.path], place) for place in modules.places]
     energy = sum(float(one.energy) for one in measured)
-    columns = [
-        [label(place.layer) for place in modules.places],
-        [place.matrix for place in modules.places],
-        [f"{layout[p.path].fan_in}x{layout[p.path].fan_out}" for p in modules.places],
-        [str(layout[place.path].rank) for place in modules.places],
-        formatting.column(one.effective_rank for one in measured),
-        formatting.column(one.values[0] for one in measured),
-        formatting.column(np.sqrt(one.energy) for one in measured),
-        [f"{one.energy / energy:.1%}" if energy else formatting.NONE for one in measured],
-    ]
-    names = ("layer", "matrix", "in x out", "rank", "effective rank", "σ₁", "‖ΔW‖", "energy")
-    table = Table(
-        "Each matrix of the update ΔW = (alpha/r) B A. Energy is its share of the total ‖ΔW‖².",
-        names,
-        tuple(zip(*columns, strict=True)),
-        ("matrix",),
+    targets = [layout[place.path] for place in modules.places]
+    columns = {
+        "in x out": [f"{target.fan_in}x{target.fan_out}" for target in targets],
+        "rank": [str(target.rank) for target in targets],
+        "effective rank": formatting.column(one.effective_rank for one in measured),
+        "σ₁": formatting.column(one.values[0] for one in measured),
+        "‖ΔW‖": formatting.column(np.sqrt(one.energy) for one in measured),
+        "energy": [f"{x.energy / energy:.1%}" if energy else formatting.NONE for x in measured],
+    }
+    caption = (
+        "Each matrix of the update ΔW = (alpha/r) B A. Energy is its share of the total ‖ΔW‖²."
     )
+    table = _by_matrix(caption, modules, columns)
     text = (
         "The effective rank is e to the power of the entropy of the singular values, each divided "
         "by their sum. It is r if all r singular values are equal, and 1 if only one is not zero. "
         "Norms are Frobenius norms, and σ₁ is the largest singular value."
     )
     return Paragraph(text), *_pictures(modules, measured, energy), table
+
+
+def _by_matrix(caption: str, modules: ModuleIndex, columns: Mapping[str, list[str]]) -> Table:
+    """Return a table with a row for each matrix."""
+    columns = {
+        "layer": [label(place.layer) for place in modules.places],
+        "matrix": [place.matrix for place in modules.places],
+        **columns,
+    }
+    return Table(caption, tuple(columns), tuple(zip(*columns.values(), strict=True)), ("matrix",))
 
 
 def _at(found: Any, place: Place) -> Any:
@@ -179,24 +185,20 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
 
 def table7(found: AmplifiedUpdate) -> Table:
     """Return the table of all matrices: the paper's Table 7."""
-    modules, measured = found.modules, found.measured
-    columns = [
-        [label(place.layer) for place in modules.places],
-        [place.matrix for place in modules.places],
-        [str(found.layout[place.path].rank) for place in modules.places],
-        formatting.column(one.weight for one in measured),
-        formatting.column(one.update for one in measured),
-        formatting.column(one.along_update for one in measured),
-        formatting.column(one.along_weight for one in measured),
-        formatting.column(one.along_random for one in measured),
-        formatting.column(one.factor for one in measured),
-    ]
-    names = ("layer", "matrix", "r", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "random", "factor")
-    return Table(
+    fields = {
+        "‖W‖": "weight",
+        "‖ΔW‖": "update",
+        "of ΔW": "along_update",
+        "of W": "along_weight",
+        "random": "along_random",
+        "factor": "factor",
+    }
+    columns = {"r": [str(found.layout[place.path].rank) for place in found.modules.places]}
+    for name, field in fields.items():
+        columns[name] = formatting.column(getattr(one, field) for one in found.measured)
+    caption = (
         "How much of W lies in r directions: in the main ones of ΔW, in the main ones of W itself, "
         "and in random ones (‖UᵀWV‖). The factor is ‖ΔW‖ divided by the first of these three (the "
-        "paper's Table 7).",
-        names,
-        tuple(zip(*columns, strict=True)),
-        ("matrix",),
+        "paper's Table 7)."
     )
+    return _by_matrix(caption, found.modules, columns)

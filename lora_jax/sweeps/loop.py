@@ -181,11 +181,8 @@ class _Loop(contextlib.ExitStack):
         self._said |= set(lines)
         if member.step == 0:
             # Adapters change nothing yet, so members with the same head and data score the same.
-            alike = (
-                workload_settings(member.config),
-                member.config.seed,
-                member.config.adaptation.trainable,
-            )
+            own = member.config
+            alike = workload_settings(own), own.seed, own.adaptation.trainable
             run.evaluate_before(group.batch_loss(member), self._before.get(alike))
             self._before[alike] = run.notes.before
 

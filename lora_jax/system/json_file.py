@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -94,17 +95,8 @@ def _kind(value: Any) -> str:
 
 
 def first_repeated(names: Iterable[str]) -> str | None:
-    """Return the first name that occurred before, or None.
-
-    >>> first_repeated(["a", "b", "b", "a"])
-    'b'
-    """
-    seen = set[str]()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """Return the first name that is there more than once, or None."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def _depth(value: Any) -> int:

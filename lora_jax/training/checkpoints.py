@@ -29,9 +29,9 @@ import jax
 from lora_jax import errors, paths
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import storage
-from lora_jax.checkpoint.manifest import DamagedError, Manifest
+from lora_jax.checkpoint.manifest import Manifest
 from lora_jax.checkpoint.storage import RemotePath, read_manifest, writing
-from lora_jax.errors import LoraError, listed
+from lora_jax.errors import DamagedError, LoraError, listed
 from lora_jax.system import interrupts
 from lora_jax.training import processes
 from lora_jax.training.state import State

@@ -52,14 +52,19 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
         try:
             yield path
         except BaseException:
-            if processes.first():
-                _let_go(path)
+            inside = {entry.name for entry in path.iterdir()} if processes.first() else set()
+            if inside and inside <= {"lock", "config.json"}:
+                (path / "config.json").unlink(missing_ok=True)
             raise
 
 
 def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> None:
     """Lock the directory until `stack` is closed, and write the config into it."""
-    _check_apart(path, config.start_from)
+    start = config.start_from
+    if start and pathlib.Path(start).expanduser().resolve().is_relative_to(path.resolve()):
+        raise ConfigError(
+            f"--from {start} is in {path}, which this run would overwrite: give another --run-dir"
+        )
     busy = ConfigError(f"another process is training in {path}; wait for it or give --run-dir")
     stack.enter_context(run_lock.hold(path, busy))
     whole_files.check_links(path, [entry.name for entry in path.iterdir() if _ours(entry)])
@@ -67,21 +72,6 @@ def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> No
         with writing(path):
             _clear(path)
     _claim(path, config)
-
-
-def _check_apart(path: pathlib.Path, start: str | None) -> None:
-    """Raise if a run would overwrite the adapter that it begins with."""
-    inside = start and pathlib.Path(start).expanduser().resolve().is_relative_to(path.resolve())
-    if inside:
-        raise ConfigError(
-            f"--from {start} is in {path}, which this run would overwrite: give another --run-dir"
-        )
-
-
-def _let_go(path: pathlib.Path) -> None:
-    """Delete config.json if no run has begun, so that another config may use the directory."""
-    if {entry.name for entry in path.iterdir()} <= {"lock", "config.json"}:
-        (path / "config.json").unlink(missing_ok=True)
 
 
 def _check_shared(path: pathlib.Path) -> None:

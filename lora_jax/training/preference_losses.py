@@ -28,11 +28,16 @@ Sources: DPO, arXiv 2305.18290; cDPO and robust, 2403.00409; IPO, 2310.12036; AP
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+LossName = Literal[
+    "sigmoid", "robust", "hinge", "ipo", "apo_zero", "nca_pair", "kto", "orpo", "simpo"
+]
+FREE = ("orpo", "simpo")  # they take no reference
+JUDGED = ("kto",)  # they take answers that are judged by themselves
 
 
 class Answers(NamedTuple):
@@ -71,49 +76,33 @@ def _s(x: jax.Array) -> jax.Array:
     return -jax.nn.log_sigmoid(x)
 
 
-def _sigmoid(x: Answers, by: Strength) -> jax.Array:
-    margin, e = by.beta * (x.chosen - x.rejected), by.smoothing
-    return (1 - e) * _s(margin) + e * _s(-margin)
-
-
-def _robust(x: Answers, by: Strength) -> jax.Array:
-    margin, e = by.beta * (x.chosen - x.rejected), by.smoothing
-    return ((1 - e) * _s(margin) - e * _s(-margin)) / (1 - 2 * e)
-
-
-def _hinge(x: Answers, by: Strength) -> jax.Array:
-    return jax.nn.relu(1 - by.beta * (x.chosen - x.rejected))
-
-
-def _ipo(x: Answers, by: Strength) -> jax.Array:
-    chosen, rejected = x.means
-    return (chosen - rejected - 1 / (2 * by.beta)) ** 2
-
-
-def _apo_zero(x: Answers, by: Strength) -> jax.Array:
-    return 1 - jax.nn.sigmoid(by.beta * x.chosen) + jax.nn.sigmoid(by.beta * x.rejected)
-
-
-def _nca_pair(x: Answers, by: Strength) -> jax.Array:
+def loss_of(name: LossName, x: Answers, by: Strength) -> jax.Array:
+    """Return the loss of each pair or answer, [B], by the formulas of the table above."""
     chosen, rejected = by.beta * x.chosen, by.beta * x.rejected
-    return _s(chosen) + _s(-chosen) / 2 + _s(-rejected) / 2
-
-
-def _kto(x: Answers, by: Strength) -> jax.Array:
-    gain = by.beta * (x.chosen - x.rejected)
-    good, bad = by.desirable * jax.nn.sigmoid(-gain), by.undesirable * jax.nn.sigmoid(gain)
-    return jnp.where(jnp.asarray(x.good) > 0, good, bad)
-
-
-def _orpo(x: Answers, by: Strength) -> jax.Array:
-    chosen, rejected = x.means
-    odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-    return -chosen + by.beta * _s(odds)
-
-
-def _simpo(x: Answers, by: Strength) -> jax.Array:
-    chosen, rejected = x.means
-    return _s(by.beta * (chosen - rejected) - by.gamma)
+    margin, e = by.beta * (x.chosen - x.rejected), by.smoothing
+    up, down = x.means
+    match name:
+        case "sigmoid":
+            return (1 - e) * _s(margin) + e * _s(-margin)
+        case "robust":
+            return ((1 - e) * _s(margin) - e * _s(-margin)) / (1 - 2 * e)
+        case "hinge":
+            return jax.nn.relu(1 - margin)
+        case "ipo":
+            return (up - down - 1 / (2 * by.beta)) ** 2
+        case "apo_zero":
+            return 1 - jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected)
+        case "nca_pair":
+            return _s(chosen) + _s(-chosen) / 2 + _s(-rejected) / 2
+        case "kto":
+            raised = by.desirable * jax.nn.sigmoid(-margin)
+            lowered = by.undesirable * jax.nn.sigmoid(margin)
+            return jnp.where(jnp.asarray(x.good) > 0, raised, lowered)
+        case "orpo":
+            odds = (up - down) - (log1mexp(up) - log1mexp(down))
+            return -up + by.beta * _s(odds)
+        case "simpo":
+            return _s(by.beta * (up - down) - by.gamma)
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
@@ -129,18 +118,3 @@ def log1mexp(x: jax.Array) -> jax.Array:
         jnp.log(-jnp.expm1(jnp.where(near, x, -0.5))),
         jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
     )
-
-
-LOSSES: Mapping[str, Callable[[Answers, Strength], jax.Array]] = {
-    "sigmoid": _sigmoid,
-    "robust": _robust,
-    "hinge": _hinge,
-    "ipo": _ipo,
-    "apo_zero": _apo_zero,
-    "nca_pair": _nca_pair,
-    "kto": _kto,
-    "orpo": _orpo,
-    "simpo": _simpo,
-}
-FREE = ("orpo", "simpo")  # they take no reference
-JUDGED = ("kto",)  # they take answers that are judged by themselves

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,12 @@ from lora_jax.data.preferences import preferences as batches_of
 from lora_jax.paths import Tree
 from lora_jax.training import causal_lm, pretrained, samples, text
 from lora_jax.training.config import incidental, require
-from lora_jax.training.preference_losses import FREE, JUDGED, LOSSES, Answers, Strength
+from lora_jax.training.preference_losses import FREE, JUDGED, Answers, LossName, Strength, loss_of
 from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Loss, Workload, check_select
 
 _CHUNK = 128  # positions of a row whose logits exist at the same time
-LossName = Literal[
-    "sigmoid", "robust", "hinge", "ipo", "apo_zero", "nca_pair", "kto", "orpo", "simpo"
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +155,7 @@ def loss(config: PreferenceConfig, outputs: jax.Array, batch: Any) -> Loss:
         sums[f"rewards/{name}"] = jnp.sum(rewards[:, column] * own)
         sums[f"logps/{name}"] = jnp.sum(absolute[:, column] * own)
     answers = Answers(chosen, rejected, tokens[:, 0], tokens[:, 1], good)
-    total = jnp.sum(LOSSES[config.preference](answers, by) * weight)
+    total = jnp.sum(loss_of(config.preference, answers, by) * weight)
     return Loss(total, count, sums)
 
 

@@ -118,7 +118,6 @@ class RunBatches:
     """One pass over the validation and over the test split, if the source has them."""
 
     def facts(self, shard: Shard) -> str:
-        """Return `Workload.facts`."""
         every = (self.train, *self.evaluation.values())
         return describe(batches.facts(shard) for batches in every)
 
@@ -130,22 +129,14 @@ def open_batches(
     data = config.data
     there = open_data(data, set_apart=True).splits
     named = {"validation": data.eval_split, "test": data.test_split}
-    return RunBatches(
-        train=pipeline(
-            data.train_split,
-            data.batch_size,
-            shuffle=True,
-            seed=config.seed,
-            epochs=None,
-            set_apart=True,
-            **training,
-        ),
-        evaluation={
-            name: pipeline(split, data.eval_batch_size, set_apart=True)
-            for name, split in named.items()
-            if split in there or name == "validation"
-        },
-    )
+    how: dict[str, Any] = {"shuffle": True, "seed": config.seed, "epochs": None, **training}
+    evaluation = {
+        name: pipeline(split, data.eval_batch_size, set_apart=True)
+        for name, split in named.items()
+        if split in there or name == "validation"
+    }
+    train = pipeline(data.train_split, data.batch_size, set_apart=True, **how)
+    return RunBatches(train, evaluation)
 
 
 class _Later(Mapping[str, Any]):

@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import Adapter, LoraError, LoraSpec
 from lora_jax.checkpoint import adapter
-from lora_jax.checkpoint.manifest import DamagedError
 from lora_jax.checkpoint.saved_adapter import SavedAdapter
+from lora_jax.errors import DamagedError
 
 PARAMS = {
     "enc": {"q": jnp.ones((512, 512)), "v": jnp.ones((2, 512, 256))},

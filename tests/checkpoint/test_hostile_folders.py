@@ -227,7 +227,7 @@ CASES: dict[str, tuple[Make, str]] = {
         ),
         "node of its database",
     ),
-    "sparse-manifest": (sparse_manifest, "a large one"),
+    "sparse-manifest": (sparse_manifest, "a large manifest"),
     "manifest-paths": (
         add(
             "arrays/manifest.ocdbt",
@@ -237,7 +237,7 @@ CASES: dict[str, tuple[Make, str]] = {
                 compressed=True,
             ),
         ),
-        "a large one",
+        "a large manifest",
     ),
     "long-keys": (node(ocdbt.packed(long_keys(60_000))), "the index of its arrays takes more"),
     "long-paths": (node(ocdbt.packed(long_paths(60_000))), "the index of its arrays takes more"),
