@@ -30,6 +30,7 @@ MODULES = (
     "lora_jax.exchange.gguf",
     "lora_jax.exchange.mlx",
     "lora_jax.exchange.loralib",
+    "lora_jax.exchange.openpi",
     "lora_jax.foreign",
     "lora_jax.models.hf_module",
     "lora_jax.models",

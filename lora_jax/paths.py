@@ -1,7 +1,7 @@
 """The text of a pytree path, and the pattern language that matches it.
 
 A path is the keys from the root joined by `/`: `encoder/layer_0/query/kernel`. A pattern
-must match the **whole** path:
+must match the **whole** path. It also matches the path that it spells: `w[0,0]`, a name of e3nn.
 
     *        any characters inside one segment        layer_*/kernel
     ?        one character inside one segment         layer_?/kernel
@@ -14,8 +14,8 @@ must match the **whole** path:
 True
 >>> match("*/kernel", "encoder/layer_3/query/kernel")
 False
->>> match("**/kernel", "encoder/layer_3/query/kernel")
-True
+>>> match("**/kernel", "encoder/layer_3/query/kernel"), match("w[0,0]", "w[0,0]")
+(True, True)
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             out += ".*" if last else "(?:[^/]+/)*"
         else:
             out += _segment(segment, pattern) + ("" if last else "/")
-    return re.compile(out)
+    return re.compile(f"{re.escape(pattern)}|(?:{out})")
 
 
 _TOKEN = re.compile(r"\*|\?|\[[^\[\]/]+\]|\{[^{}/]*\}|[^\[\]{}*?]")

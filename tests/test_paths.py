@@ -30,6 +30,7 @@ from lora_jax import LoraError, paths
         ("layer_{0..2}/w", "layer_02/w", False),
         ("a.b/w", "axb/w", False),
         ("**", "any/thing", True),
+        ("mix/w[0,0] 2x0e,3x0e", "mix/w[0,0] 2x0e,3x0e", True),
     ],
 )
 def test_match(pattern: str, path: str, hit: bool) -> None:

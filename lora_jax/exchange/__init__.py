@@ -9,5 +9,6 @@ peft             PEFT folders; peft_config and peft_keys know PEFT's settings an
 gguf             adapter files of llama.cpp (the extra `gguf`)
 mlx              folders of mlx-lm
 loralib          state dicts of Microsoft's loralib, read only
+openpi           checkpoints of openpi, read only
 consumers        the PEFT settings that each serving tool refuses or misreads
 """

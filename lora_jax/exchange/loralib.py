@@ -92,8 +92,7 @@ def _read(place: pathlib.Path, state: Any) -> dict[str, np.ndarray]:
     if isinstance(state, Mapping):
         found = {name: np.asarray(x) for name, x in state.items()}
         for name, x in found.items():
-            if x.dtype.kind not in "fV" or not np.isfinite(x.astype(np.float32)).all():
-                raise LoraError(f"{place}: {name} of {x.dtype} holds no finite floats")
+            tensor_file.check_finite(place, name, x)
     elif place.suffix in (".bin", ".pt", ".pth", ".pkl"):
         raise tensor_file.pickle_error(place, "lora.safetensors")
     else:

@@ -11,7 +11,7 @@ from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.models.hf_module import HfModule, HfNames
 
-HOLE = re.compile(r"\{(\w+)\}")
+HOLE = re.compile(r"\{(\w+(?:\|\w+)*)\}")  # a number, or one of several words: {gate|up}
 
 
 class TensorPlace(NamedTuple):
@@ -37,7 +37,7 @@ class NameTable:
         self._names, self.shapes = names, shapes
         self._entries = dict(_entries(names, shapes))
         self._exact: dict[str, list[TensorPlace]] = {}
-        self._stacked: list[tuple[re.Pattern[str], str, HfModule, bool]] = []
+        self._stacked: list[tuple[re.Pattern[str], list[str], str, HfModule, bool]] = []
         for path, entries in self._entries.items():
             for entry, template in entries:
                 self._add(path, entry, template, False)
@@ -50,17 +50,18 @@ class NameTable:
         return cls(names, {path: tuple(x.shape) for path, x in paths.flatten(params).items()})
 
     def _add(self, path: str, entry: HfModule, template: str, tied: bool) -> None:
-        if HOLE.search(template):
-            self._stacked.append((_regex(template), path, entry, tied))
+        if holes := _holes(template):
+            self._stacked.append((_regex(template), holes, path, entry, tied))
         else:
             self._exact.setdefault(template, []).append(TensorPlace(path, entry, (), tied))
 
     def find(self, tensor: str) -> list[TensorPlace]:
         """Return the places of a tensor; there are several if the module is fused."""
         found = list(self._exact.get(tensor, ()))
-        for regex, path, entry, tied in self._stacked:
+        for regex, holes, path, entry, tied in self._stacked:
             if match := regex.fullmatch(tensor):
-                found.append(TensorPlace(path, entry, tuple(map(int, match.groups())), tied))
+                at = tuple(map(_index, holes, match.groups()))
+                found.append(TensorPlace(path, entry, at, tied))
         return found
 
     def near(self, tensor: str) -> str:
@@ -82,14 +83,19 @@ class NameTable:
     ) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yield the tensor's name for each index along the stack axes, whose sizes are given."""
         template = self.template(path, entry)
-        holes = list(dict.fromkeys(HOLE.findall(template)))
-        if len(holes) != len(stack):
+        holes = _holes(template)
+        counted = zip(holes, stack, strict=False)
+        texts = [h.split("|") if "|" in h else [*map(str, range(n))] for h, n in counted]
+        if len(holes) != len(stack) or [*map(len, texts)] != [*stack]:
             raise LoraError(
-                f"{path!r} has {len(stack)} stack axes, and its name {template!r} has numbers for "
-                f"{len(holes)}"
+                f"{path!r} has {len(stack)} stack axes, of the sizes {[*stack]}, and its name "
+                f"{template!r} has numbers or words for {len(holes)}"
             )
         for index in itertools.product(*map(range, stack)):
-            yield index, template.format(**dict(zip(holes, index, strict=True)))
+            name = template
+            for hole, text, i in zip(holes, texts, index, strict=True):
+                name = name.replace(f"{{{hole}}}", text[i])
+            yield index, name
 
     def speaks_of(self, tensor: str) -> bool:
         """Return whether the table has a name for a tensor, with or without a parameter here."""
@@ -107,7 +113,7 @@ class NameTable:
 
     def holes(self, path: str, entry: HfModule) -> int:
         """Return the number of stack axes that the name counts."""
-        return len(set(HOLE.findall(self.template(path, entry))))
+        return len(_holes(self.template(path, entry)))
 
     def template(self, path: str, entry: HfModule) -> str:
         """Return the tensor's name, with a hole for each number along a stack axis."""
@@ -159,13 +165,21 @@ def _own_name(path: str, shape: tuple[int, ...]) -> tuple[HfModule, str]:
     return HfModule(name, transposed=False), name
 
 
+def _holes(template: str) -> list[str]:
+    return list(dict.fromkeys(HOLE.findall(template)))
+
+
+def _index(hole: str, text: str) -> int:
+    return hole.split("|").index(text) if "|" in hole else int(text)
+
+
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Return a regex of the pattern, in which every hole is a number."""
+    """Return a regex of the pattern, in which every hole is a number or one of its words."""
     seen: set[str] = set()
     out, end = "", 0
     for hole in HOLE.finditer(pattern):
-        name = hole[1]
-        group = f"(?P={name})" if name in seen else f"(?P<{name}>\\d{{1,9}})"
+        name, value = hole[1].replace("|", "_or_"), hole[1] if "|" in hole[1] else r"\d{1,9}"
+        group = f"(?P={name})" if name in seen else f"(?P<{name}>{value})"
         seen.add(name)
         out += re.escape(pattern[end : hole.start()]) + group
         end = hole.end()

@@ -145,6 +145,12 @@ def parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
     return json_file.parse_object(text, str(path), LoraError)
 
 
+def check_finite(place: object, name: str, x: np.ndarray) -> None:
+    """Raise `LoraError` unless an array in memory holds finite floats."""
+    if x.dtype.kind not in "fV" or not np.isfinite(x.astype(np.float32)).all():
+        raise LoraError(f"{place}: {name} of {x.dtype} holds no finite floats")
+
+
 def check_name(path: pathlib.Path, name: str) -> None:
     """Raise `LoraError` for a name that no module can have."""
     odd = not name or ".." in name or "/" in name or "\\" in name or not name.isprintable()

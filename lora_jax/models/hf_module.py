@@ -23,7 +23,7 @@ class HfModule:
       name: the name of the module, `"model.layers.{layer}.self_attn.q_proj"`. `.weight` or `.bias`
         may be added; otherwise it follows from the last key of the path. A name in braces stands
         for a number: one in the path, `layers_{layer}/q/kernel`, or else the index along the next
-        stack axis of the parameter (scanned layers, experts).
+        stack axis of the parameter (scanned layers, experts). `{gate|up}` has a word for each.
       layer: "linear", "embedding", "conv", or "experts": one parameter that holds all experts,
         which the name counts, `"model.layers.{layer}.mlp.experts.{expert}.down_proj"`. "" means an
         embedding if the path or the name says so, and else linear. A weight with several input

@@ -21,8 +21,9 @@ OTHERS = {"equinox", "eqx_zoo", "keras", "penzai", "tunix"}
 ELSEWHERE = {
     "own_model": "tests/foreign/test_own_model.py runs each section and checks its files",
     "extending": "tests/test_extending.py runs it and checks the laws",
+    "projects": "tests/foreign/test_projects.py runs each section and checks the laws",
 }
-RUN = [name for name in pages.names() if name not in ELSEWHERE and pages.sections(name)]
+RUN = [n for n in pages.names() if n.split("/")[0] not in ELSEWHERE and pages.sections(n)]
 
 pytestmark = pytest.mark.standard_promotion
 

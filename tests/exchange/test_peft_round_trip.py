@@ -331,3 +331,15 @@ def test_experts_of_the_built_in_models(name: str, tmp_path: Path) -> None:
     keys = peft.tensor_file.read(tmp_path / "each" / peft.TENSORS).tensors
     assert sum(".experts.0." in key for key in keys) == 2 * 2 * 3
     assert "target_parameters" in (tmp_path / "one" / peft.CONFIG).read_text()
+
+
+def test_a_word_for_each_slice_of_a_stack() -> None:
+    """`{gate|up}` names the slices of a stack in order, and there are as many words as slices."""
+    table = peft.NameTable({"w": "layers.{layer}.{gate|up}"}, {"w": (3, 2, 4, 5)})
+    (entry,) = table.entries("w")
+    found = dict(table.tensors("w", entry, (3, 2)))
+    assert found[2, 0] == "layers.2.gate.weight" and found[0, 1] == "layers.0.up.weight"
+    assert all(table.find(name)[0].at == at for at, name in found.items())
+    assert not table.find("layers.0.down.weight")
+    with pytest.raises(lora_jax.LoraError, match=r"sizes \[3, 4\], and its name 'layers"):
+        list(table.tensors("w", entry, (3, 4)))
