@@ -7,6 +7,7 @@
     hf       the adapter merged into its base: config.json, safetensors, tokenizer
     peft     adapter_config.json and adapter_model.safetensors, for PEFT, vLLM, SGLang, ...
     gguf     adapter.gguf, for llama.cpp
+    gguf-merged  model.gguf: the base's GGUF file, with the adapter merged into its weights
     mlx      adapters.safetensors, for mlx-lm
     orbax    a copy of the adapter, for lora_jax.restore
 
@@ -51,7 +52,7 @@ from lora_jax.system import table, whole_files
 from lora_jax.system.console import Bar, Console, command, say
 from lora_jax.system.whole_files import whole_folder, write_json, write_together
 
-Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
+Format = Literal["hf", "peft", "gguf", "gguf-merged", "mlx", "orbax"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +63,11 @@ class ExportOptions(BaseChoice):
     """A run directory of train.py, or a folder that lora_jax.save wrote. peft takes several: each
     gets a folder of its name in --out."""
     format: Format
-    """The format to write: hf, peft, gguf, mlx or orbax."""
+    """The format to write."""
     out: str
     """The folder to write; it must be new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """hf, gguf: the dtype of the weights; gguf takes float32 or float16."""
+    """hf, gguf, gguf-merged: the dtype of the weights; gguf takes float32 or float16."""
     shard_gb: float = 5.0
     """hf: the largest size of a file of weights, in units of 10^9 bytes."""
     profile: Literal["faithful", "portable"] = "faithful"
@@ -77,7 +78,7 @@ class ExportOptions(BaseChoice):
     base_name: str | None = None
     """peft: the base model to name in the adapter's configuration. None: the run's own base."""
     as_lora: int | None = None
-    """All but hf: write plain LoRA of at most this rank, and say the error. None: write what the
+    """Adapters: write plain LoRA of at most this rank, and say the error. None: write what the
     format has for the run's kind."""
     share_rank: bool = False
     """With --as-lora: the rank is the mean over all matrices, which share it by singular values."""
@@ -100,8 +101,10 @@ def export(options: ExportOptions, _: Console, console: Console) -> None:
             raise LoraError("--share-rank is for --as-lora RANK")
         say(console, _Export(run, None, options, out, console).write())
         return
-    if options.format == "hf":
-        raise LoraError("--format hf writes merged weights, which have no rank: drop --as-lora")
+    if options.format in ("hf", "gguf-merged"):
+        raise LoraError(
+            f"--format {options.format} writes merged weights, which have no rank: drop --as-lora"
+        )
     plain = plain_run(run, options.as_lora, options.share_rank)
     ranks = {t.path: t.rank for t in plain.adapter.layout.targets}
     rows = [(p, str(ranks.get(p, 0)), f"{cut.relative:.2%}") for p, cut in plain.errors.items()]
@@ -146,7 +149,7 @@ class _Export:
     def write(self) -> str:
         """Write the folder in its format, with a README.md, and return the message."""
         run, format = self.run, self.options.format
-        said: str = getattr(self, format)()
+        said: str = getattr(self, format.replace("-", "_"))()
         layout = run.member.layout if self.plain is None else self.plain.adapter.layout
         rank = consumers.vllm_rank({"r": max((t.rank for t in layout.targets), default=1)})
         head = self.options.head or format != "peft"
@@ -204,6 +207,15 @@ class _Export:
         how: dict[str, Any] = {"base": _gguf_base(self.run), "dtype": self.options.dtype}
         gguf.save(file, self.names, adapter, params=self.base(adapter), **how)
         return f"wrote {file}: llama-server -m BASE.gguf --lora {file}"
+
+    def gguf_merged(self) -> str:
+        from lora_jax.exchange import gguf_merged
+
+        file, dtype = self.out / "model.gguf", self.options.dtype
+        check = not self.options.allow_other_base
+        made = functools.partial(gguf_merged.write, self.run, dtype, check_base=check)
+        write_together(self.out, {file.name: made})
+        return f"wrote {file}, its merged matrices in {dtype}: llama-server -m {file}"
 
     def mlx(self) -> str:
         from lora_jax.exchange import mlx

@@ -7,6 +7,7 @@ float32 and rounded once, to the dtype that is written.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from collections.abc import Generator, Iterator
@@ -52,8 +53,24 @@ class MergedWeights:
         found = [x for parameter in self._parameters for x in self._of_parameter(parameter)]
         return [*found, *self._of_head()]
 
+    def changed(self) -> dict[str, tuple[StoredParameter, LazyTensor]]:
+        """Return the tensors that differ from the base's, by the names that the base's file has."""
+        run = self._run
+        everything = run.changed_by is not None or run.recipe not in (None, {"scheme": STORED})
+        own = {t.path for t in run.member.layout.targets} | {*run.member.trainable}
+        found = dict[str, tuple[StoredParameter, LazyTensor]]()
+        for parameter in self._parameters:
+            if everything or run.root + parameter.path in own:
+                tensors = zip(parameter.sources, self._of_parameter(parameter), strict=True)
+                found |= {name: (parameter, tensor) for name, tensor in tensors}
+        return found
+
     def check_base(self) -> None:
-        """Raise `LoraError` unless the tensors made so far came from the base of the run."""
+        """Raise `LoraError` unless the file has the base of the run. Call it after all are made."""
+        for parameter in self._parameters:
+            path = self._run.root + parameter.path
+            if path not in self._hashes and path not in self._run.member.trainable:
+                collections.deque(self._base(path, parameter), 0)
         self._run.member.check_base(self._hashes)
 
     def _of_parameter(self, parameter: StoredParameter) -> Iterator[LazyTensor]:

@@ -35,6 +35,12 @@ _OPEN = {
         "llama-cli -m BASE.gguf --lora adapter.gguf\n"
         "ollama create {name}    # a Modelfile: FROM BASE.gguf, ADAPTER adapter.gguf",
     ),
+    "gguf-merged": (
+        "model.gguf, the model with the adapter merged into its weights",
+        "llama-server -m model.gguf\n"
+        "ollama create {name}    # a Modelfile: FROM model.gguf\n"
+        "lora-jax generate --base model.gguf --prompt TEXT",
+    ),
     "mlx": (
         "an adapter of mlx-lm",
         "mlx_lm.generate --model {base} --adapter-path .\n"

@@ -20,6 +20,7 @@ from lora_jax.exchange import merged_weights, model_card, plain_run
 from lora_jax.models.weights.stored import LAST
 from lora_jax.serving.served_adapters import open_run
 from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
+from tests.models.weights.test_gguf_models import write_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -212,6 +213,40 @@ def test_gguf_and_orbax(tmp_path: pathlib.Path) -> None:
     assert_close(lora_jax.merge(again.layout, params, again.parameters), run.merged)
     assert export(run, tmp_path / "copy", "--format", "orbax") == 0
     jax.tree.map(np.testing.assert_array_equal, lora_jax.restore(tmp_path / "copy"), run.adapter)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own"),
+    [
+        ("float32", {"spec": LoraSpec(2, 3.0, ("**/{q,k}/kernel", "embed/embedding"))}),
+        ("bfloat16", {"spec": LoraSpec(2, 3.0, ("**/{q,k}/kernel", "embed/embedding"))}),
+        ("float16", {"trained": "norm/scale"}),
+    ],
+)
+def test_a_gguf_base_with_the_adapter_merged(
+    dtype: str, own: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    """What is read from the file is the merged model; the rest of the file is the base's."""
+    base = write_gguf(GOLDEN / "llama", tmp_path / "base.gguf", "llama")
+    run = write_run(tmp_path / "run", "llama", **own)
+    again = ("--base", str(base), "--format", "gguf-merged", "--dtype", dtype)
+    assert export(run, tmp_path / "out", *again) == 0
+    file = tmp_path / "out" / "model.gguf"
+    source = models.open(str(file))
+    tolerance = 2e-2 if dtype == "bfloat16" else 1e-6
+    params = source.load()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=1e-6), params, run.merged
+    )
+    before, after = models.open(str(base)).header, source.header
+    assert before.fields == after.fields and [*before.tensors] == [*after.tensors]
+    parts = ("attn_q.", "attn_k.", "token_embd") if "spec" in own else ("output_norm",)
+    for name, tensor in before.tensors.items():
+        found, merged = after.tensors[name], any(part in name for part in parts)
+        assert (found.kind.name == "BF16") == (dtype == "bfloat16" and merged), name
+        bytes_of = lambda f, t: f.read_bytes()[t.offset : t.end]  # noqa: E731
+        assert (bytes_of(base, tensor) == bytes_of(file, found)) == (not merged), name
+    assert export(run, tmp_path / "no", "--format", "gguf-merged") == 1
 
 
 def test_a_classifier_goes_out_to_peft_with_its_head(tmp_path: pathlib.Path) -> None:

@@ -32,13 +32,13 @@ class GgufFile(Source):
     path: Path
 
     @functools.cached_property
-    def _header(self) -> gguf_header.Header:
+    def header(self) -> gguf_header.Header:
         return gguf_header.read(self.path)
 
     @property
     def _kind(self) -> str:
-        field_kinds.check(self._header.fields, field_kinds.GGUF, str(self.path))
-        kind = self._header.fields.get("general.architecture")
+        field_kinds.check(self.header.fields, field_kinds.GGUF, str(self.path))
+        kind = self.header.fields.get("general.architecture")
         if kind not in _ARCHITECTURES:
             raise ModelConfigError(
                 f"{self.path}: the architecture is {kind!r}; the GGUF loader knows "
@@ -49,8 +49,8 @@ class GgufFile(Source):
     @functools.cached_property
     def config(self) -> StoredConfig:
         """The config that the metadata describes."""
-        kind, tensors = self._kind, self._header.tensors
-        fields = {key.removeprefix(f"{kind}."): x for key, x in self._header.fields.items()}
+        kind, tensors = self._kind, self.header.tensors
+        fields = {key.removeprefix(f"{kind}."): x for key, x in self.header.fields.items()}
         field_kinds.check(fields, field_kinds.GGUF, str(self.path))
         with field_kinds.describing(str(self.path), kind):
             heads, hidden = fields["attention.head_count"], fields["embedding_length"]
@@ -83,7 +83,7 @@ class GgufFile(Source):
             )
 
     def _rope_divisors(self, head_dim: int, fields: dict[str, Any]) -> tuple[float, ...] | None:
-        given = self._header.tensors.get("rope_freqs.weight")
+        given = self.header.tensors.get("rope_freqs.weight")
         if given is not None:
             return tuple(map(float, given.read(tuple(slice(0, size) for size in given.shape))))
         kind = fields.get("rope.scaling.type", "none")
@@ -95,12 +95,12 @@ class GgufFile(Source):
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Return the tokenizer that the metadata describes; see `gguf_tokenizer.build`."""
-        return gguf_tokenizer.build(self._header.fields, str(self.path))
+        return gguf_tokenizer.build(self.header.fields, str(self.path))
 
     @property
     def chat_templates(self) -> Mapping[str, str]:
         """See `Source`. The metadata has `tokenizer.chat_template`, and others by their name."""
-        start, fields = "tokenizer.chat_template", self._header.fields
+        start, fields = "tokenizer.chat_template", self.header.fields
         found = {name.removeprefix(start): name for name in fields if name.startswith(start)}
         named = {key.removeprefix(".") or "default": fields[name] for key, name in found.items()}
         return {name: text for name, text in named.items() if isinstance(text, str)}
@@ -108,33 +108,34 @@ class GgufFile(Source):
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """See `Source`."""
-        fields = self._header.fields
+        fields = self.header.fields
         tokens = fields.get("tokenizer.ggml.tokens", ())
         ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
         there = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
         return {f"{name}_token": tokens[i] for name, i in there.items()}
 
+    def order(self, name: str, row: TensorName, config: StoredConfig) -> np.ndarray:
+        """Return the row of a tensor for each row in Hugging Face's order."""
+        assert isinstance(config, DecoderConfig)
+        rows = np.arange(self.header.tensors[name].shape[0])
+        permuted = {"q": config.num_heads, "k": config.num_kv_heads}
+        heads = permuted.get(row.path.split("/")[-2]) if self._kind == "llama" else None
+        return rows if heads is None else unpermute(rows, heads)
+
     def stored(self, config: StoredConfig | None = None) -> Stored:
         """Return the tensors of the file without reading them; `config` gives the heads."""
-        tensors, config = self._header.tensors, self.config if config is None else config
-        if not isinstance(config, DecoderConfig):
-            raise WeightsError(f"{self.path} holds a decoder, but the config is {config}")
-        permuted = {"q": config.num_heads, "k": config.num_kv_heads}
-
-        def order(name: str, row: TensorName) -> np.ndarray:
-            """Return the row of the file for each row in Hugging Face's order."""
-            rows = np.arange(tensors[name].shape[0])
-            heads = permuted.get(row.path.split("/")[-2]) if self._kind == "llama" else None
-            return rows if heads is None else unpermute(rows, heads)
+        tensors, own = self.header.tensors, self.config if config is None else config
+        if not isinstance(own, DecoderConfig):
+            raise WeightsError(f"{self.path} holds a decoder, but the config is {own}")
 
         def read(name: str, row: TensorName, index: Index) -> np.ndarray:
-            rows = order(name, row)[index[0]]
+            rows = self.order(name, row, own)[index[0]]
             # A head's rows are adjacent in either order, so for whole heads no other row is read.
             first, last = int(rows.min()), int(rows.max())
             return tensors[name].read((slice(first, last + 1), *index[1:]))[rows - first]
 
         def keep(name: str, row: TensorName, dtype: np.dtype) -> QuantisedMatrix | None:
-            return _base(tensors[name], order(name, row), row.transposed, dtype)
+            return _base(tensors[name], self.order(name, row, own), row.transposed, dtype)
 
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         return Stored(str(self.path), LLAMA, "gguf", shapes, read, keep)

@@ -76,10 +76,12 @@ class Quantised:
 @dataclasses.dataclass(frozen=True)
 class Header:
     """The metadata of a GGUF file (numbers, texts, booleans and lists of them), and every
-    tensor."""
+    tensor. `end` is the position after the metadata, `alignment` that of the tensors."""
 
     fields: dict[str, Any]
     tensors: dict[str, Quantised]
+    end: int
+    alignment: int
 
 
 def read(path: Path) -> Header:
@@ -105,7 +107,7 @@ def read(path: Path) -> Header:
             if name in fields:
                 raise _unsound(path, "a field that is there twice:", name, "one of a name")
             fields[name] = cursor.value(f"field {name}")
-        found: dict[str, Quantised] = {}
+        end, found = cursor.at, dict[str, Quantised]()
         for _ in range(tensors):
             tensor = _tensor(path, cursor)
             if tensor.name in found:
@@ -117,7 +119,7 @@ def read(path: Path) -> Header:
     start = -(-cursor.at // alignment) * alignment
     found = {n: dataclasses.replace(t, offset=start + t.offset) for n, t in found.items()}
     _check_inside(path, found.values(), size)
-    return Header(fields, found)
+    return Header(fields, found, end, alignment)
 
 
 def _tensor(path: Path, cursor: "_Cursor") -> Quantised:
