@@ -269,6 +269,9 @@ def as_factors(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
     return lora, {target.path: factors for target, factors in found}
 
 
+_ELSE = ", merge it, or take lora_jax.as_lora with params= (lora-jax export --as-lora RANK)"
+
+
 def _as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
     """Return the target with a plain low-rank update, and the factors of that update.
 
@@ -277,12 +280,13 @@ def _as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
     """
     kind = kind_of(target)
     factors = kind.factors(target, parameters)
-    if factors is None or kind.rescales:
+    if factors is None or kind.rescales or kind.activated:
         why = "has no factors" if factors is None else "rescales W itself"
+        why = "is on for some tokens only" if kind.activated else why
         raise LoraError(
             f"{target.path!r}: an update of the kind {target.kind!r} {why}, so it cannot be "
-            "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt), merge it, or "
-            "take lora_jax.as_lora with params= (lora-jax export --as-lora RANK)"
+            "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt)"
+            + ("" if kind.activated else _ELSE)
         )
     scale, rank = kind.scale(target), factors.a.shape[-1]
     if factors is parameters and scale == target.scale:

@@ -79,8 +79,8 @@ class LoraSpec:
       fold: patterns of targets. For these, `W + scale * a @ b` may be formed in an operation that
         has no low-rank rule (a `custom_vjp` or a Pallas kernel that takes the weight). That costs
         the memory of W and the FLOPs of full fine-tuning there, so you have to ask for it.
-      kind: the kind of update: "lora", "dora", "vera", "loha", "lokr", "miss", "ia3", "oft",
-        "bias", another of `lora_jax.updates`, or one of your own.
+      kind: the kind of update: "lora", "alora", "dora", "vera", "loha", "lokr", "miss", "ia3",
+        "oft", "tokens", "bias", another of `lora_jax.updates`, or one of your own.
       scaling: "alpha/r", or "alpha/sqrt(r)", which is rsLoRA (arXiv 2312.03732) and stays stable
         at large ranks.
 

@@ -17,9 +17,10 @@ from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.spec import Target
+from lora_jax.updates.activated import CURE, OnTokens
 from lora_jax.updates.kind import kind_of
 from lora_jax.updates.named import Names
-from lora_jax.updates.update import Update
+from lora_jax.updates.update import Update, layers
 
 
 def adapt(
@@ -81,6 +82,7 @@ def adapt(
             def weight(evaluator: Evaluator, target: Target, w: Any) -> Any:
                 names = evaluator.fresh(len(target.shape))
                 update = update_of(target, w, names)
+                _check_activated(target, update)
                 if isinstance(update, Update):
                     return AdaptedWeight(Weight.of(w), update, names, target.path, target.fold)
                 evaluator.paths_read.add(target.path)
@@ -98,6 +100,15 @@ def adapt(
 
 UpdateOf = Callable[[Target, Any, Names], Update | jax.Array]
 """From a target, W and the names of its axes to its update, or to the merged weight."""
+
+
+def _check_activated(target: Target, update: Update | jax.Array) -> None:
+    found = layers(update) if isinstance(update, Update) else ()
+    if kind_of(target).activated and not any(isinstance(one, OnTokens) for one in found):
+        raise LoraError(
+            f"{target.path!r}: an update of the kind {target.kind!r} is on for some tokens only; "
+            f"{CURE}"
+        )
 
 
 class Several(abc.ABC):

@@ -189,6 +189,7 @@ class _Export:
             kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
             adapter = adapter._replace(trainable=kept)
         how: dict[str, Any] = {"base": self.name, "task_type": task, "params": self.base(adapter)}
+        how["invocation"] = run.member.about.get("invocation", ())
         how["about"] = {key: x for key, x in run.member.about.items() if key in _KEPT}
         saved = peft.save(self.out, names, adapter, profile=options.profile, **how)
         other = "" if options.base_name else "; --base-name names another"

@@ -36,6 +36,11 @@ def out_of_adapter(
     """
     layout, adapters, trainable = Adapter(*adapter)
     check(layout, adapters)
+    if waiting := [t.path for t in layout.targets if kind_of(t).activated]:
+        raise LoraError(
+            f"{waiting[0]!r} is on from an invocation on, which only a PEFT folder can say: "
+            "lora_jax.exchange.peft.save(..., invocation=the tokens)"
+        )
     shapes = {t.path: t.shape for t in layout.targets}
     shapes |= {path: np.shape(x) for path, x in trainable.items()}
     table = NameTable(names, shapes) if params is None else NameTable.of(names, params)

@@ -7,10 +7,11 @@ print(*peft.check(adapter, "vllm", names), sep="\\n")
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import out_of_adapter
 from lora_jax.models.hf_module import HfNames
 from lora_jax.system.whole_files import write_together
+from lora_jax.updates import kind_of
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ABOUT = "lora_jax.about"  # the key of `about` in the metadata of the tensors
@@ -126,7 +128,8 @@ def load(
         single = experts.expand(tensors.tensors, config, table, f, params, args)
         modules = peft_keys.parse(single.tensors, config)
         modules = modules._replace(updates={**modules.updates, **single.updates})
-        return into_adapter(modules, table, f, params, args)
+        adapter = into_adapter(modules, table, f, params, args)
+        return _of_kind("alora", adapter) if config.alora_invocation_tokens else adapter
 
 
 def save(
@@ -139,6 +142,7 @@ def save(
     params: Any = None,
     task_type: str | None = None,
     about: Mapping[str, Any] | None = None,
+    invocation: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Saved:
     """Write an adapter as a PEFT folder.
@@ -158,6 +162,7 @@ def save(
       task_type: PEFT's task type, such as "CAUSAL_LM" or "SEQ_CLS".
       about: JSON values for readers that use lora_jax (`describe`), such as the `about` of
         `lora_jax.save`. They are in the metadata of the tensors, which other tools ignore.
+      invocation: the tokens that switch an adapter of the kind "alora" on.
       overwrite: replace an adapter in the folder.
 
     Returns:
@@ -169,7 +174,10 @@ def save(
     folder = pathlib.Path(folder)
     if (folder / CONFIG).exists() and not overwrite:
         raise LoraError(f"{folder} holds an adapter; choose another, or pass overwrite=True")
+    if invocation:
+        adapter, task_type = _of_kind("lora", Adapter(*adapter)), "CAUSAL_LM"
     settings, tensors = _spelled(names, adapter, base, profile, params, task_type)
+    settings |= {"alora_invocation_tokens": [*invocation]} if invocation else {}
     _write(folder, settings, tensors, about)
     return Saved(folder, consumers.largest_rank(settings), consumers.notes(settings, tensors))
 
@@ -204,6 +212,19 @@ def check(
         return consumers.findings(consumer, settings, shapes)
     settings, tensors = _spelled(names, adapter, "", profile, params, None)
     return consumers.findings(consumer, settings, {k: x.shape for k, x in tensors.items()})
+
+
+def _of_kind(kind: str, adapter: Adapter) -> Adapter:
+    """Return the same arrays as LoRA, or as activated LoRA."""
+    layout, whole = adapter.layout, adapter.trainable
+    other = [t.path for t in layout.targets if not kind_of(t).is_plain]
+    if other or whole:
+        raise LoraError(
+            "an adapter that tokens switch on has plain factors alone, and this one has more:\n"
+            f"{listed([*other, *whole])}"
+        )
+    targets = (dataclasses.replace(target, kind=kind) for target in layout.targets)
+    return adapter._replace(layout=dataclasses.replace(layout, targets=tuple(targets)))
 
 
 def _spelled(

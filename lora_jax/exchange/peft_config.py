@@ -18,7 +18,6 @@ HISTORY = {
 }  # fmt: skip
 # Settings that change the function and that we cannot express: refused unless switched off.
 REFUSED = {
-    "alora_invocation_tokens": "an adapter that is switched on by tokens; train it without",
     "arrow_config": "several adapters routed by Arrow; load each of them by itself",
     "block_share": "blocks that share one rotation; merge it in PEFT, and load the model",
     "coft": "COFT, which projects its rotations when it runs; merge it in PEFT",
@@ -78,6 +77,7 @@ class PeftConfig:
     modules_to_save: Any = None
     trainable_token_indices: Any = None
     ensure_weight_tying: bool = False
+    alora_invocation_tokens: Any = None
     init_lora_weights: Any = True
     init_weights: Any = True
     use_cayley_neumann: bool = True
@@ -196,6 +196,10 @@ def check_values(settings: Mapping[str, Any]) -> None:
             raise LoraError(f"{field.name} is {shown(value)}, which it cannot be")
 
 
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 _IS: dict[str, Callable[[Any], bool]] = {
     "flag": lambda x: type(x) is bool,
     "text": lambda x: isinstance(x, str),
@@ -215,4 +219,5 @@ _RULES = dict.fromkeys(("peft_type", "peft_version", "task_type"), _IS["text"]) 
     "init_weights": lambda x: isinstance(x, bool),
     "init_lora_weights": lambda x: isinstance(x, bool | str),
     "trainable_token_indices": lambda x: isinstance(x, dict | list),
+    "alora_invocation_tokens": lambda x: isinstance(x, list) and all(map(_is_token, x)),
 }  # fmt: skip

@@ -102,6 +102,8 @@ def _decoder(
     about: dict[str, Any] = {k: text for k, text in texts.items() if isinstance(text, str)}
     if found.about.get("chat") is True:
         about["chat"] = True
+    if tokens := found.settings.get("alora_invocation_tokens"):
+        about["invocation"] = tokens
     return adapter, params, about, ()
 
 

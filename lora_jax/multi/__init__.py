@@ -1,5 +1,7 @@
 """Many adapters: stacked, selected by number or mixed in one batch, swapped, and combined."""
 
+from lora_jax.multi.activated import activated as activated
+from lora_jax.multi.activated import invoked as invoked
 from lora_jax.multi.combine import combine as combine
 from lora_jax.multi.combine import truncate as truncate
 from lora_jax.multi.dropout import Dropout as Dropout

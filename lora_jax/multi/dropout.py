@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.multi.selected import Choice
+from lora_jax.multi.selected import Around
 from lora_jax.spec import Target
-from lora_jax.transform import UpdateOf, single
+from lora_jax.transform import UpdateOf
 from lora_jax.updates.dropped import Dropped
 from lora_jax.updates.named import Names
 from lora_jax.updates.update import Update
@@ -20,26 +20,19 @@ from lora_jax.updates.update import Update
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dropout(Choice):
+class Dropout(Around):
     """Adapters and the dropout of their inputs, as `lora_jax.adapt` takes them.
 
     Attributes:
-      adapters: one adapter tree, or another form of adapters that `adapt` takes.
       key: a PRNG key.
       rate: the fraction of elements set to zero.
     """
 
-    adapters: Any
     key: Any
     rate: float = dataclasses.field(metadata={"static": True})
 
-    @property
-    def per_example(self) -> bool:
-        """Whether each example has an adapter of its own."""
-        return isinstance(self.adapters, Choice) and self.adapters.per_example
-
     def choice(self, layout: Layout) -> Any:
-        inner = self.adapters.choice(layout) if isinstance(self.adapters, Choice) else None
+        inner = super().choice(layout)
         if not self.per_example:
             return inner, self.key
         numbers = jnp.arange(jax.tree.leaves(inner)[0].shape[0])
@@ -47,8 +40,7 @@ class Dropout(Choice):
 
     def updates(self, layout: Layout, choice: Any) -> UpdateOf:
         inner, key = choice
-        several = isinstance(self.adapters, Choice)
-        of = self.adapters.updates(layout, inner) if several else single(layout, self.adapters)
+        of = super().updates(layout, inner)
 
         def update_of(target: Target, w: Any, names: Names) -> Update | jax.Array:
             update, sizes = of(target, w, names), target.sizes(target.stack)

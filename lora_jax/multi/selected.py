@@ -20,7 +20,7 @@ from lora_jax.adapters import Adapters
 from lora_jax.layout import Layout
 from lora_jax.multi import per_example, segmented_matmul
 from lora_jax.spec import Target
-from lora_jax.transform import Several, UpdateOf
+from lora_jax.transform import Several, UpdateOf, single
 from lora_jax.updates.factors import Gains, named
 from lora_jax.updates.gating import Gated
 from lora_jax.updates.kind import gained, gains_of, kind_of
@@ -81,6 +81,30 @@ class Choice(Several):
         if not self.per_example:
             return one(choice, *args, **kwargs)
         return per_example.each(one, choice, args, kwargs, *axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Around(Choice):
+    """Adapters whose updates are changed on their way.
+
+    Attributes:
+      adapters: one adapter tree, or another form of adapters that `adapt` takes.
+    """
+
+    adapters: Any
+
+    @property
+    def per_example(self) -> bool:
+        """Whether each example has an adapter of its own."""
+        return isinstance(self.adapters, Choice) and self.adapters.per_example
+
+    def choice(self, layout: Layout) -> Any:
+        return self.adapters.choice(layout) if isinstance(self.adapters, Choice) else None
+
+    def updates(self, layout: Layout, choice: Any) -> UpdateOf:
+        if isinstance(self.adapters, Choice):
+            return self.adapters.updates(layout, choice)
+        return single(layout, self.adapters)
 
 
 @dataclasses.dataclass(frozen=True)

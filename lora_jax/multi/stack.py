@@ -179,12 +179,12 @@ def _stacked(xs: Sequence[Any], empty: int) -> Any:
 
 
 def _plain(adapter: Adapter, doing: str) -> Adapter:
-    """Return the adapter as a stack holds it: plain factors, unless the kind rescales W."""
+    """Return the adapter as a stack holds it: plain factors, unless the kind means more."""
     layout, adapters, _ = factors_alone(adapter, doing)
     check(layout, adapters)
-    kept = {t.path: t for t in layout.targets if kind_of(t).rescales}
+    kept = {t.path: t for t in layout.targets if kind_of(t).rescales or kind_of(t).activated}
     for target in kept.values():
-        if target.scale == 0:
+        if target.scale == 0 and kind_of(target).rescales:
             raise LoraError(
                 f"{target.path!r} has alpha = 0; in a stack a scale of 0 means no adapter at all, "
                 f"which an update of the kind {target.kind!r} is not. Give it another alpha"

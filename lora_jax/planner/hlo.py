@@ -125,8 +125,7 @@ class Module:
         """
         if written := _TRIPS.search(loop.attributes):
             return int(written[1])
-        condition = next(callee for role, callee in loop.called if role == "condition")
-        inside = self.computations[condition]
+        inside = self.computations[dict(loop.called)["condition"]]
         root = next(i for i in inside.values() if i.root)
         if root.kind != "compare" or "direction=LT" not in root.attributes:
             return None

@@ -26,12 +26,10 @@ def _residual_bytes(module: Module, name: str) -> int:
     inner = 0
     for i in computation.values():
         if i.kind == "while" and "jvp(" not in i.origin:
-            body = next(callee for role, callee in i.called if role == "body")
-            inner = max(inner, _residual_bytes(module, body))
+            inner = max(inner, _residual_bytes(module, dict(i.called)["body"]))
         if "transpose(" in i.origin:
             for operand in i.operands:
-                for key, size in _sources(module, computation, operand):
-                    buffers[key] = size
+                buffers.update(_sources(module, computation, operand))
     return sum(buffers.values()) + inner
 
 
@@ -49,8 +47,12 @@ def _sources(
         yield from _element(module, computation, i)
     elif i.kind in VIEWS:
         yield from _sources(module, computation, i.operands[0])
-    elif "jvp(" in i.origin and "transpose(" not in i.origin:
+    elif _is_forward(i):
         yield (i.name, 0), i.bytes
+
+
+def _is_forward(i: Instruction) -> bool:
+    return "jvp(" in i.origin and "transpose(" not in i.origin
 
 
 def _element(
@@ -59,23 +61,20 @@ def _element(
     found = _INDEX.search(i.attributes)
     index = int(found[1]) if found else 0
     source = computation[i.operands[0]]
-    if source.kind != "while":
-        if "jvp(" in source.origin and "transpose(" not in source.origin:
-            yield (source.name, index), i.bytes
-        return
-    body = module.computations[next(callee for role, callee in source.called if role == "body")]
-    root = next(x for x in body.values() if x.root)
-    through = body.get(root.operands[index]) if root.kind == "tuple" else None
-    if through is not None and _passes(body, through, index):
+    if source.kind == "while" and _passes(module, source, index):
         start = computation[source.operands[0]]
         if start.kind == "tuple":
             yield from _sources(module, computation, start.operands[index])
-    elif "jvp(" in source.origin and "transpose(" not in source.origin:
+    elif _is_forward(source):
         yield (source.name, index), i.bytes
 
 
-def _passes(body: Computation, i: Instruction, index: int) -> bool:
-    """Return whether a loop passes the element on unchanged."""
-    own = i.kind == "get-tuple-element" and body[i.operands[0]].kind == "parameter"
+def _passes(module: Module, loop: Instruction, index: int) -> bool:
+    """Return whether a loop passes an element on unchanged."""
+    body = module.computations[dict(loop.called)["body"]]
+    root = next(x for x in body.values() if x.root)
+    i = body.get(root.operands[index]) if root.kind == "tuple" else None
+    if i is None or i.kind != "get-tuple-element" or body[i.operands[0]].kind != "parameter":
+        return False
     found = _INDEX.search(i.attributes)
-    return own and found is not None and int(found[1]) == index
+    return found is not None and int(found[1]) == index

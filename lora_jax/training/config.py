@@ -304,6 +304,9 @@ class Config(Checked):
         if self.start_from is None:
             kinds = [str(rule.kind) for rule in self.lora.spec.rules]
             check_loraplus(self.optimizer.loraplus_lr_ratio, kinds)
+            for kind in kinds:
+                on = "a kind that is on for all tokens (lora_jax.multi.activated trains it)"
+                require(not kind_named(kind, "lora.kind").activated, "lora.kind", kind, on)
 
     @property
     def adaptation(self) -> LoraConfig:

@@ -2,6 +2,7 @@
 
     name   W'                                                arXiv         trained, for W [in, out]
     lora   W + scale * a @ b                                 2106.09685    r (in + out)
+    alora  W + scale * a @ b for some tokens, W for others   2504.12397    r (in + out)
     dora   magnitude / ||V|| * V,  V = W + scale * a @ b     2402.09353    r (in + out) + out
     vera   W + A diag(lambda_d) B diag(lambda_b)             2310.11454    r + out
     loha   W + scale * (a1 @ b1) * (a2 @ b2)                 2108.06098    2 r (in + out)
@@ -20,6 +21,7 @@ through a program together with W. Every kind runs as plain factors (`lowrank.py
 rescales W. The other updates wrap these.
 """
 
+from lora_jax.updates.activated import Alora as Alora
 from lora_jax.updates.bias import Bias as Bias
 from lora_jax.updates.bias import Shift as Shift
 from lora_jax.updates.dora import Directed as Directed
@@ -50,6 +52,6 @@ from lora_jax.updates.vera import Vera as Vera
 
 for _kind in (
     *(Lora(), Dora(), Vera(), Loha(), Lokr(), Bias()),
-    *(Ia3(), Ia3Inputs(), Oft(), OftCayley(), Miss(), TrainedRows()),
+    *(Ia3(), Ia3Inputs(), Oft(), OftCayley(), Miss(), TrainedRows(), Alora()),
 ):
     register(_kind)

@@ -38,6 +38,7 @@ class Kind(abc.ABC):
       zero_at_first: the array that is zero at the start, so that the update is; "" if none is.
       pads: whether padding with zeros along the rank keeps the update. If not, adapters of one
         stack have one rank.
+      activated: whether its updates are on for some tokens only (`lora_jax.multi.activated`).
     """
 
     name: ClassVar[str]
@@ -45,6 +46,7 @@ class Kind(abc.ABC):
     has_parts: ClassVar[bool] = False
     zero_at_first: ClassVar[str] = "b"
     pads: ClassVar[bool] = True
+    activated: ClassVar[bool] = False
 
     def roles(
         self, shape: tuple[int, ...], stack: tuple[int, ...]

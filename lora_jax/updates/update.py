@@ -246,7 +246,7 @@ class Sum(Update):
     def product(self, p: Operation) -> Array:
         y = self.updates[0].product(p)
         for update in self.updates[1:]:
-            y = update.product(dataclasses.replace(p, base=_result(y)))
+            y = update.product(dataclasses.replace(p, base=known(y)))
         return y
 
     def merged(self, w: Named) -> Array:
@@ -282,14 +282,14 @@ class Times(Wrapper):
     def product(self, p: Operation) -> Array:
         names, y = {*self.factor.names}, p.base(None if p.x is None else p.x.array)
         if names <= {*p.out}:
-            nothing = dataclasses.replace(p, base=_result(jnp.zeros_like(y)))
+            nothing = dataclasses.replace(p, base=known(jnp.zeros_like(y)))
             return y + Named(self.inner.product(nothing), p.out).times(self.factor).array
         if p.x is None or not names <= {*p.x.names}:
             raise LoraError(
                 f"a product sums over some axes of the factor of a {type(self.inner).__name__}, "
                 "and not over others; give the update a `times` of its own"
             )
-        return self.inner.product(dataclasses.replace(p, x=p.x.times(self.factor), base=_result(y)))
+        return self.inner.product(dataclasses.replace(p, x=p.x.times(self.factor), base=known(y)))
 
     def merged(self, w: Named) -> Array:
         wide = wide_dtype(w.array.dtype)
@@ -305,6 +305,6 @@ class Times(Wrapper):
         return [*along, (none, Times(self.inner, tangent.factor))]
 
 
-def _result(y: Array) -> Callable[..., Any]:
+def known(y: Array) -> Callable[..., Any]:
     """Return the `base` of an operation whose result is known."""
     return lambda x, dtype=None: y if dtype is None else y.astype(dtype)

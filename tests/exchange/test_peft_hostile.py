@@ -131,7 +131,7 @@ WRONG = {
     **{
         key: (setting(key, value), peft.CONFIG, key)
         for key, value in {
-            "alora_invocation_tokens": [1], "arrow_config": {"n": 3}, "kasa_config": {"n": 1},
+            "alora_invocation_tokens": [-1], "arrow_config": {"n": 3}, "kasa_config": {"n": 1},
             "layer_replication": [[0, 2], [1, 3]], "monteclora_config": {"n": 1},
             "use_bdlora": {"nblocks": 2}, "use_qalora": True,
         }.items()

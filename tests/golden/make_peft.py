@@ -65,6 +65,14 @@ CASES = {
     "bert": ("bert", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
     "roberta": ("roberta", {"target_modules": ["key"], "task_type": "SEQ_CLS", "bias": "all"}),
     "decoder_classifier": ("llama", {"target_modules": QV, "task_type": "SEQ_CLS"}),
+    "alora": (
+        "llama",
+        {
+            "target_modules": [*QV, "down_proj"],
+            "task_type": "CAUSAL_LM",
+            "alora_invocation_tokens": [5, 9],
+        },
+    ),
     "toy": ("toy", {"target_modules": ["conv1", "conv2", "fused", "out"], "fan_in_fan_out": True}),
     "toy_dora": ("toy", {"target_modules": ["conv1", "conv2", "fused", "out"], "use_dora": True}),
 }
@@ -192,6 +200,8 @@ def write(name, base_name, settings):
         fed = inputs(base_name)
         if name == "decoder_classifier":
             fed["input_ids"][0, 4:] = 0  # padding
+        if name == "alora":  # twice in the first row, and not in the second
+            fed["input_ids"][0] = torch.tensor([5, 9, 4, 5, 9, 3, 7])
         out = model(**fed)
         out = out if base_name == "toy" else out.logits
     model.save_pretrained(HERE / name)
