@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import pathlib
 import re
 import tempfile
@@ -17,8 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lora_jax
 from lora_jax.exchange import peft
@@ -101,7 +104,24 @@ def test_an_adapter_goes_to_peft_and_back(name: str, title: str, tmp_path: pathl
     page = section(name, title)
     layout, call = page.get("plain", page["layout"]), (page["f"], page["params"], *page["args"])
     adapters = laws.drawn_adapters(layout)
-    peft.save(tmp_path / "peft", page["names"], (layout, adapters), base="org/name")
-    again = peft.load(tmp_path / "peft", page["names"], *call)
+    peft.save(tmp_path, page["names"], (layout, adapters), base="org/name")
+    again = peft.load(tmp_path, page["names"], *call)
     got = lora_jax.merge(again.layout, page["params"], again.parameters)
-    assert_close(got, lora_jax.merge(layout, page["params"], adapters), 2e-6)
+    want = lora_jax.merge(layout, page["params"], adapters)
+    assert_close(got, want, 2e-6)
+    changes = jax.tree.map(lambda w, before: jnp.sum((w - before) ** 2), want, page["params"])
+    assert_close(energy(tmp_path), sum(jax.tree.leaves(changes)), 1e-4)
+
+
+def energy(folder: pathlib.Path) -> np.ndarray:
+    """The sum of squares of all updates in a PEFT folder, by PEFT's formula."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    total = 0.0
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        patterns, module = settings["alpha_pattern"].items(), key.removesuffix(".lora_A.weight")
+        own = (x for name, x in patterns if re.fullmatch(rf"(.*\.)?({name})", module))
+        scale = next(own, settings["lora_alpha"]) / len(a)
+        total += np.sum((scale * b.reshape(-1, len(a)) @ a.reshape(len(a), -1)) ** 2)
+    return np.float32(total)
