@@ -30,7 +30,7 @@ def write(run: Served, dtype: str, path: pathlib.Path, *, check_base: bool = Tru
       run: the adapter and its base.
       dtype: of the merged matrices, a name in `DTYPES`.
       path: the file to write.
-      check_base: whether the merged weights must be those that the adapter was trained on.
+      check_base: raise if the adapter was trained on another base.
 
     Raises:
       LoraError: the base is not a GGUF file, or another one, or `dtype` cannot hold a number.

@@ -226,7 +226,7 @@ def test_gguf_and_orbax(tmp_path: pathlib.Path) -> None:
 def test_a_gguf_base_with_the_adapter_merged(
     dtype: str, own: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
-    """What is read from the file is the merged model; the rest of the file is the base's."""
+    """The file holds the merged model, and otherwise the same bytes as the base."""
     base = write_gguf(GOLDEN / "llama", tmp_path / "base.gguf", "llama")
     run = write_run(tmp_path / "run", "llama", **own)
     again = ("--base", str(base), "--format", "gguf-merged", "--dtype", dtype)
