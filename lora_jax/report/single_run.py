@@ -152,9 +152,12 @@ def _samples(run: SavedRun) -> list[Section]:
     found = [] if run.summary is None else run.summary.get("samples", [])
     if not found:
         return []
-    names = ("asked", "expected", "before", "after")
+    names, what = ("asked", "expected", "before", "after"), "Answers to questions"
+    if run.summary is not None and run.summary.get("confusion"):
+        what = "Guesses of examples, first the wrong ones,"
+        found = sorted(found, key=lambda s: s.get("after", "").startswith(f"{s['expected']} ("))
     rows = [(str(i), *(s.get(n, formatting.NONE) for n in names)) for i, s in enumerate(found, 1)]
-    caption = "Answers to questions of the validation split, before and by the best adapter."
+    caption = f"{what} of the validation split, before and by the best adapter."
     return [Section("Samples", (Table(caption, ("", *names), tuple(rows), names),))]
 
 

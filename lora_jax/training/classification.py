@@ -20,6 +20,7 @@ from lora_jax.models.weights.stored import LAST
 from lora_jax.paths import Tree
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
+from lora_jax.training.guesses import Guesses
 from lora_jax.training.method import LORA, Method
 from lora_jax.training.pretrained import Pretrained
 from lora_jax.training.text import TextConfig
@@ -37,8 +38,6 @@ def classification(config: TextConfig) -> Workload:
     )
     smoothing = config.label_smoothing
     require(smoothing == 0, "label_smoothing", smoothing, "0 for a classifier")
-    count = config.samples.prompts
-    require(count == 0, "samples.prompts", count, "0 for a classifier")
     vocabulary = source.config.vocab_size
     of_data = functools.partial(batches_of, config.data, source.tokenizer(), vocabulary=vocabulary)
     data = pretrained.open_batches(config, of_data)
@@ -48,8 +47,12 @@ def classification(config: TextConfig) -> Workload:
         require(pooling == "mean", "model.pooling", pooling, "left out for a decoder")
         model_config, pooling = model_config.without_logits(), LAST
     head = models.Head(pooling, labels.outputs)
+    count, lora = config.samples.prompts, config.adaptation is config.lora
+    alone = lora and jax.process_count() == 1 and not labels.regression
+    expected = "0 with several processes, another method than LoRA, or real labels"
+    require(not count or alone, "samples.prompts", count, expected)
     fields = {"text_fields": config.data.text_fields, "lengths": config.data.lengths}
-    return pretrained.workload(
+    made = pretrained.workload(
         config,
         Pretrained(source, model_config, head, method),
         lambda: data,
@@ -61,6 +64,8 @@ def classification(config: TextConfig) -> Workload:
         size=real_tokens,
         unit="tokens",
     )
+    own = Guesses(count, labels.names, source.tokenizer(), made) if count else None
+    return dataclasses.replace(made, samples=own)
 
 
 def judged(labels: Labels, select: str | None) -> dict[str, Any]:

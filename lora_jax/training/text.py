@@ -54,14 +54,15 @@ class ModelConfig(PretrainedModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig(Checked):
-    """Texts that a decoder writes at each evaluation (`lora_jax.training.samples`)."""
+    """Texts that a decoder writes at each evaluation (`lora_jax.training.samples`), or the classes
+    that a classifier guesses (`lora_jax.training.guesses`)."""
 
     _path = "samples."
     _bounds: ClassVar = {"at least 0": ("prompts",), "at least 1": ("new_tokens",)}
 
     prompts: int = 0
-    """The number of questions, the first ones of the validation split. Their answers are compared
-    with the expected ones (exact_match, rouge_l); the record and the report show them."""
+    """The number of questions, the first ones of the validation split. Answers are compared with
+    the expected ones (exact_match, rouge_l); the record and the report show answers or guesses."""
     new_tokens: int = 64
     """The largest number of tokens of an answer."""
     score: tyro.conf.Suppress[Callable[[str, str], float] | None] = None
