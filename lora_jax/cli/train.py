@@ -137,7 +137,7 @@ Adapters:
 lora.rank   r of B A
 lora.alpha   the update is multiplied by alpha / rank
 lora.targets   patterns, "**/query/kernel", or all-linear
-lora.kind   lora, dora, vera, loha, lokr or bias
+lora.kind   lora, dora, oft, miss, ... (docs/kinds.md)
 Training:
 steps   optimizer steps
 optimizer.learning-rate   at its peak
