@@ -72,8 +72,8 @@ class LoraConfig(Checked):
     """Patterns of base parameters that are trained in full (PEFT: modules_to_save). None: the
     workload decides, which is its new head. "**" with no targets is full fine-tuning."""
     kind: str = "lora"
-    """The kind of update: lora, dora, vera, loha, lokr, ia3, oft, miss, tokens, bias (docs/kinds.md),
-    or one that the config file registers (lora_jax.updates)."""
+    """The kind of update: lora, dora, vera, loha, lokr, ia3, oft, miss, tokens, bias
+    (docs/kinds.md), or one that the config file registers (lora_jax.updates)."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The factor of the update; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
     dropout: float = 0.0
