@@ -22,7 +22,8 @@ HEAVY = {
     "paper/report.html",
     "paper.html",
     "sequel/report.html",
-}  # the report: its figures in one file, and its tables
+    "genindex.html",
+}  # reports, with their figures in one file and their tables; the index of all names
 FOREIGN_PAGES = {"paper/report.html", "sequel/report.html"}  # not made by Sphinx
 LOADED = {"script": "src", "link": "href", "img": "src", "source": "srcset", "iframe": "src"}
 
