@@ -6,6 +6,7 @@ It measures `lora_jax.fingerprint` of all parameters of the built-in shapes, wit
 run computes it once, when it starts.
 """
 
+import argparse
 import time
 
 import jax
@@ -15,6 +16,7 @@ from benchmarks import common
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="The fingerprint of a whole model.").parse_args()
     rows = []
     for name, setup in (("MiniLM", common.minilm()), ("SmolLM2", common.smollm2())):
         params = jax.block_until_ready(common.normal(setup.shapes, seed=0))

@@ -7,6 +7,7 @@ Result:    the ratio of (jax, numpy and lora_jax) to (jax and numpy), which shou
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ print(theirs - start, time.perf_counter() - theirs)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Time of import lora_jax.").parse_args()
     """Print the medians and the median of the ratios."""
     rows = []
     for _ in range(REPEATS + 1):

@@ -9,6 +9,7 @@ that of the logits: of the adapted and the merged model, and of each and the ada
 float32.
 """
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -36,6 +37,7 @@ def drawn(layout: lora_jax.Layout, params: Any) -> Any:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Adapted and merged, in three dtypes.").parse_args()
     jax.config.update("jax_platforms", "cpu")
     source = models.open(models.SMOLLM2)
     ids = jax.random.randint(jax.random.key(0), (4, 64), 0, source.config.vocab_size)  # type: ignore[union-attr]

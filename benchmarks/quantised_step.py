@@ -10,6 +10,7 @@ float weight.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from typing import Any
@@ -33,6 +34,7 @@ def scanned(params: Any, x: Any) -> Any:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Gradients over quantised bases.").parse_args()
     """Print the table; the forms of a program take turns, so that noise affects all of them."""
     print(jax.devices()[0].device_kind, "JAX", jax.__version__)
     w = jax.random.normal(jax.random.key(0), (LAYERS, SIZE, SIZE)) / SIZE**0.5

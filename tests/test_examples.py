@@ -77,6 +77,7 @@ def address(setup: Setup) -> Any:  # noqa: F811
     thread.join()
 
 
+@pytest.mark.slow
 def test_the_app_serves_two_adapters_with_streaming(address: Any) -> None:
     import httpx
 

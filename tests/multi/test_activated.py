@@ -43,18 +43,19 @@ def setup(scan: bool = False, quantized: bool = False, kind: str = "alora") -> A
     return model.f, params, layout, [jax.tree.map(moved, start) for _ in range(2)]
 
 
-@pytest.mark.parametrize("kind", ["alora", "dora", "ia3", "loha"])
-@pytest.mark.parametrize(("scan", "quantized"), [(False, False), (True, True)])
-def test_all_tokens_none_and_some(scan: bool, quantized: bool, kind: str) -> None:
+def run(layout: Layout, f: Any, params: Any, adapters: Any, *args: Any) -> Any:
+    return jax.jit(lora_jax.adapt(layout, f))(params, adapters, *args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scan", "quantized"),
+    [("alora", False, False), ("alora", True, True), ("dora", True, True), ("ia3", False, False)],
+)
+def test_all_tokens_none_and_some(kind: str, scan: bool, quantized: bool) -> None:
     f, params, layout, (one, _) = setup(scan, quantized, kind)
-    on = lambda active: lora_jax.adapt(layout, f)(  # noqa: E731
-        params, multi.activated(one, active), IDS
-    )
+    on = lambda active: run(layout, f, params, multi.activated(one, active), IDS)  # noqa: E731
     plain = of_kind(layout, "lora" if kind == "alora" else kind)
-    whole, base = (
-        lora_jax.adapt(plain, f)(params, one, IDS),
-        lora_jax.adapt(Layout(), f)(params, {}, IDS),
-    )
+    whole, base = run(plain, f, params, one, IDS), run(Layout(), f, params, {}, IDS)
     np.testing.assert_allclose(on(True), whole, atol=1e-5)
     np.testing.assert_array_equal(on(np.zeros(IDS.shape, bool)), base)
     active = multi.invoked(IDS, TOKENS)
@@ -71,19 +72,19 @@ def test_the_prompt_is_read_once_for_all_adapters() -> None:
     decoder = models.DecoderModel(models.open(str(GOLDEN / "golden_models" / "llama")).config)
     before, after = IDS[:1, :3], np.concatenate([TOKENS, [2]])[None].repeat(2, 0)
     read = lambda p, ids, cache: decoder.apply({"params": p}, ids, cache, method="decode")  # noqa: E731
-    _, shared = read(params, before, caches.empty(decoder.config, 1, 0))
+    _, shared = jax.jit(read)(params, before, caches.empty(decoder.config, 1, 0))
     many, stacked = multi.stack([(layout, one) for one in two])
     each = jax.tree.map(lambda x: jnp.repeat(x, 2, 0), shared)
     chosen = multi.activated(multi.select(stacked, jnp.arange(2)), True)
-    found, _ = lora_jax.adapt(many, read)(params, chosen, after, each)
+    found, _ = run(many, read, params, chosen, after, each)
     ids = np.concatenate([before.repeat(2, 0), after], axis=1)
     active = multi.invoked(ids, TOKENS)
     mixed = multi.activated(multi.select(stacked, jnp.arange(2)), active)
+    whole = run(many, f, params, mixed, ids)
     for i, one in enumerate(two):
         alone = multi.activated(one, active[i : i + 1])
-        expected = lora_jax.adapt(layout, f)(params, alone, ids[i : i + 1])
+        expected = run(layout, f, params, alone, ids[i : i + 1])
         np.testing.assert_allclose(found[i], expected[0, 3:], atol=1e-5)
-        whole = lora_jax.adapt(many, f)(params, mixed, ids)
         np.testing.assert_allclose(whole[i], expected[0], atol=1e-5)
 
 
@@ -95,7 +96,7 @@ def test_gradients_come_from_active_tokens_alone() -> None:
         dropped = multi.dropout(multi.activated(adapters, active), key, 0.2)
         return jnp.square(lora_jax.adapt(layout, f)(params, dropped, IDS)).sum()
 
-    none, some = (jax.grad(loss)(one, x) for x in (False, multi.invoked(IDS, TOKENS)))
+    none, some = (jax.jit(jax.grad(loss))(one, x) for x in (False, multi.invoked(IDS, TOKENS)))
     assert all(not x.any() for x in jax.tree.leaves(none))
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(some))
 
@@ -137,7 +138,7 @@ def test_logits_are_those_of_peft(tmp_path: Path) -> None:
     assert (settings["alora_invocation_tokens"], settings["task_type"]) == (tokens, "CAUSAL_LM")
     for layout, found, _ in (adapter, load(tmp_path)):
         chosen = multi.activated(found, multi.invoked(ids, tokens))
-        out = lora_jax.adapt(layout, model.f)(model.params, chosen, ids)
+        out = run(layout, model.f, model.params, chosen, ids)
         np.testing.assert_allclose(out, golden["out"], atol=1e-5)
     more = adapter._replace(trainable={"norm/scale": np.ones(8)})
     with pytest.raises(LoraError, match="plain factors alone"):

@@ -123,6 +123,7 @@ def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> 
     assert [a["text"] for a in alone] == [a["text"] for a in own]
 
 
+@pytest.mark.slow
 def test_plain_prompts_are_for_every_adapter(
     setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_plain_prompts_are_for_every_adapter(
     assert capsys.readouterr().out == typed.out
 
 
+@pytest.mark.slow
 def test_a_text_ends_where_training_ended_it(setup: Setup, tmp_path: pathlib.Path) -> None:
     """Adapter `one` stops at the end token that it stores, and `two` at the given `--stop`."""
     long = ["--max-new-tokens", "60"]
@@ -271,6 +273,7 @@ def test_an_adapter_of_another_base(
     assert "adapter 'one', trained on" in (error := said(capsys)) and "is not for the base" in error
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on(
     setup: Setup,
     tmp_path: pathlib.Path,

@@ -86,6 +86,7 @@ def server(setup: Setup) -> Server:
     return opened(setup, "one", "two")
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_command(
     setup: Setup, server: Server, tmp_path: pathlib.Path
 ) -> None:

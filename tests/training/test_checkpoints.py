@@ -133,7 +133,7 @@ def test_what_is_said(copy: pathlib.Path) -> None:
     flip(file, file.stat().st_size * 4)
     *_, said = read(copy)
     assert len(said) == 1
-    assert f"{copy / '4'}: damaged: the description of its arrays cannot be read" in said[0]
+    assert f"{copy / '4'}: damaged: the description of its state cannot be read" in said[0]
     assert "set aside as damaged-4, and the checkpoint of step 3 is used" in said[0]
 
 

@@ -188,6 +188,7 @@ def test_members_of_a_group_stop_early_and_are_extended(tmp_path: pathlib.Path) 
     assert_same_run(tmp_path / "extended/a", tmp_path / "whole/a", 20)
 
 
+@pytest.mark.slow
 def test_a_template_tells_the_day_on_which_the_run_began(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def config_of(folder: pathlib.Path, **changes: Any) -> PreferenceConfig:
     return dataclasses.replace(config, **changes)
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_model_as_the_run_begins(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_hostile_cache_is_not_used(
     assert found["after"] == expected["after"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 @pytest.mark.parametrize("name", ["sigmoid", pytest.param("kto", marks=pytest.mark.slow)])
 def test_members_of_a_group_share_the_reference(

@@ -39,9 +39,9 @@ def test_the_products_of_a_run_are_those_of_its_plan(monkeypatch: pytest.MonkeyP
     on = grid(1, 1, 1)
     with jax.set_mesh(on):
         workload = config.workload(config)  # type: ignore[union-attr]
-        step = measure.prepared(config, workload, on, H100)  # type: ignore[arg-type]
+        take, _, _, arguments = measure.prepared(config, workload, on, H100)  # type: ignore[arg-type]
         planned = measure.measure(config, workload, on, H100).flops  # type: ignore[arg-type]
-        traced = jax.jit(step.take).trace(*step.arguments).jaxpr
+        traced = jax.jit(take).trace(*arguments).jaxpr
     assert 0.7 * planned < flops.of_products(traced) < 0.8 * planned
     monkeypatch.setattr(flops, "RECOMPUTED", "nothing is named so")
     assert flops.of_products(traced) == planned
