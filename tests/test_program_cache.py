@@ -35,6 +35,7 @@ pathlib.Path(out).write_text(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_second_command_compiles_nothing(tmp_path: pathlib.Path) -> None:
     base = tiny.write_model(tmp_path / "base", tiny.LLAMA)
     script, cache = tmp_path / "generate.py", tmp_path / "cache"

@@ -63,7 +63,7 @@ def small_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*COMMANDS, pytest.param("report", marks=pytest.mark.slow)])
 def test_a_full_disk_and_then_room(
     name: str, lines: Any, hook: FullDisk, tmp_path: pathlib.Path, capfd: Any

@@ -42,6 +42,7 @@ def base(leaves: dict[str, Any]) -> tuple[Any, Any, Any]:
     return f, lora_jax.paths.replace(params, same), state
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["alpha/r", "alpha/sqrt(r)", "nested"])
 def test_the_outputs_are_those_of_openpi(form: str) -> None:
     scaling = "alpha/r" if form == "nested" else form

@@ -301,6 +301,7 @@ def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_predictions_of_many_threads(tasks: pathlib.Path, compilations: list[str]) -> None:
     """Each is what its text gets alone; swaps under load and sizes of all kinds compile nothing."""
     paths = {name: tasks / name for name in ("three", "two")}

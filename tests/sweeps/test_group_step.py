@@ -208,7 +208,7 @@ def finished(request: pytest.FixtureRequest) -> Together:
     return group
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("index", range(len(MEMBERS)))
 def test_a_member_is_what_it_is_alone(finished: Together, index: int) -> None:
     """A member's state and every loss equal the state and the losses of the member alone."""

@@ -68,6 +68,7 @@ def config_of(folder: pathlib.Path) -> TextConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_run_records_and_reports_what_it_answers(tmp_path: pathlib.Path) -> None:
     config = config_of(tmp_path)
     summary = runs.train_in(tmp_path / "run", config)

@@ -58,6 +58,7 @@ def workload_of(name: str, folder: pathlib.Path) -> Workload:
     return preferences(PreferenceConfig(workload=preferences, **common))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_step_is_that_of_trl(name: str, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     made, expected = workload_of(name, folder), EXPECTED[name]

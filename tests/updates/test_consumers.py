@@ -168,6 +168,7 @@ def test_dropout(kind: str) -> None:
     assert np.allclose(got, adapted(layout, PARAMS, adapters, X)) == (kind in UNDROPPED)
 
 
+@pytest.mark.few(5)
 @cells("stack, select")
 def test_a_mixed_batch(kind: str) -> None:
     """Each example has the output of its adapter alone, also with another rank or without one."""
