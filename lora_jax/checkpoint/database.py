@@ -59,7 +59,8 @@ def _walk(
         return name, piece.offset, piece.length
 
     size = files[place + NAME]
-    manifest = _unpacked(_read(root, (place + NAME, 0, min(size, _MANIFEST))))
+    packed = _read(root, (place + NAME, 0, min(size, _MANIFEST)))
+    manifest = b"" if size > _MANIFEST else unpacked(packed, ocdbt.MANIFEST)
     if max(size, len(manifest)) > _MANIFEST:
         raise DamagedError(f"damaged: its database has a large manifest: over {_MANIFEST} bytes")
     first, seen = ocdbt.root(manifest, spend), set[FilePiece]()
@@ -71,7 +72,7 @@ def _walk(
             raise DamagedError("damaged: its database has a node twice")
         seen.add(piece)
         spend(_NODE + piece[2])
-        body = _unpacked(_read(root, piece))
+        body = unpacked(_read(root, piece), ocdbt.NODE)
         for key, value in ocdbt.entries(body, node.path[: node.base], prefix, spend):
             if isinstance(value, ocdbt.Node):
                 left.append((key, value))
@@ -91,14 +92,16 @@ def _read(root: pathlib.Path, piece: FilePiece) -> bytes:
         return file.read(piece[2])
 
 
-def _unpacked(data: bytes) -> bytes:
-    """Return the content of a node or a manifest.
+def unpacked(data: bytes, kind: bytes) -> bytes:
+    """Return the content of a record, a node or a manifest, which begins with `kind`.
 
     Zstandard is not in Python, and TensorStore's driver for zip files can decompress it. That
     reads one byte without keeping those before it, so bisection finds the size.
     """
     import tensorstore
 
+    if data[:12] != kind + struct.pack("<Q", len(data)):
+        raise DamagedError("damaged: its database has no whole record where one should be")
     how, body = data[12:14], data[14:-4]
     if how == b"\0\0":  # not compressed
         return body

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from lora_jax.errors import DamagedError
 
+MANIFEST, NODE = b"\x0c\xdb\x3a\x2a", b"\x0c\xdb\x20\xde"  # how a record begins
 _PATH = 255  # bytes at most of the path by which a node names a file
 _ENTRY = 2**9  # bytes that an entry counts, in addition to its own
 _NOTHING = 2**64 - 1  # the offset and the length of the root of an empty database
@@ -80,7 +81,7 @@ class _Reader:
 
     def texts(self, common: list[int], rest: list[int]) -> list[bytes]:
         found, last = list[bytes](), b""
-        for same, new in zip(common, rest, strict=False):  # an empty node has no rest
+        for same, new in zip(common, rest, strict=False):  # without a text there is no rest
             if same > len(last):
                 raise DamagedError("damaged: a record of its database has a key that is too short")
             last = last[:same] + self.take(new)
@@ -144,6 +145,8 @@ def entries(node: bytes, base: bytes, prefix: bytes, spend: Spend) -> list[Liste
     paths = reader.paths(base)
     lengths = reader.lengths(len(prefix))
     count = len(lengths[1])
+    if not count:
+        raise DamagedError("damaged: its database has an empty node")
     shared = reader.numbers(count) if height else []
     keys = [prefix + text for text in reader.texts(*lengths)]
     if height:

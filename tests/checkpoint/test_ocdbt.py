@@ -20,7 +20,11 @@ def _spend(_: int) -> None:
 def _content(folder: pathlib.Path, piece: ocdbt.Extent) -> bytes:
     with open(folder / piece.path.decode(), "rb") as file:
         file.seek(piece.offset)
-        return database._unpacked(file.read(piece.length))
+        return database.unpacked(file.read(piece.length), ocdbt.NODE)
+
+
+def manifest(folder: pathlib.Path) -> bytes:
+    return database.unpacked((folder / database.NAME).read_bytes(), ocdbt.MANIFEST)
 
 
 def _as_dumped(location: str) -> ocdbt.Extent:
@@ -70,7 +74,7 @@ def test_our_parser_finds_what_tensorstore_finds(
                 store.with_transaction(transaction)[key] = draw.randbytes(draw.choice([3, 40]))
     plain = tensorstore.KvStore.open(base).result()
     version = tensorstore.ocdbt.dump(plain).result()["versions"][-1]
-    root = ocdbt.root(database._unpacked((tmp_path / database.NAME).read_bytes()), _spend)
+    root = ocdbt.root(manifest(tmp_path), _spend)
     assert root == _as_dumped(version["root"]["location"])
     counts = _equal_below(tmp_path, plain, version["root"]["location"], b"")
     assert (len(counts) > 5) == (size == 200)
@@ -81,4 +85,4 @@ def test_an_empty_database_has_no_root(tmp_path: pathlib.Path) -> None:
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     store["key"] = b"value"
     store.delete_range(tensorstore.KvStore.KeyRange()).result()
-    assert ocdbt.root(database._unpacked((tmp_path / database.NAME).read_bytes()), _spend) is None
+    assert ocdbt.root(manifest(tmp_path), _spend) is None
