@@ -225,7 +225,7 @@ CASES: dict[str, tuple[Make, str]] = {
             "arrays/manifest.ocdbt",
             ocdbt.record(ocdbt.MANIFEST, ocdbt.packed((0, 10**9)), compressed=True),
         ),
-        "node of its database",
+        "large manifest",
     ),
     "sparse-manifest": (sparse_manifest, "a large manifest"),
     "manifest-paths": (
